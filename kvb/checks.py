@@ -1,0 +1,126 @@
+"""Every argument error message, once: what was expected, what came, and how to mend it.
+
+``TypeError`` for types and dtypes, ``ValueError`` for values and shapes, ``RuntimeError`` for state and devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a positive integer, got {value!r} of type {type(value).__name__}")
+    if value <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value}")
+    return value
+
+
+def number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    """A number in [low, high), or in (low, high) with ``open_low``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not (low < value < high if open_low else low <= value < high):
+        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}), got {value}")
+    return float(value)
+
+
+def choice(name: str, value: Any, options: Sequence[str]) -> str:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
+    return str(value)
+
+
+def topk(value: Any, pairs: int) -> int:
+    if positive_int("topk", value) > pairs:
+        raise ValueError(f"topk must be at most the {pairs} pairs of a codebook, got {value}")
+    return int(value)
+
+
+def tensor(owner: str, name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{owner}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{owner}(): expected a dense {name}, got {kind}; call {name}.to_dense() or pad it first")
+    if value.is_quantized:
+        raise TypeError(f"{owner}(): expected a dense {name}, got quantized {value.dtype}; call {name}.dequantize()")
+    return value
+
+
+def floating(owner: str, name: str, value: Any) -> Tensor:
+    if not tensor(owner, name, value).is_floating_point():
+        raise TypeError(f"{owner}(): expected a floating-point {name}, got {value.dtype}; call {name}.float() first")
+    return value
+
+
+def integer(owner: str, name: str, value: Any) -> Tensor:
+    dtype = tensor(owner, name, value).dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise TypeError(f"{owner}(): expected integer {name}, got {dtype}")
+    return value
+
+
+def shape(name: str, value: Tensor, letters: str, sizes: Sequence[int | None], hint: str = "") -> None:
+    """``letters`` names the axes, ``sizes`` gives those that are fixed."""
+    fits = value.dim() == len(sizes) and all(
+        want is None or want == got for want, got in zip(sizes, value.shape, strict=True)
+    )
+    if not fits:
+        axes = letters.split()
+        want = ", ".join(axis if size is None else str(size) for axis, size in zip(axes, sizes, strict=True))
+        raise ValueError(
+            f"expected {name} of shape ({', '.join(axes)}) = ({want}), got {tuple(value.shape)}{hint and '; ' + hint}"
+        )
+
+
+def split_features(x: Tensor, C: int, D: int) -> None:
+    """x is [B, C, *shape, D]."""
+    if x.dim() < 3 or x.shape[1] != C or x.shape[-1] != D:
+        raise ValueError(
+            f"expected x of shape (B, C, *shape, D) = (B, {C}, *shape, {D}), got {tuple(x.shape)}; a splitter of "
+            f"kvb.splitters turns features (B, *shape, channels) into {C} heads of {D}"
+        )
+
+
+def codes(indices: Tensor, C: int) -> None:
+    """indices are [B, C, *shape]."""
+    if indices.dim() < 2 or indices.shape[1] != C:
+        raise ValueError(f"expected indices of shape (B, C, *shape) = (B, {C}, *shape), got {tuple(indices.shape)}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but "
+            f"{name} is on {value.device} and {other_name} are on {other.device}"
+        )
+
+
+def finite(name: str, value: Tensor) -> None:
+    """Reads the data: makes the host wait for the device."""
+    rows = value.isfinite().all(-1)
+    if not rows.all():
+        raise ValueError(f"{name} contains NaN or Inf in {int((~rows).sum())} of {rows.numel()} rows")
+
+
+def mask(owner: str, value: Any, C: int, K: int) -> Tensor:
+    if tensor(owner, "mask", value).dtype != torch.bool:
+        raise TypeError(f"{owner}(): mask must be torch.bool, True where a pair may be fetched; got {value.dtype}")
+    shape("mask", value, "C K", (C, K))
+    return value
+
+
+def code_dtype(dtype: torch.dtype | str, K: int) -> torch.dtype:
+    """The storage of indices below K: "auto" is the smallest of int16 and int32 that holds them."""
+    if dtype == "auto":
+        return torch.int16 if K <= 1 << 15 else torch.int32
+    if isinstance(dtype, str) or dtype not in (torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"dtype must be torch.int16, torch.int32, torch.int64 or 'auto', got {dtype!r}")
+    if torch.iinfo(dtype).max < K - 1:
+        raise ValueError(f"dtype {dtype} cannot hold the index {K - 1} of a codebook with {K} pairs; use 'auto'")
+    return dtype

@@ -1,0 +1,176 @@
+"""The documented front doors of the operators: check the arguments, then call ``torch.ops.kvb``.
+
+Letters: B batch, S positions, C codebooks, K key-value pairs per codebook, D key dim, V value dim.
+Source of all: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvb import checks, ops  # noqa: F401  (importing ops registers the operators)
+
+POOLS = ("none", "mean", "sum")
+LAYOUTS = ("bscv", "bcsv")
+
+
+def _check_search(owner: str, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+    checks.floating(owner, "queries", queries)
+    checks.floating(owner, "keys", keys)
+    checks.shape("keys", keys, "C K D", (None, None, None))
+    C, K, D = keys.shape
+    for name, size in (("codebooks", C), ("pairs", K), ("key dims", D)):
+        if size == 0:
+            raise ValueError(
+                f"expected keys with at least one of each of (C, K, D), got no {name}: {tuple(keys.shape)}"
+            )
+    checks.shape("queries", queries, "B S C D", (None, None, C, D))
+    checks.same_device("queries", queries, "keys", keys)
+    if mask is not None:
+        checks.mask(owner, mask, C, K)
+        checks.same_device("mask", mask, "keys", keys)
+    return queries if queries.stride(-1) == 1 else queries.contiguous()
+
+
+def pack_keys(keys: Tensor) -> Tensor:
+    """Prepare keys for many searches: pass the result as ``packed`` to ``nearest`` and ``lookup``.
+
+    The bytes belong to the backend and device that made them; after any change of ``keys``, pack again.
+
+    Args:
+        keys: [C, K, D] float16, bfloat16, float32 or float64.
+    Returns:
+        packed: uint8 [C, bytes].
+    Raises:
+        TypeError: not a floating-point tensor. ValueError: not three axes.
+    """
+    checks.floating("pack_keys", "keys", keys)
+    checks.shape("keys", keys, "C K D", (None, None, None))
+    return torch.ops.kvb.pack_keys(keys)
+
+
+def nearest(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    packed: Tensor | None = None,
+    mask: Tensor | None = None,
+    topk: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The nearest keys of every query in every codebook, by squared L2 distance.
+
+    Equivalent to ``d = ((q[..., None, :] - k)**2).sum(-1); d.topk(topk, largest=False)``, without the [B, S, C, K]
+    distances, and exact: the chosen key is the nearest one of the numbers given, not of a rounded expansion.
+
+    Args:
+        queries: [B, S, C, D] float16, bfloat16, float32 or float64, any strides.
+        keys: [C, K, D], same device. float64 on either side makes the whole search float64.
+        packed: ``pack_keys(keys)``, to share between calls.
+        mask: [C, K] bool, True where a key may be found.
+        topk: how many, nearest first.
+    Returns:
+        indices: [B, S, C] int64, with a last axis T when ``topk`` > 1. Ties go to the lowest index. A query with NaN
+            or Inf gets index 0 (0..T-1); a key with NaN or Inf is never found before a finite one.
+        distances: the same shape, float32 (float64), squared and never negative; NaN for a query that is not finite,
+            +inf where fewer than ``topk`` keys are usable. Differentiable with respect to ``queries``, given the
+            indices.
+    Raises:
+        TypeError: not floating-point tensors, or a mask that is not bool. ValueError: ranks or sizes disagree, or
+        ``topk`` > K. RuntimeError: devices differ, or ``packed`` was made from other keys.
+    """
+    queries = _check_search("nearest", queries, keys, mask)
+    checks.topk(topk, keys.shape[1])
+    packed = torch.ops.kvb.pack_keys(keys) if packed is None else packed
+    indices, distances = torch.ops.kvb.nearest(queries, keys, packed, mask, topk)
+    return (indices, distances) if topk > 1 else (indices[..., 0], distances[..., 0])
+
+
+def sample(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float,
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw one key a query with probability softmax(-distance / temperature) over its codebook.
+
+    Equivalent to ``(-d / temperature + gumbel).argmax(-1)`` with fresh Gumbel noise, in tiles.
+
+    Args:
+        queries, keys, mask: as for ``nearest``.
+        temperature: > 0; towards 0 the draw becomes the nearest key.
+        generator: a CPU generator for the seed; PyTorch's default otherwise.
+    Returns:
+        indices [B, S, C] int64 and their squared distances, as ``nearest`` returns them.
+    Raises:
+        as ``nearest``; ValueError: temperature <= 0.
+    """
+    queries = _check_search("sample", queries, keys, mask)
+    checks.number("temperature", temperature, 0.0, float("inf"), open_low=True)
+    seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu", generator=generator)
+    indices, distances = torch.ops.kvb.sample(queries, keys, mask, temperature, seed)
+    return indices[..., 0], distances[..., 0]
+
+
+def gather(values: Tensor, indices: Tensor, *, pool: str = "none", layout: str = "bscv") -> Tensor:
+    """Fetch the values that indices name, and pool them over codebooks if asked.
+
+    Equivalent to ``values[arange(C), indices]`` followed by nothing, ``.mean(2)`` or ``.sum(2)``.
+
+    Args:
+        values: [C, K, V] floating point.
+        indices: [B, S, C] of any integer dtype, same device.
+        pool: "none", "mean" or "sum" over codebooks.
+        layout: "bscv", or "bcsv" to have the codebooks before the positions; both are written directly.
+    Returns:
+        [B, S, C, V] or [B, C, S, V], pooled [B, S, V]; dtype of ``values``, differentiable with respect to them.
+    Raises:
+        TypeError: indices that are not integers. ValueError: ranks or sizes disagree, unknown pool or layout.
+        IndexError: an index outside [0, K).
+    """
+    checks.floating("gather", "values", values)
+    checks.shape("values", values, "C K V", (None, None, None))
+    checks.integer("gather", "indices", indices)
+    checks.shape("indices", indices, "B S C", (None, None, values.shape[0]))
+    checks.same_device("indices", indices, "values", values)
+    checks.choice("pool", pool, POOLS)
+    checks.choice("layout", layout, LAYOUTS)
+    return torch.ops.kvb.gather(values, indices, pool, layout)
+
+
+def lookup(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    packed: Tensor | None = None,
+    mask: Tensor | None = None,
+    pool: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """For every query and codebook, fetch the value of the nearest key.
+
+    Equivalent to ``i = ((q[..., None, :] - k)**2).sum(-1).argmin(-1); values[arange(C), i]``, without the
+    [B, S, C, K] distances.
+
+    Args:
+        queries: [B, S, C, D] float16, bfloat16, float32 or float64; one head per codebook.
+        keys: [C, K, D], same device as ``queries``.
+        values: [C, K, V].
+        packed: ``pack_keys(keys)``, to share between calls.
+        mask: [C, K] bool, True where a pair may be fetched.
+        pool: "none", "mean" or "sum" over codebooks.
+    Returns:
+        out: [B, S, C, V], pooled [B, S, V]; dtype of ``values``, differentiable with respect to ``values`` only.
+        indices: [B, S, C] int64; ties go to the lowest index.
+    Raises:
+        as ``nearest`` and ``gather``.
+    """
+    queries = _check_search("lookup", queries, keys, mask)
+    checks.floating("lookup", "values", values)
+    checks.shape("values", values, "C K V", (*keys.shape[:2], None))
+    checks.same_device("values", values, "keys", keys)
+    checks.choice("pool", pool, POOLS)
+    packed = torch.ops.kvb.pack_keys(keys) if packed is None else packed
+    return torch.ops.kvb.lookup(queries, keys, packed, values, mask, pool)

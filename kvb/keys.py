@@ -1,0 +1,357 @@
+"""Learning the keys: sampling, k-means, moving averages, dead-code replacement.
+
+Everything here works on tensors and streams of queries [B, S, C, D]; the module owns the state. A query with NaN or
+Inf never enters a key. The per-batch functions (``ema_update``, ``replace_dead``) never make the host wait for the
+device, and compute everything before they write, so that a failure leaves the state as it was.
+
+Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 3; van den Oord et al., Neural Discrete Representation
+Learning (arXiv:1711.00937), appendix A.1, for the moving averages.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from kvb import functional
+
+ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
+SEEDS_PER_KEY = 8  # k-means++ chooses K seeds from a sample of 8*K rows
+JITTER = 1e-3  # of the data's spread: keeps keys apart that were filled from the same row
+METHODS = ("random", "sample", "kmeans", "kmeans++")
+
+
+class KeyReport(NamedTuple):
+    """What ``init_keys`` did, measured on its last pass over the data.
+
+    rows: queries of one codebook seen in that pass; skipped: how many (query, codebook) held NaN or Inf;
+    inertia: mean squared distance of a finite query to its key; dead_codes: pairs that no query hit, of C*K.
+    """
+
+    method: str
+    rows: int
+    skipped: int
+    inertia: float
+    dead_codes: int
+    pairs: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method}: {self.rows} rows a codebook ({self.skipped} skipped), inertia {self.inertia:.6g}, "
+            f"{self.dead_codes} of {self.pairs} codes dead"
+        )
+
+
+# --- per batch: no host synchronisation -------------------------------------------------------------------------------
+
+
+def sync_statistics(hits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the statistics of all processes, in one ``all_reduce``; a single process gets its own back."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return hits, sums
+    both = torch.cat([hits[..., None].to(sums.dtype), sums], -1)
+    dist.all_reduce(both)
+    return both[..., 0], both[..., 1:]
+
+
+@torch.no_grad()
+def ema_update(
+    keys: Tensor, keys_avg: Tensor, cluster_size: Tensor, hits: Tensor, sums: Tensor, *, decay: float, eps: float
+) -> None:
+    """Move every hit key towards the mean of its queries, in place; a pair without a hit keeps its key bit for bit.
+
+    Equivalent to, with g the decay: ``cluster_size = g*cluster_size + (1-g)*hits``, ``keys_avg = g*keys_avg +
+    (1-g)*sums``, ``keys = where(hits > 0, keys_avg / smoothed(cluster_size), keys)``, the Laplace smoothing
+    ``smoothed(n) = (n + eps) / (n.sum(-1) + K*eps) * n.sum(-1)``.
+
+    Args:
+        keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D].
+    """
+    size = cluster_size * decay + (1 - decay) * hits
+    average = keys_avg * decay + (1 - decay) * sums
+    total = size.sum(-1, keepdim=True)
+    smoothed = (size + eps) / (total + size.shape[-1] * eps) * total
+    moved = torch.where((hits > 0)[..., None], average / smoothed[..., None], keys)
+    cluster_size.copy_(size)
+    keys_avg.copy_(average)
+    keys.copy_(moved)
+
+
+@torch.no_grad()
+def replace_dead(keys: Tensor, keys_avg: Tensor, cluster_size: Tensor, queries: Tensor, *, threshold: float) -> None:
+    """Replace pairs whose ``cluster_size`` fell below ``threshold`` by random finite queries of the batch, in place.
+
+    Their statistics restart with them, so that the next update cannot undo the replacement: ``cluster_size`` = 1 (or
+    the threshold, if larger) and ``keys_avg = keys * cluster_size``. Different pairs get different queries while there
+    are enough; a codebook without a finite query is left alone.
+
+    Args:
+        keys, keys_avg: [C, K, D]. cluster_size: [C, K]. queries: [B, S, C, D].
+    """
+    K, D = keys.shape[1:]
+    rows = queries.flatten(0, 1)
+    if rows.shape[0] == 0:
+        return
+    # A random subset first: drawing K rows from 4*K is as random, and far cheaper than permuting all rows C times.
+    rows = rows[torch.randperm(rows.shape[0], device=rows.device)[: 4 * K]].transpose(0, 1)
+    priority = torch.rand(rows.shape[:2], device=rows.device)
+    priority = torch.where(rows.isfinite().all(-1), priority, -1)
+    drawn = priority.topk(min(K, rows.shape[1]))
+    usable = (drawn.values >= 0).sum(-1, keepdim=True)
+    dead = (cluster_size < threshold) & (usable > 0)
+    rank = (dead.cumsum(-1) - 1).clamp(min=0) % usable.clamp(min=1)
+    fresh = rows.gather(1, drawn.indices.gather(1, rank)[..., None].expand(-1, -1, D)).to(keys.dtype)
+    start = max(1.0, threshold)
+    moved = torch.where(dead[..., None], fresh, keys)
+    average = torch.where(dead[..., None], fresh * start, keys_avg)
+    size = torch.where(dead, start, cluster_size)
+    keys.copy_(moved)
+    keys_avg.copy_(average)
+    cluster_size.copy_(size)
+
+
+# --- streams of queries -----------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Passes over data as queries [B, S, C, D]: a tensor cut into batches, or any loader iterated anew for each pass.
+
+    Args:
+        data: a tensor [B, C, *shape, D], or an iterable of them or of (tensor, ...) items.
+        to_queries: checks a tensor, moves it to the keys' device and returns its queries.
+        inputs_extractor: takes the tensor out of an item; by default the item itself or its first element.
+        passes: how often the data will be read.
+    """
+
+    BATCH = 1 << 22  # elements of one batch cut from a tensor
+
+    def __init__(
+        self,
+        data: Tensor | Iterable[Any],
+        to_queries: Callable[[Any], Tensor],
+        inputs_extractor: Callable[[Any], Any] | None,
+        *,
+        passes: int,
+        progress: bool,
+    ) -> None:
+        if not isinstance(data, (Tensor, Iterable)):
+            raise TypeError(f"data must be a Tensor or an iterable of batches, not {type(data).__name__}")
+        if isinstance(data, Iterator) and passes > 1:
+            raise ValueError(
+                f"data can be iterated only once, but {passes} passes are needed: give a DataLoader, a list or a tensor"
+            )
+        self.data, self.to_queries, self.extract = data, to_queries, inputs_extractor or _first
+        self.passes, self.progress = passes, progress
+        self._begun = 0
+
+    def _batches(self) -> Iterable[Any]:
+        if not isinstance(self.data, Tensor):
+            return self.data
+        size = max(1, self.BATCH // max(1, self.data[:1].numel()))
+        return self.data.split(size)
+
+    def queries(self, label: str, limit: int | None = None) -> Iterator[Tensor]:
+        """One pass; ``limit`` stops it after so many rows of one codebook."""
+        self._begun += 1
+        batches = self._batches()
+        length = len(batches) if isinstance(batches, Sized) else None
+        title = f"keys: {label} (pass {self._begun} of {self.passes})"
+        rows = 0
+        for item in tqdm(batches, desc=title, total=length, disable=not self.progress, leave=False):
+            queries = self.to_queries(item if isinstance(self.data, Tensor) else self.extract(item))
+            rows += queries.shape[0] * queries.shape[1]
+            yield queries
+            if limit is not None and rows >= limit:
+                break
+        if rows == 0:
+            raise ValueError("data yielded no rows")
+
+
+def _first(item: Any) -> Any:
+    return item[0] if isinstance(item, (tuple, list)) else item
+
+
+def _rows(queries: Tensor) -> Tensor:
+    """[B, S, C, D] -> [C, B*S, D]."""
+    return queries.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _draw(shape: Iterable[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers on the device of ``like``, drawn where the generator lives."""
+    device = like.device if generator is None else generator.device
+    return torch.rand(tuple(shape), generator=generator, device=device).to(like.device)
+
+
+class Reservoir:
+    """A weighted random sample of ``size`` rows a codebook, without replacement, in one pass.
+
+    Every row gets the priority log(u) / weight; the highest stay (Efraimidis and Spirakis, Weighted random sampling
+    with a reservoir, Information Processing Letters 97, 2006). Rows of weight 0 are never taken.
+    """
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        C, _, D = like.shape
+        self.rows = like.new_zeros((C, size, D))
+        self.priority = like.new_full((C, size), -torch.inf)
+
+    def add(self, rows: Tensor, weights: Tensor, generator: torch.Generator | None) -> None:
+        """rows [C, N, D], weights [C, N] >= 0; rows that are not finite count as weight 0."""
+        size = self.rows.shape[1]
+        positive = (weights > 0) & rows.isfinite().all(-1)
+        chance = _draw(weights.shape, weights, generator).clamp(min=torch.finfo(torch.float32).tiny).log()
+        priority = torch.where(positive, chance / torch.where(positive, weights, 1), -torch.inf)
+        merged = torch.cat([self.priority, priority.to(self.priority.dtype)], 1).topk(size)
+        both = torch.cat([self.rows, rows.to(self.rows.dtype)], 1)
+        self.rows = both.gather(1, merged.indices[..., None].expand(-1, -1, both.shape[-1]))
+        self.priority = merged.values
+
+    @property
+    def filled(self) -> Tensor:
+        """[C, size]: which places hold a row; the full ones come first."""
+        return self.priority > -torch.inf
+
+
+def _fill(reservoir: Reservoir, K: int, generator: torch.Generator | None) -> Tensor:
+    """K rows a codebook; where data was short, rows drawn again and moved a little. Warns with numbers."""
+    rows, filled = reservoir.rows[:, :K], reservoir.filled[:, :K]
+    found = filled.sum(-1, keepdim=True)
+    fewest = int(found.min())
+    if fewest == 0:
+        raise ValueError("data holds a codebook without a single finite row: the keys cannot be initialised")
+    if fewest == K:
+        return rows
+    warnings.warn(
+        f"only {fewest} finite rows for {K} keys in a codebook: the other {K - fewest} keys are copies with jitter",
+        stacklevel=4,
+    )
+    again = (_draw(filled.shape, rows, generator) * found).long().clamp(max=K - 1)
+    copies = rows.gather(1, again[..., None].expand_as(rows))
+    mean = rows.sum(1, keepdim=True) / found[..., None]
+    spread = (
+        torch.where(filled[..., None], rows - mean, 0).square().sum((1, 2), keepdim=True) / found[..., None]
+    ).sqrt()
+    noise = (_draw(rows.shape, rows, generator) - 0.5) * JITTER * torch.where(spread > 0, spread, 1)
+    return torch.where(filled[..., None], rows, copies + noise)
+
+
+# --- initialisation from data -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_keys(
+    stream: Stream, K: int, like: Tensor, generator: torch.Generator | None, limit: int | None = None
+) -> Tensor:
+    """K random finite rows of the data for every codebook, without replacement while there are enough."""
+    return _fill(_sample(stream, K, like, generator, limit), K, generator)
+
+
+def _sample(stream: Stream, size: int, like: Tensor, generator: torch.Generator | None, limit: int | None) -> Reservoir:
+    reservoir = Reservoir(size, like)
+    for queries in stream.queries("sampling", limit):
+        rows = _rows(queries)
+        reservoir.add(rows, rows.new_ones(rows.shape[:2]), generator)
+    return reservoir
+
+
+def _spread_out(rows: Tensor, filled: Tensor, K: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Rows [C, R, D] -> seeds [C, K, D], and which of them are no repetition.
+
+    Every next seed is drawn with probability proportional to the squared distance to the seeds so far (Arthur and
+    Vassilvitskii, k-means++, SODA 2007).
+    """
+    C, _, D = rows.shape
+    seeds, new = rows.new_zeros((C, K, D)), torch.zeros((C, K), dtype=torch.bool, device=rows.device)
+    weight = filled.to(rows.dtype)
+    gap = torch.where(filled, torch.inf, 0).to(rows.dtype)
+    for k in range(K):
+        chance = _draw(weight.shape, weight, generator).clamp(min=torch.finfo(torch.float32).tiny).log()
+        pick = torch.where(weight > 0, chance / weight, -torch.inf).argmax(-1, keepdim=True)
+        new[:, k] = weight.gather(1, pick)[:, 0] > 0
+        seeds[:, k] = rows.gather(1, pick[..., None].expand(-1, -1, D))[:, 0]
+        gap = torch.minimum(gap, (rows - seeds[:, k, None]).square().sum(-1))
+        weight = gap
+    return seeds, new
+
+
+def _seed(stream: Stream, K: int, like: Tensor, plus: bool, generator: torch.Generator | None, limit: int) -> Tensor:
+    if not plus:
+        return sample_keys(stream, K, like, generator, limit)
+    sample = _sample(stream, SEEDS_PER_KEY * K, like, generator, limit)
+    books = max(1, Stream.BATCH // sample.rows[0].numel())
+    parts = zip(sample.rows.split(books), sample.filled.split(books), strict=True)
+    seeds, new = zip(*(_spread_out(rows, filled, K, generator) for rows, filled in parts), strict=True)
+    chosen = Reservoir(K, like)
+    # A seed that repeats an earlier one has weight 0 here, and its place is filled like any other shortage.
+    chosen.add(torch.cat(seeds), torch.cat(new).to(like.dtype), generator)
+    return _fill(chosen, K, generator)
+
+
+@torch.no_grad()
+def kmeans(
+    stream: Stream, K: int, like: Tensor, *, iters: int, plus: bool, generator: torch.Generator | None
+) -> Tensor:
+    """Lloyd's algorithm on the first 64*K rows of the data, streamed: keys [C, K, D] like ``like``.
+
+    A cluster that loses all its rows restarts at a row drawn in proportion to its squared distance from its key.
+    """
+    limit = ROWS_PER_KEY * K
+    keys = _seed(stream, K, like, plus, generator, limit)
+    for _ in range(iters):
+        hits = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
+        sums = torch.zeros_like(keys, dtype=torch.float64)
+        spare = Reservoir(K, like)
+        packed = functional.pack_keys(keys)
+        for queries in stream.queries("k-means", limit):
+            indices, distances = functional.nearest(queries, keys, packed=packed)
+            batch_hits, batch_sums = torch.ops.kvb.accumulate(queries, indices, K)
+            hits += batch_hits
+            sums += batch_sums
+            spare.add(_rows(queries), distances.permute(2, 0, 1).flatten(1), generator)
+        empty = hits == 0
+        rank = (empty.cumsum(-1) - 1).clamp(min=0)
+        repaired = spare.rows.gather(1, rank[..., None].expand_as(keys))
+        repairable = (empty & spare.filled.gather(1, rank))[..., None]
+        means = torch.where(empty[..., None], keys.double(), sums / hits.clamp(min=1)[..., None]).to(keys.dtype)
+        keys = torch.where(repairable, repaired, means)
+    return keys
+
+
+def passes_needed(method: str, iters: int, epochs: int) -> int:
+    """How often ``init_keys`` reads the data: seeding, iterations, then epochs or one measuring pass."""
+    initial = {"random": 0, "sample": 1, "kmeans": 1 + iters, "kmeans++": 1 + iters}[method]
+    return initial + max(1, epochs)
+
+
+class Meter:
+    """Sums what ``KeyReport`` says, on the device; one read at the end."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.hits = torch.zeros(like.shape[:2], dtype=torch.int64, device=like.device)
+        self.inertia = torch.zeros((), dtype=torch.float64, device=like.device)
+        self.finite = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.queries = 0
+
+    def add(self, indices: Tensor, distances: Tensor, queries: Tensor) -> None:
+        finite = distances.isfinite()
+        self.hits += torch.ops.kvb.count(queries, indices, self.hits.shape[1])
+        self.inertia += torch.where(finite, distances, 0).sum(dtype=torch.float64)
+        self.finite += finite.sum()
+        self.queries += indices.numel()
+
+    def report(self, method: str) -> KeyReport:
+        C, K = self.hits.shape
+        finite = int(self.finite)
+        return KeyReport(
+            method,
+            rows=self.queries // C,
+            skipped=self.queries - finite,
+            inertia=float(self.inertia) / max(1, finite),
+            dead_codes=int((self.hits == 0).sum()),
+            pairs=C * K,
+        )

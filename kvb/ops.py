@@ -1,0 +1,310 @@
+"""The operator contract: schemas, shapes, gradients, batching, and which backend answers.
+
+Letters, the same in Python, Triton and C++:
+    B batch   S positions   C codebooks   K key-value pairs per codebook   D key dim   V value dim   T nearest keys
+
+Each operator is one schema. The reference answers on every device (``CompositeExplicitAutograd``); a faster backend
+registers the same schemas under its own dispatch key, and PyTorch's dispatcher picks. Nothing here computes.
+
+Shapes:
+    queries [B, S, C, D], any strides with a contiguous last axis    keys [C, K, D]    packed uint8 [C, nbytes]
+    mask bool [C, K], True where a pair may be fetched               values [C, K, V]  indices [B, S, C], any integer
+    ``nearest`` and ``sample`` return indices int64 and squared distances, both [B, S, C, T] (T = 1 for ``sample``).
+    A query with NaN or Inf gets the indices 0..T-1 at distance NaN; where fewer than T keys are usable, the lowest
+    unused indices follow at distance +inf.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+from kvb import reference
+
+SCHEMAS = (
+    "pack_keys(Tensor keys) -> Tensor",
+    "nearest(Tensor queries, Tensor keys, Tensor packed, Tensor? mask, int topk) -> (Tensor, Tensor)",
+    "sample(Tensor queries, Tensor keys, Tensor? mask, float temperature, Tensor seed) -> (Tensor, Tensor)",
+    "gather(Tensor values, Tensor indices, str pool, str layout) -> Tensor",
+    "gather_backward(Tensor grad, Tensor indices, SymInt K, str pool) -> Tensor",
+    "gather_backward_rows(Tensor grad, Tensor indices, SymInt K, str pool) -> (Tensor, Tensor, Tensor)",
+    "accumulate(Tensor queries, Tensor indices, SymInt K) -> (Tensor, Tensor)",
+    "count(Tensor queries, Tensor indices, SymInt K) -> Tensor",
+    "lookup(Tensor queries, Tensor keys, Tensor packed, Tensor values, Tensor? mask, str pool) -> (Tensor, Tensor)",
+)
+NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+
+_library = torch.library.Library("kvb", "DEF")
+
+
+# --- the reference backend --------------------------------------------------------------------------------------------
+
+
+def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would round the reference's inner products to half precision."""
+
+    @functools.wraps(operator)
+    def run(first: Tensor, *rest: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return operator(first, *rest)
+        with torch.autocast(first.device.type, enabled=False):
+            return operator(first, *rest)
+
+    return run
+
+
+for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _without_autocast(getattr(reference, _name)), "CompositeExplicitAutograd")
+
+
+def backend(device: str) -> str:
+    """Who answers the operators on a device type: "csrc", "kernels" or "reference"."""
+    key, fast = {"cpu": ("CPU", "csrc"), "cuda": ("CUDA", "kernels")}.get(device, ("", ""))
+    registered = bool(key) and torch._C._dispatch_has_kernel_for_dispatch_key("kvb::nearest", key)
+    return fast if registered else "reference"
+
+
+# --- shapes without data ----------------------------------------------------------------------------------------------
+
+
+def _distance_dtype(queries: Tensor, keys: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (queries.dtype, keys.dtype) else torch.float32
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _fake_pack_keys(keys: Tensor) -> Tensor:
+    C, K, D = keys.shape
+    return keys.new_empty((C, reference.packed_nbytes(K, D, keys.dtype)), dtype=torch.uint8)
+
+
+def _fake_search(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    shape = (*queries.shape[:3], topk)
+    distances = queries.new_empty(shape, dtype=_distance_dtype(queries, keys))
+    return queries.new_empty(shape, dtype=torch.int64), distances
+
+
+def _fake_nearest(
+    queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None, topk: int
+) -> tuple[Tensor, Tensor]:
+    return _fake_search(queries, keys, topk)
+
+
+def _fake_sample(
+    queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _fake_search(queries, keys, 1)
+
+
+def _fake_gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
+    (B, S, C), V = indices.shape, values.shape[-1]
+    if pool != "none":
+        return values.new_empty((B, S, V))
+    return values.new_empty((B, S, C, V) if layout == "bscv" else (B, C, S, V))
+
+
+def _fake_gather_backward(grad: Tensor, indices: Tensor, K: int, pool: str) -> Tensor:
+    return grad.new_empty((indices.shape[2], K, grad.shape[-1]))
+
+
+def _fake_gather_backward_rows(grad: Tensor, indices: Tensor, K: int, pool: str) -> tuple[Tensor, Tensor, Tensor]:
+    size = torch.sym_min(indices.numel(), indices.shape[2] * K)
+    rows = grad.new_empty((size,), dtype=torch.int64)
+    return rows, grad.new_empty((size, grad.shape[-1])), grad.new_empty((1,), dtype=torch.int64)
+
+
+def _fake_accumulate(queries: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    C, D = queries.shape[2:]
+    return _fake_count(queries, indices, K), queries.new_empty((C, K, D), dtype=_sum_dtype(queries))
+
+
+def _fake_count(queries: Tensor, indices: Tensor, K: int) -> Tensor:
+    return queries.new_empty((queries.shape[2], K), dtype=torch.int64)
+
+
+def _fake_lookup(
+    queries: Tensor, keys: Tensor, packed: Tensor, values: Tensor, mask: Tensor | None, pool: str
+) -> tuple[Tensor, Tensor]:
+    indices = queries.new_empty(queries.shape[:3], dtype=torch.int64)
+    return _fake_gather(values, indices, pool, "bscv"), indices
+
+
+for _name in NAMES:
+    torch.library.register_fake(f"kvb::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+# Values learn; queries learn through the distance to the key that was chosen; keys never learn by gradient.
+
+
+def _below_autograd(operator: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def _saveable(indices: Tensor) -> Tensor:
+    """Indices made under inference_mode, by a frozen encoder say, may be trained on later."""
+    return indices.clone() if indices.is_inference() else indices
+
+
+def _save_chosen(ctx: Any, queries: Tensor, keys: Tensor, indices: Tensor, distances: Tensor) -> None:
+    """Keep the chosen keys, not all keys: those may move in place before the backward pass."""
+    ctx.mark_non_differentiable(indices)
+    ranks = [torch.ops.kvb.gather(keys, one, "none", "bscv") for one in indices.unbind(-1)]
+    ctx.save_for_backward(queries, torch.stack(ranks, -2), distances)
+
+
+def _distance_grad(ctx: Any, grad: Tensor) -> Tensor:
+    """Gradient of sum((q - k)^2) for q, [B, S, C, D]; a rank without a key (distance inf or NaN) gives none."""
+    queries, chosen, distances = ctx.saved_tensors
+    grad = torch.where(distances.isfinite(), grad, 0)[..., None]
+    apart = queries.to(grad.dtype)[..., None, :] - chosen.to(grad.dtype)
+    return torch.where(grad != 0, 2 * apart * grad, 0).sum(-2).to(queries.dtype)
+
+
+class _Nearest(torch.autograd.Function):
+    @staticmethod
+    def forward(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
+        return _below_autograd(torch.ops.kvb.nearest.default, queries, keys, packed, mask, topk)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save_chosen(ctx, inputs[0], inputs[1], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _distance_grad(ctx, grads[1]), None, None, None, None
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return _below_autograd(torch.ops.kvb.sample.default, queries, keys, mask, temperature, seed)
+
+    setup_context = _Nearest.setup_context
+    backward = _Nearest.backward
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
+        return _below_autograd(torch.ops.kvb.gather.default, values, indices, pool, layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, indices, ctx.pool, ctx.layout = inputs
+        ctx.K = values.shape[1]
+        ctx.save_for_backward(_saveable(indices))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        transposed = ctx.pool == "none" and ctx.layout == "bcsv"
+        grad = grads[0].transpose(1, 2) if transposed else grads[0]
+        return torch.ops.kvb.gather_backward(grad, indices, ctx.K, ctx.pool), None, None, None
+
+
+class _GatherBackward(torch.autograd.Function):
+    """Linear in its input, so its own gradient is a gather: second derivatives come for free."""
+
+    @staticmethod
+    def forward(grad: Tensor, indices: Tensor, K: int, pool: str) -> Tensor:
+        return _below_autograd(torch.ops.kvb.gather_backward.default, grad, indices, K, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.pool = inputs[3]
+        ctx.save_for_backward(_saveable(inputs[1]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        return torch.ops.kvb.gather(grads[0], indices, ctx.pool, "bscv"), None, None, None
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        queries: Tensor, keys: Tensor, packed: Tensor, values: Tensor, mask: Tensor | None, pool: str
+    ) -> tuple[Tensor, Tensor]:
+        return _below_autograd(torch.ops.kvb.lookup.default, queries, keys, packed, values, mask, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.K, ctx.pool = inputs[3].shape[1], inputs[5]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        return None, None, None, torch.ops.kvb.gather_backward(grads[0], indices, ctx.K, ctx.pool), None, None
+
+
+def _register_autograd(name: str, function: type[torch.autograd.Function], learns: int) -> None:
+    """Let ``function`` answer where argument ``learns`` requires a gradient, and pass by it everywhere else."""
+    operator = getattr(torch.ops.kvb, name).default
+
+    def run(*args: Any) -> Any:
+        if not (torch.is_grad_enabled() and args[learns].requires_grad):
+            return _below_autograd(operator, *args)
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        # Below the dispatcher a torch.func transform has already unwrapped its level: record at that level alone.
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+    _library.impl(name, run, "Autograd")
+
+
+_register_autograd("nearest", _Nearest, learns=0)
+_register_autograd("sample", _Sample, learns=0)
+_register_autograd("gather", _Gather, learns=0)
+_register_autograd("gather_backward", _GatherBackward, learns=0)
+_register_autograd("lookup", _Lookup, learns=3)
+
+
+# --- torch.vmap -------------------------------------------------------------------------------------------------------
+
+
+def _slices(in_dims: Sequence[int | None], args: Sequence[Any], size: int) -> list[list[Any]]:
+    return [
+        [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)]
+        for i in range(size)
+    ]
+
+
+def _register_vmap(name: str, batch: int | None) -> None:
+    """Fold a mapped axis of argument ``batch`` into its B; map anything else one slice at a time."""
+    operator = getattr(torch.ops.kvb, name)
+
+    def run(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        mapped = [i for i, dim in enumerate(in_dims) if dim is not None]
+        if batch is not None and mapped == [batch]:
+            moved = args[batch].movedim(in_dims[batch], 0)
+            v, B = moved.shape[:2]
+            out = operator(*args[:batch], moved.flatten(0, 1), *args[batch + 1 :])
+            parts = [part.unflatten(0, (v, B)) for part in (out if isinstance(out, tuple) else (out,))]
+        else:
+            outs = [operator(*one) for one in _slices(in_dims, args, info.batch_size)]
+            columns = zip(*outs, strict=True) if isinstance(outs[0], tuple) else (outs,)
+            parts = [torch.stack(list(column)) for column in columns]
+        return (tuple(parts), (0,) * len(parts)) if len(parts) > 1 else (parts[0], 0)
+
+    torch.library.register_vmap(f"kvb::{name}", run, lib=_library)
+
+
+for _name, _batch in (("nearest", 0), ("lookup", 0), ("gather", 1)):
+    _register_vmap(_name, _batch)
+for _name in set(NAMES) - {"nearest", "lookup", "gather"}:
+    _register_vmap(_name, None)
