@@ -276,10 +276,11 @@ class KeyValueBottleneck(nn.Module):
         """One step of the moving averages; an empty batch changes nothing."""
         if queries.numel() == 0:
             return
-        hits, sums = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
-        hits, sums = learning.sync_statistics(hits, sums)
+        self._forget_packed()  # before the statistics need memory
+        statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
         state = (self.keys, self.keys_avg, self.cluster_size)
-        learning.ema_update(*state, hits, sums, decay=self.decay, eps=self.eps)
+        learning.ema_update(*state, *learning.sync_statistics(*statistics), decay=self.decay, eps=self.eps)
+        del statistics
         if self.threshold_ema_dead_code > 0:
             learning.replace_dead(*state, queries, threshold=self.threshold_ema_dead_code)
 

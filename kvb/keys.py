@@ -71,10 +71,10 @@ def ema_update(
     ``smoothed(n) = (n + eps) / (n.sum(-1) + K*eps) * n.sum(-1)``.
 
     Args:
-        keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D].
+        keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D], which may be overwritten.
     """
     size = cluster_size * decay + (1 - decay) * hits
-    average = keys_avg * decay + (1 - decay) * sums
+    average = sums.to(keys_avg.dtype).lerp_(keys_avg, decay)
     total = size.sum(-1, keepdim=True)
     smoothed = (size + eps) / (total + size.shape[-1] * eps) * total
     moved = torch.where((hits > 0)[..., None], average / smoothed[..., None], keys)
@@ -109,7 +109,7 @@ def replace_dead(keys: Tensor, keys_avg: Tensor, cluster_size: Tensor, queries: 
     fresh = rows.gather(1, drawn.indices.gather(1, rank)[..., None].expand(-1, -1, D)).to(keys.dtype)
     start = max(1.0, threshold)
     moved = torch.where(dead[..., None], fresh, keys)
-    average = torch.where(dead[..., None], fresh * start, keys_avg)
+    average = torch.where(dead[..., None], fresh.mul_(start), keys_avg)
     size = torch.where(dead, start, cluster_size)
     keys.copy_(moved)
     keys_avg.copy_(average)

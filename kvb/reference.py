@@ -254,19 +254,22 @@ def _candidates(scores: Tensor, error: Tensor, usable: Tensor, finite: Tensor, t
     negated so that NaN, from an overflow, always stays a candidate.
     """
     c, n, padded = scores.shape
-    groups = scores.view(c, n, padded // LANES, LANES)
-    minima = groups.amin(-1)
-    if topk <= minima.shape[-1]:
-        worst = minima.topk(topk, largest=False).values[..., -1]
+    per_row = padded // LANES
+    groups, finite, error = scores.view(-1, LANES), finite.view(-1), error.view(-1)
+    minima = groups.amin(-1).view(c * n, per_row)
+    if topk <= per_row:
+        worst = minima.topk(topk, largest=False).values[:, -1]
     else:
-        worst = torch.full_like(minima[..., 0], torch.inf)
+        worst = torch.full_like(minima[:, 0], torch.inf)
     highest = torch.finfo(scores.dtype).max
     limit = torch.where(error.isfinite(), (worst + 2 * error).clamp(max=highest), torch.nan)
-    book, row, group = (~(minima > limit[..., None])).nonzero(as_tuple=True)
-    near = ~(groups[book, row, group] > limit[book, row, None])
-    near &= usable.view(c, -1, LANES)[book, group] & finite[book, row, None]
-    pair, lane = near.nonzero(as_tuple=True)
-    return (book * n + row)[pair], group[pair] * LANES + lane
+    near_group = (~(minima > limit[:, None])).view(-1).nonzero()[:, 0]
+    row, group = near_group // per_row, near_group % per_row
+    near = ~(groups.index_select(0, near_group) > limit[row, None])
+    near &= usable.view(-1, LANES).index_select(0, row // n * per_row + group) & finite[row, None]
+    near_key = near.view(-1).nonzero()[:, 0]
+    pair = near_key // LANES
+    return row[pair], group[pair] * LANES + near_key % LANES
 
 
 def _squared_distances(q: Tensor, k: Tensor) -> Tensor:
@@ -282,9 +285,11 @@ def _squared_distances(q: Tensor, k: Tensor) -> Tensor:
 def _rescore(search: _Search, tile: _Tile, q: Tensor, row: Tensor, key: Tensor) -> Tensor:
     """Exact squared distances of the candidate pairs."""
     n, D = q.shape[1:]
-    rows, keys = q.reshape(-1, D), search.keys[tile[2]]
-    pieces = zip(row.split(max(1, TILE // (4 * D))), key.split(max(1, TILE // (4 * D))), strict=True)
-    return torch.cat([_squared_distances(rows[r], keys[r // n, k]) for r, k in pieces])
+    K = search.keys.shape[1]
+    rows, table = q.reshape(-1, D), search.keys[tile[2]].reshape(-1, D)
+    piece = max(1, TILE // (4 * D))
+    pieces = zip(row.split(piece), (row // n * K + key).split(piece), strict=True)
+    return torch.cat([_squared_distances(rows.index_select(0, r), table.index_select(0, k)) for r, k in pieces])
 
 
 def _lowest_unused(chosen: Tensor) -> Tensor:
