@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -512,30 +512,35 @@ class KeyValueBottleneck(nn.Module):
             problems.append(problem)
         return problems
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """All or nothing: entries that do not fit, or a strict load with names missing or left over, change nothing."""
-        incoming = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``torch.nn.Module.load_state_dict``, but all or nothing: what does not fit changes nothing.
+
+        Raises:
+            RuntimeError: strict and names missing or left over; shapes that differ; keys with NaN or Inf; negative
+            counts; a ``kvb_state`` that is damaged or of a newer version.
+        """
         expected = {*self._parameters, *self._buffers} - self._non_persistent_buffers_set
-        missing, surplus = expected - incoming.keys(), incoming.keys() - expected - {_STATE}
-        problems = self._problems(incoming)
-        error_msgs.extend(problems)
-        if problems or (strict and (missing or surplus)):
-            missing_keys.extend(sorted(prefix + name for name in missing if strict))
-            unexpected_keys.extend(sorted(prefix + name for name in surplus if strict))
-            return
+        complaints = {
+            "Missing key(s) in state_dict": sorted(expected - state_dict.keys()),
+            "Unexpected key(s) in state_dict": sorted(state_dict.keys() - expected - {_STATE}),
+        }
+        if strict and any(complaints.values()):
+            lines = [
+                f"{what}: " + ", ".join(f'"{name}"' for name in names) for what, names in complaints.items() if names
+            ]
+            raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}:\n\t" + ". \n\t".join(lines))
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Also called for a bottleneck inside another module; ``rest`` ends with the list of error messages."""
+        incoming = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         state = state_dict.pop(prefix + _STATE, None)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        if problems := self._problems(incoming):
+            rest[-1].extend(problems)
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         if "initted" in incoming:
             self._initialised = bool(incoming["initted"].any())
         if state is not None:

@@ -144,7 +144,9 @@ def test_gather(dtype, index):
 @pytest.mark.parametrize("index", INTEGERS)
 def test_gather_backward(dtype, index):
     indices = torch.tensor([[[3, 0], [3, 1]], [[1, 0], [3, 0]]], dtype=index)
-    grad = torch.tensor([[[[1, 2], [3, 4]], [[5, 6], [7, 8]]], [[[9, 10], [11, 12]], [[13, 14], [15, 16]]]], dtype=dtype)
+    grad = torch.tensor(
+        [[[[1, 2], [3, 4]], [[5, 6], [7, 8]]], [[[9, 10], [11, 12]], [[13, 14], [15, 16]]]], dtype=dtype
+    )
     dense = [[[0, 0], [9, 10], [0, 0], [19, 22]], [[29, 32], [7, 8], [0, 0], [0, 0]]]
     assert op.gather_backward(grad, indices, 4, "none").tolist() == dense
     rows, grads, count = op.gather_backward_rows(grad, indices, 4, "none")
