@@ -1,8 +1,8 @@
 """Random and adversarial inputs, judged in higher precision: no query may violate the numeric contract.
 
 For every query and rank: ``d(chosen) - d(best) <= 8 u (|q-m| + max|k-m|)^2`` with u = 2^-24 (2^-53 for float64 inputs),
-the returned distance is the chosen key's (float32: rounded once; float64: a sum of D squares in float64), and equal keys
-yield the lowest index.
+the returned distance is the chosen key's (float32: rounded once; float64: a sum of D squares in float64), and equal
+keys yield the lowest index.
 """
 
 from __future__ import annotations

@@ -1,0 +1,117 @@
+"""The structure of the package, kept by reading its source."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "kvb"
+# A file imports from strictly lower floors only.
+FLOORS = {
+    "__main__": 7,
+    "experiments": 6,
+    "__init__": 6,
+    "bottleneck": 5,
+    "keys": 4,
+    "splitters": 4,
+    "decoders": 4,
+    "functional": 3,
+    "about": 2,
+    "ops": 1,
+    "checks": 0,
+    "reference": 0,
+}
+FILES = sorted(PACKAGE.glob("**/*.py"))
+
+
+def floor(module: str) -> int:
+    return FLOORS[module.split(".")[1] if "." in module else "__init__"]
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of kvb that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "kvb"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            if node.module == "kvb":
+                names = [alias.name for alias in node.names]
+                found |= {f"kvb.{name}" if name in FLOORS else "kvb" for name in names}
+            elif node.module and node.module.startswith("kvb."):
+                found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_down(path):
+    here = name_of(path)
+    for target in imports(path):
+        same_room = here.startswith("kvb.experiments") and target.startswith("kvb.experiments")
+        assert same_room or floor(target) < floor(here), f"{here} imports {target}"
+
+
+def test_every_file_has_a_floor_and_a_first_sentence():
+    for path in FILES:
+        assert name_of(path).split(".")[1] in FLOORS, path.name
+        assert ast.get_docstring(ast.parse(path.read_text())), path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_dangerous_and_nothing_silent(path):
+    source = path.read_text()
+    for node in ast.walk(ast.parse(source)):
+        assert not isinstance(node, ast.Assert), f"{path.name}:{node.lineno}: assert disappears under -O"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec", "__import__"), f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.name != "*" for alias in node.names)
+        if isinstance(node, ast.ExceptHandler):
+            assert isinstance(node.type, ast.Name), f"{path.name}:{node.lineno}: name one exception"
+            assert node.type.id not in ("Exception", "BaseException"), f"{path.name}:{node.lineno}"
+    for banned in ("pickle.load", "urllib", "requests.", "os.environ"):
+        assert banned not in source, f"{path.name}: {banned}"
+
+
+def test_each_kind_of_line_lives_in_its_room():
+    rooms = {
+        r"torch\.library|save_for_backward": {"ops"},
+        r"register_buffer|nn\.Parameter": {"bottleneck", "splitters", "decoders", "encoders", "discrete"},
+        r"\btl\.|triton": {"about"},
+        r"perf_counter|time\.time": {"experiments"},
+    }
+    for path in FILES:
+        room = name_of(path).split(".")[1]
+        for pattern, allowed in rooms.items():
+            if re.search(pattern, path.read_text()):
+                assert room in allowed, f"{path.name} holds {pattern}"
+
+
+def test_every_operator_has_a_reference_a_fake_and_a_schema():
+    from kvb import ops, reference
+
+    for name in ops.NAMES:
+        assert callable(getattr(reference, name))
+        assert callable(getattr(ops, f"_fake_{name}"))
+        assert getattr(reference, name).__doc__
+
+
+def test_every_public_name_is_documented():
+    import kvb
+
+    for name in kvb.__all__:
+        assert getattr(kvb, name).__doc__, name
+    for name in ("pack_keys", "nearest", "sample", "gather", "lookup"):
+        document = getattr(kvb.functional, name).__doc__
+        assert "Args:" in document
+        assert "Returns:" in document
+        assert "Raises:" in document
