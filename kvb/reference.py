@@ -81,7 +81,7 @@ def _finite(queries: Tensor) -> Tensor:
 
 
 class _Layout(NamedTuple):
-    """Where things lie in one packed codebook, in bytes: id | keys [Kp, D] | half norms [Kp] | centre [D] | radius."""
+    """Where things lie in one packed codebook, in bytes: id | rows [Kp, D + 1] | centre [D] | radius."""
 
     K: int
     D: int
@@ -92,12 +92,11 @@ class _Layout(NamedTuple):
         return -(-self.K // LANES) * LANES
 
     @property
-    def ends(self) -> tuple[int, int, int, int]:
+    def ends(self) -> tuple[int, int, int]:
         size = self.dtype.itemsize
-        keys = _HEADER + self.padded * self.D * size
-        halves = keys + self.padded * size
-        centre = halves + self.D * size
-        return keys, halves, centre, centre + size
+        rows = _HEADER + self.padded * (self.D + 1) * size
+        centre = rows + self.D * size
+        return rows, centre, centre + size
 
     @property
     def nbytes(self) -> int:
@@ -109,8 +108,8 @@ class _Layout(NamedTuple):
 
 
 class _Packed(NamedTuple):
-    keys: Tensor  # [C, Kp, D] centred, zero where a key is not finite or only padding
-    halves: Tensor  # [C, Kp] half the squared norm: +inf bars a key, NaN forces its rescore
+    rows: Tensor  # [C, Kp, D + 1] centred key (zero if not finite, or padding), then half its squared norm:
+    #               +inf there bars the key, NaN forces its rescore
     centre: Tensor  # [C, D] mean of the finite keys
     radius: Tensor  # [C, 1] largest norm of a centred key
 
@@ -130,12 +129,11 @@ def _layout_id(layout: _Layout, device: torch.device) -> Tensor:
 
 
 def _unpack(packed: Tensor, layout: _Layout) -> _Packed:
-    C, (a, b, c, d) = packed.shape[0], layout.ends
+    C, (a, b, c) = packed.shape[0], layout.ends
     return _Packed(
-        packed[:, _HEADER:a].view(layout.dtype).view(C, layout.padded, layout.D),
+        packed[:, _HEADER:a].view(layout.dtype).view(C, layout.padded, layout.D + 1),
         packed[:, a:b].view(layout.dtype),
         packed[:, b:c].view(layout.dtype),
-        packed[:, c:d].view(layout.dtype),
     )
 
 
@@ -157,9 +155,9 @@ def pack_keys(keys: Tensor) -> Tensor:
         halves = (centred.double().square().sum(-1) / 2).to(layout.dtype)
         # A norm that overflows must not look like a barred key: NaN sends the key to the rescore.
         halves = torch.where(halves.isfinite(), halves, torch.nan)
-        view.keys[tile, :K] = centred
-        view.halves[tile, :K] = torch.where(finite, halves, torch.inf)
-        view.halves[tile, K:] = torch.inf
+        view.rows[tile, :K, :D] = centred
+        view.rows[tile, :K, D] = torch.where(finite, halves, torch.inf)
+        view.rows[tile, K:, D] = torch.inf
         view.centre[tile] = centre
         view.radius[tile] = (2 * torch.where(finite, halves, 0).amax(1, keepdim=True)).sqrt()
     return packed
@@ -171,9 +169,10 @@ def pack_keys(keys: Tensor) -> Tensor:
 class _Search(NamedTuple):
     """What every tile of one search shares."""
 
-    queries: Tensor  # [B, S, C, D]
     keys: Tensor  # [C, K, D]
     packed: _Packed
+    usable: Tensor  # [C, Kp] bool: finite, no padding, and not masked
+    masked: bool
     exact: torch.dtype  # of the distances returned
 
 
@@ -205,16 +204,16 @@ def _begin(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None) -
         f"{C} codebooks, got {packed.dtype} {tuple(packed.shape)}; pack the keys again with pack_keys(keys)",
     )
     view = _unpack(packed, layout)
+    usable = view.rows[..., D] != torch.inf
     if mask is not None:
         _require(
             mask.dtype == torch.bool and mask.shape == (C, K) and mask.device == keys.device,
             f"expected mask torch.bool {(C, K)} on {keys.device}, "
             f"got {mask.dtype} {tuple(mask.shape)} on {mask.device}",
         )
-        halves = view.halves.clone()
-        halves[:, :K].masked_fill_(~mask, torch.inf)
-        view = view._replace(halves=halves)
-    return _Search(queries, keys, view, _accumulator(torch.promote_types(queries.dtype, keys.dtype)))
+        usable[:, :K] &= mask
+    exact = _accumulator(torch.promote_types(queries.dtype, keys.dtype))
+    return _Search(keys, view, usable, mask is not None, exact)
 
 
 def _tile_queries(queries: Tensor, tile: _Tile) -> Tensor:
@@ -236,40 +235,46 @@ def _filter(search: _Search, tile: _Tile, q: Tensor, finite: Tensor) -> tuple[Te
     terms in any order, a score |k|^2/2 - q.k is off by at most (D + 8) u (|q| r + r^2/2); products that underflow
     add at most the smallest normal number each.
     """
-    keys, halves, centre, radius = (part[tile[2]] for part in search.packed)
-    wide = torch.promote_types(q.dtype, keys.dtype)
-    centred = torch.where(finite[..., None], q.to(wide) - centre[:, None].to(wide), 0).to(keys.dtype)
-    info, D = torch.finfo(keys.dtype), keys.shape[-1]
+    rows, centre, radius = (part[tile[2]] for part in search.packed)
+    wide = torch.promote_types(q.dtype, rows.dtype)
+    centred = torch.where(finite[..., None], centre[:, None].to(wide) - q.to(wide), 0).to(rows.dtype)
+    info, D = torch.finfo(rows.dtype), q.shape[-1]
     norm = torch.linalg.vector_norm(centred, dim=-1)
     error = (D + 8) * (info.eps / 2 * radius * (norm + radius / 2) + info.tiny)
-    if keys.dtype == torch.float32 and not _matmul_is_exact(keys.device):
-        keys, halves, centred = keys.double(), halves.double(), centred.double()
-    return torch.baddbmm(halves[:, None], centred, keys.mT, alpha=-1), error
+    sides = torch.nn.functional.pad(centred, (0, 1), value=1.0), rows.mT
+    if rows.dtype == torch.float32 and not _matmul_is_exact(rows.device):
+        sides = sides[0].double(), sides[1].double()
+    scores = torch.bmm(*sides)
+    if search.masked:
+        scores.masked_fill_(~search.usable[tile[2], None], torch.inf)
+    return scores, error
 
 
 def _candidates(scores: Tensor, error: Tensor, usable: Tensor, finite: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Pairs (row of c*n, key) that may be among the ``topk`` nearest, sorted by row and then by key.
+    """Pairs (row of c*n, key) that may be among the ``topk`` nearest.
 
-    The ``topk``-th smallest group minimum bounds the ``topk``-th smallest score from above. Every comparison is
-    negated so that NaN, from an overflow, always stays a candidate.
+    The ``topk``-th smallest group minimum bounds the ``topk``-th smallest score from above; group g holds the keys g,
+    g + G, g + 2G, ... Every comparison is negated so that NaN, from an overflow, always stays a candidate.
     """
     c, n, padded = scores.shape
-    per_row = padded // LANES
-    groups, finite, error = scores.view(-1, LANES), finite.view(-1), error.view(-1)
-    minima = groups.amin(-1).view(c * n, per_row)
-    if topk <= per_row:
+    G = padded // LANES
+    finite, error = finite.view(-1), error.view(-1)
+    minima = scores.view(c * n, LANES, G).amin(1)
+    if topk == 1:
+        worst = minima.amin(1)
+    elif topk <= G:
         worst = minima.topk(topk, largest=False).values[:, -1]
     else:
-        worst = torch.full_like(minima[:, 0], torch.inf)
+        worst = torch.full_like(error, torch.inf)
     highest = torch.finfo(scores.dtype).max
     limit = torch.where(error.isfinite(), (worst + 2 * error).clamp(max=highest), torch.nan)
     near_group = (~(minima > limit[:, None])).view(-1).nonzero()[:, 0]
-    row, group = near_group // per_row, near_group % per_row
-    near = ~(groups.index_select(0, near_group) > limit[row, None])
-    near &= usable.view(-1, LANES).index_select(0, row // n * per_row + group) & finite[row, None]
-    near_key = near.view(-1).nonzero()[:, 0]
-    pair = near_key // LANES
-    return row[pair], group[pair] * LANES + near_key % LANES
+    row = near_group // G
+    key = (near_group % G)[:, None] + torch.arange(0, padded, G, device=scores.device)
+    near = ~(scores.take(row[:, None] * padded + key) > limit[row, None])
+    near &= usable.take((row // n * padded)[:, None] + key) & finite[row, None]
+    pair = near.view(-1).nonzero()[:, 0]
+    return row[pair // LANES], key.view(-1)[pair]
 
 
 def _squared_distances(q: Tensor, k: Tensor) -> Tensor:
@@ -325,12 +330,11 @@ def nearest(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None, 
     _require(1 <= topk <= K, f"expected topk between 1 and {K}, got {topk}")
     indices = torch.empty((B, S, C, topk), dtype=torch.int64, device=queries.device)
     distances = torch.empty((B, S, C, topk), dtype=search.exact, device=queries.device)
-    usable = search.packed.halves != torch.inf
-    for tile in _tiles(B, S, C, search.packed.keys.shape[1]):
+    for tile in _tiles(B, S, C, search.usable.shape[1]):
         q = _tile_queries(queries, tile)
         finite = _finite(q)
         scores, error = _filter(search, tile, q, finite)
-        row, key = _candidates(scores, error, usable[tile[2]], finite, topk)
+        row, key = _candidates(scores, error, search.usable[tile[2]], finite, topk)
         distance = _rescore(search, tile, q, row, key)
         best, least = _rank(finite.numel(), row, key, distance, topk, K)
         best = torch.where(finite.view(-1, 1), best, torch.arange(topk, device=q.device))
@@ -349,18 +353,17 @@ def sample(
     generator = torch.Generator(queries.device).manual_seed(int(seed))
     indices = torch.empty((B, S, C, 1), dtype=torch.int64, device=queries.device)
     distances = torch.empty((B, S, C, 1), dtype=search.exact, device=queries.device)
-    usable = search.packed.halves != torch.inf
-    for tile in _tiles(B, S, C, search.packed.keys.shape[1]):
+    for tile in _tiles(B, S, C, search.usable.shape[1]):
         q = _tile_queries(queries, tile)
         finite = _finite(q)
         scores, _ = _filter(search, tile, q, finite)
         gumbel = -torch.empty_like(scores).exponential_(generator=generator).log_()
         logits = (gumbel - (2 / temperature) * scores).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        logits.masked_fill_(~usable[tile[2], None], -torch.inf)
+        logits.masked_fill_(~search.usable[tile[2], None], -torch.inf)
         key = torch.where(finite, logits.argmax(-1), 0)
         row = torch.arange(key.numel(), device=key.device)
         distance = _rescore(search, tile, q, row, key.view(-1)).view_as(key)
-        distance = torch.where(usable[tile[2]].gather(1, key), distance, torch.inf)
+        distance = torch.where(search.usable[tile[2]].gather(1, key), distance, torch.inf)
         distance = torch.where(finite, distance, torch.nan)
         indices[tile] = _to_tile(key[..., None], indices[tile])
         distances[tile] = _to_tile(distance[..., None].to(search.exact), distances[tile])
