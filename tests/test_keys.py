@@ -248,7 +248,7 @@ def test_fewer_rows_than_keys_warns_once_with_numbers_and_jitters():
         for c in range(2):
             assert torch.unique(module.keys[c], dim=0).shape[0] == 8
         again = make(K=8)
-        with warnings.catch_warnings(action="ignore"):
+        with pytest.warns(UserWarning, match="copies with jitter"):
             again.init_keys(x, method, epochs=0, progress=False, generator=torch.Generator().manual_seed(0))
         assert torch.equal(again.keys, module.keys)
 
