@@ -173,6 +173,7 @@ class _Search(NamedTuple):
     packed: _Packed
     usable: Tensor  # [C, Kp] bool: finite, no padding, and not masked
     masked: bool
+    scratch: Tensor  # the scores of one tile: fresh memory for each would cost more than the matrix product
     exact: torch.dtype  # of the distances returned
 
 
@@ -212,8 +213,13 @@ def _begin(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None) -
             f"got {mask.dtype} {tuple(mask.shape)} on {mask.device}",
         )
         usable[:, :K] &= mask
+    width = usable.shape[1]
+    scratch = view.rows.new_empty(
+        min(queries.shape[:3].numel() * width, max(TILE, width)),
+        dtype=layout.dtype if _matmul_is_exact(keys.device) else torch.float64,
+    )
     exact = _accumulator(torch.promote_types(queries.dtype, keys.dtype))
-    return _Search(keys, view, usable, mask is not None, exact)
+    return _Search(keys, view, usable, mask is not None, scratch, exact)
 
 
 def _tile_queries(queries: Tensor, tile: _Tile) -> Tensor:
@@ -241,10 +247,10 @@ def _filter(search: _Search, tile: _Tile, q: Tensor, finite: Tensor) -> tuple[Te
     info, D = torch.finfo(rows.dtype), q.shape[-1]
     norm = torch.linalg.vector_norm(centred, dim=-1)
     error = (D + 8) * (info.eps / 2 * radius * (norm + radius / 2) + info.tiny)
-    sides = torch.nn.functional.pad(centred, (0, 1), value=1.0), rows.mT
-    if rows.dtype == torch.float32 and not _matmul_is_exact(rows.device):
-        sides = sides[0].double(), sides[1].double()
-    scores = torch.bmm(*sides)
+    ones = torch.nn.functional.pad(centred, (0, 1), value=1.0)
+    shape = (*q.shape[:2], rows.shape[1])
+    scores = search.scratch[: shape[0] * shape[1] * shape[2]].view(shape)
+    torch.bmm(ones.to(scores.dtype), rows.mT.to(scores.dtype), out=scores)
     if search.masked:
         scores.masked_fill_(~search.usable[tile[2], None], torch.inf)
     return scores, error
