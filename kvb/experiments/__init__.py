@@ -1,0 +1,32 @@
+"""Protocols that train heads on fixed features and measure what they keep: ``class_incremental``; ``digits`` runs it.
+
+``digits`` and ``plots`` need the packages of ``kvb[demo]``; this module does not.
+"""
+
+from kvb.experiments.class_incremental import (
+    BottleneckHead,
+    Budget,
+    Examples,
+    Head,
+    NetworkHead,
+    Result,
+    Score,
+    choose_rate,
+    draw_tasks,
+    learn,
+    stratified_split,
+)
+
+__all__ = [
+    "BottleneckHead",
+    "Budget",
+    "Examples",
+    "Head",
+    "NetworkHead",
+    "Result",
+    "Score",
+    "choose_rate",
+    "draw_tasks",
+    "learn",
+    "stratified_split",
+]
