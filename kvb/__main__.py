@@ -1,0 +1,64 @@
+"""The command line: ``python -m kvb demo`` and ``python -m kvb info``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import kvb
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 1 << 63:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**63 - 1, got {text}")
+    return seed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kvb", description=kvb.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}")
+    demo = commands.add_parser(
+        "demo", help="learn handwritten digits two classes at a time: the bottleneck against a linear and an MLP head"
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="gets digits.png, digits.json (%(default)s)"
+    )
+    demo.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
+    commands.add_parser("info", help="versions, and which backend answers on each device")
+    return parser
+
+
+def _demo(out: Path, seed: int) -> None:
+    try:
+        from kvb.experiments import digits
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("numpy", "sklearn", "matplotlib"):
+            raise
+        sys.exit(f"The demo needs {error.name}, which is not installed. Install it with: pip install 'kvb[demo]'")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--out must be a folder that can be written to, got {out} ({error.strerror}). Choose another one.")
+    digits.main(out, seed)
+
+
+def _info() -> None:
+    facts = kvb.info()
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        print(f"{name:<{width}}  {fact}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    chosen = _parser().parse_args(arguments)
+    if chosen.command == "demo":
+        _demo(chosen.out, chosen.seed)
+    else:
+        _info()
+
+
+if __name__ == "__main__":
+    main()

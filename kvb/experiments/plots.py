@@ -1,0 +1,98 @@
+"""Figures of class-incremental results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from kvb.experiments.class_incremental import Result
+
+# Okabe and Ito's palette, told apart by colour-blind readers too; the markers tell them apart in print.
+STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+INK, FAINT = "#222222", "#767676"
+
+
+def class_incremental(
+    results: Mapping[str, Result], *, tasks: Sequence[str], chance: Sequence[float], title: str, path: Path
+) -> None:
+    """Two panels as a PNG: (a) accuracy over the classes seen so far, (b) the accuracy matrix of every head.
+
+    Args:
+        results: by the name of the head, at most as many as ``STYLES``.
+        tasks: what to call each task on the axes.
+        chance: the accuracy of guessing after each task.
+    """
+    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
+    figure = Figure(figsize=(9, 7.4), dpi=200, layout=layout)
+    figure.suptitle(title, fontsize=15, fontweight="bold", color=INK)
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.02))[:, 0]
+    _curves(above.subplots(), results, tasks, chance)
+    row = below.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, (name, result), (colour, _) in zip(row, results.items(), STYLES, strict=False):
+        image = _heat_map(axes, name, colour, result, tasks)
+    row[0].set_ylabel("after learning", fontsize=11)
+    below.supxlabel("tested on the classes", fontsize=11)
+    below.suptitle("(b) Accuracy on the classes of each task", fontsize=12.5, color=INK)
+    below.colorbar(image, ax=list(row), shrink=0.82, label="test accuracy")
+    figure.savefig(path)
+
+
+def _curves(axes: Axes, results: Mapping[str, Result], tasks: Sequence[str], chance: Sequence[float]) -> None:
+    steps = np.arange(1, len(tasks) + 1)
+    axes.plot(steps, chance, color=FAINT, linestyle=":", linewidth=1.8)
+    labels = [(f"chance  {chance[-1]:.2f}", chance[-1], FAINT)]
+    for (name, result), (colour, marker) in zip(results.items(), STYLES, strict=False):
+        seen = [score.seen for score in result.scores]
+        axes.plot(steps, seen, color=colour, marker=marker, markersize=7, linewidth=2.4, clip_on=False, zorder=3)
+        labels.append((f"{name}  {seen[-1]:.2f}", seen[-1], colour))
+    for text, height, colour in labels:
+        axes.annotate(
+            text,
+            (steps[-1], height),
+            xytext=(11, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=11.5,
+            fontweight="bold",
+        )
+    axes.set_title("(a) Accuracy over all classes seen so far", fontsize=12.5, color=INK, pad=10)
+    axes.set_xticks(steps, [f"task {step}\n+ {task}" for step, task in zip(steps, tasks, strict=True)], fontsize=11)
+    axes.set_xlim(0.85, len(tasks) + 0.85)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("test accuracy", fontsize=11)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _heat_map(axes: Axes, name: str, colour: str, result: Result, tasks: Sequence[str]) -> AxesImage:
+    matrix = np.array(result.matrix)
+    learnt = np.tril(np.ones_like(matrix, dtype=bool))
+    image = axes.imshow(np.ma.array(matrix, mask=~learnt), cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.argwhere(learnt):
+        accuracy = matrix[row, column]
+        axes.text(
+            column,
+            row,
+            f"{accuracy:.2f}",
+            ha="center",
+            va="center",
+            fontsize=10,
+            color="white" if accuracy > 0.55 else INK,
+        )
+    axes.set_title(name, fontsize=12, fontweight="bold", color=colour)
+    axes.set_xticks(range(len(tasks)), tasks, fontsize=10)
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=10)
+    axes.set_xticks(np.arange(0.5, len(tasks) - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, len(tasks) - 1), minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    return image
