@@ -145,7 +145,7 @@ class KeyValueBottleneck(nn.Module):
         queries = self._queries(x)
         if not self._initialised:
             self._initialise_from(x)
-        indices, distances = self._search(queries)
+        indices, distances = self._search(queries.detach() if self.return_values_only else queries)
         shape = x.shape[2:-1]
         values = self._fetch(self.values, indices, shape)
         output: Tensor | BottleneckOutput = values
@@ -236,13 +236,13 @@ class KeyValueBottleneck(nn.Module):
 
     def _packed_keys(self) -> Tensor:
         current = self.keys
-        if torch.compiler.is_compiling():
+        # A traced graph packs for itself, and an inference tensor has no version that would show a change.
+        if torch.compiler.is_compiling() or current.is_inference():
             return torch.ops.kvb.pack_keys(current)
-        if current.is_inference():  # has no version, so a change would go unnoticed
-            return torch.ops.kvb.pack_keys(current)
-        if self._packed is None or self._packed[0] is not current or self._packed[1] != current._version:
-            self._packed = (current, current._version, torch.ops.kvb.pack_keys(current))
-        return self._packed[2]
+        known = self._packed
+        if known is None or known[0] is not current or known[1] != current._version:
+            known = self._packed = (current, current._version, torch.ops.kvb.pack_keys(current))
+        return known[2]
 
     def refresh_keys(self: _Self) -> _Self:
         """Call after writing keys through ``.data``, the one change that cannot be noticed; returns self."""
@@ -273,9 +273,7 @@ class KeyValueBottleneck(nn.Module):
                 self.cluster_size_counter.add_(hits)
 
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
-        """One step of the moving averages; an empty batch changes nothing."""
-        if queries.numel() == 0:
-            return
+        """One step of the moving averages, taken by every process, also by one with an empty batch."""
         self._forget_packed()  # before the statistics need memory
         statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
         state = (self.keys, self.keys_avg, self.cluster_size)

@@ -68,13 +68,14 @@ def ema_update(
 
     Equivalent to, with g the decay: ``cluster_size = g*cluster_size + (1-g)*hits``, ``keys_avg = g*keys_avg +
     (1-g)*sums``, ``keys = where(hits > 0, keys_avg / smoothed(cluster_size), keys)``, the Laplace smoothing
-    ``smoothed(n) = (n + eps) / (n.sum(-1) + K*eps) * n.sum(-1)``.
+    ``smoothed(n) = (n + eps) / (n.sum(-1) + K*eps) * n.sum(-1)``. A batch without any hit changes nothing.
 
     Args:
         keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D], which may be overwritten.
     """
-    size = cluster_size * decay + (1 - decay) * hits
-    average = sums.to(keys_avg.dtype).lerp_(keys_avg, decay)
+    keep = torch.where(hits.any(), decay, 1.0).to(keys_avg.dtype)
+    size = torch.lerp(hits.to(cluster_size.dtype), cluster_size, keep)
+    average = sums.to(keys_avg.dtype).lerp_(keys_avg, keep)
     total = size.sum(-1, keepdim=True)
     smoothed = (size + eps) / (total + size.shape[-1] * eps) * total
     moved = torch.where((hits > 0)[..., None], average / smoothed[..., None], keys)
@@ -95,11 +96,12 @@ def replace_dead(keys: Tensor, keys_avg: Tensor, cluster_size: Tensor, queries: 
         keys, keys_avg: [C, K, D]. cluster_size: [C, K]. queries: [B, S, C, D].
     """
     K, D = keys.shape[1:]
-    rows = queries.flatten(0, 1)
-    if rows.shape[0] == 0:
+    B, S = queries.shape[:2]
+    if B * S == 0:
         return
     # A random subset first: drawing K rows from 4*K is as random, and far cheaper than permuting all rows C times.
-    rows = rows[torch.randperm(rows.shape[0], device=rows.device)[: 4 * K]].transpose(0, 1)
+    some = torch.randperm(B * S, device=queries.device)[: 4 * K]
+    rows = queries[some // S, some % S].transpose(0, 1)
     priority = torch.rand(rows.shape[:2], device=rows.device)
     priority = torch.where(rows.isfinite().all(-1), priority, -1)
     drawn = priority.topk(min(K, rows.shape[1]))
@@ -157,7 +159,7 @@ class Stream:
         return self.data.split(size)
 
     def queries(self, label: str, limit: int | None = None) -> Iterator[Tensor]:
-        """One pass; ``limit`` stops it after so many rows of one codebook."""
+        """One pass; ``limit`` stops it after so many rows of one codebook, rounded up to whole samples."""
         self._begun += 1
         batches = self._batches()
         length = len(batches) if isinstance(batches, Sized) else None
@@ -165,6 +167,8 @@ class Stream:
         rows = 0
         for item in tqdm(batches, desc=title, total=length, disable=not self.progress, leave=False):
             queries = self.to_queries(item if isinstance(self.data, Tensor) else self.extract(item))
+            if limit is not None:
+                queries = queries[: -(-(limit - rows) // max(1, queries.shape[1]))]
             rows += queries.shape[0] * queries.shape[1]
             yield queries
             if limit is not None and rows >= limit:
