@@ -38,7 +38,7 @@ lint: $(VENV)/.kvb-test ## check style, format and types
 	@$(BIN)/mypy
 
 clean: ## remove what builds and tests leave behind, but not the environment
-	@rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist demo_out *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find kvb kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	@rm -f $(VENV)/.kvb-*
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform
 
 import torch
 
 from kvb import ops
+
+__version__ = "0.1.0"
 
 _ABSENT = {
     "cpu": "the C++ extension is not part of this version",
@@ -19,7 +19,7 @@ _ABSENT = {
 def info() -> dict[str, str]:
     """Versions, the CPU's instruction set, and the backend of every device type with the reason where it is slow."""
     facts = {
-        "kvb": importlib.metadata.version("kvb") if importlib.util.find_spec("kvb") else "",
+        "kvb": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",

@@ -90,7 +90,10 @@ def split_features(x: Tensor, C: int, D: int) -> None:
 def codes(indices: Tensor, C: int) -> None:
     """indices are [B, C, *shape]."""
     if indices.dim() < 2 or indices.shape[1] != C:
-        raise ValueError(f"expected indices of shape (B, C, *shape) = (B, {C}, *shape), got {tuple(indices.shape)}")
+        raise ValueError(
+            f"expected indices of shape (B, C, *shape) = (B, {C}, *shape), got {tuple(indices.shape)}; "
+            "a single sample needs a batch axis, indices[None]"
+        )
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -24,6 +24,7 @@ from kvb import functional
 ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
 SEEDS_PER_KEY = 8  # k-means++ chooses K seeds from a sample of 8*K rows
 JITTER = 1e-3  # of the data's spread: keeps keys apart that were filled from the same row
+PATIENCE = 1.0  # seconds until a pass shows its progress
 METHODS = ("random", "sample", "kmeans", "kmeans++")
 
 
@@ -165,7 +166,7 @@ class Stream:
         length = len(batches) if isinstance(batches, Sized) else None
         title = f"keys: {label} (pass {self._begun} of {self.passes})"
         rows = 0
-        for item in tqdm(batches, desc=title, total=length, disable=not self.progress, leave=False):
+        for item in tqdm(batches, desc=title, total=length, disable=not self.progress, leave=False, delay=PATIENCE):
             queries = self.to_queries(item if isinstance(self.data, Tensor) else self.extract(item))
             if limit is not None:
                 queries = queries[: -(-(limit - rows) // max(1, queries.shape[1]))]

@@ -354,7 +354,8 @@ def test_nan_rows_never_enter_a_key():
         assert report.skipped == int((~x.isfinite().all(-1)).sum())
 
 
-def test_progress_is_shown_when_asked(capsys):
+def test_progress_is_shown_when_asked(capsys, monkeypatch):
+    monkeypatch.setattr(keys, "PATIENCE", 0.0)
     make().init_keys([torch.randn(10, 2, 3)] * 3, epochs=1, progress=True)
     assert "keys: moving averages (pass 1 of 1)" in capsys.readouterr().err
     make().init_keys([torch.randn(10, 2, 3)] * 3, epochs=1, progress=False)
