@@ -50,6 +50,10 @@ def gigabytes() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-@pytest.mark.skipif(gigabytes() < 12, reason="4.4 GB of tensors: needs 12 GB of memory")
+# 4.4 GB of tensors: only on demand on a small machine.
+on_large_machines = pytest.mark.slow if gigabytes() < 12 else lambda test: test
+
+
+@on_large_machines
 def test_verbatim(seed_names):
     check(BLOCK, 256)
