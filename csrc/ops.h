@@ -1,0 +1,25 @@
+// The operators of kvb/ops.py, as the CPU answers them. Each is documented by its reference in kvb/reference.py.
+#pragma once
+
+#include "common.h"
+
+#include <tuple>
+
+namespace kvb {
+
+// search.cpp
+Tensor pack_keys(Tensor keys);
+std::tuple<Tensor, Tensor> nearest(Tensor queries, Tensor keys, Tensor packed, std::optional<Tensor> mask, int64_t topk);
+std::tuple<Tensor, Tensor> lookup(
+    Tensor queries, Tensor keys, Tensor packed, Tensor values, std::optional<Tensor> mask, std::string pool);
+
+// values.cpp
+Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layout);
+Tensor gather_backward(Tensor grad, Tensor indices, int64_t K, std::string pool);
+std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indices, int64_t K, std::string pool);
+
+// statistics.cpp
+std::tuple<Tensor, Tensor> accumulate(Tensor queries, Tensor indices, int64_t K);
+Tensor count(Tensor queries, Tensor indices, int64_t K);
+
+} // namespace kvb
