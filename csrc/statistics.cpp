@@ -1,0 +1,92 @@
+// What learning keys needs to know of a batch: accumulate (hits and sums of every pair), count (hits alone).
+#include "ops.h"
+#include "rows.h"
+
+#include <bit>
+
+namespace kvb {
+namespace {
+
+constexpr int64_t kCached = 1 << 19; // bytes of sums that stay in a core's cache with room to spare
+
+inline bool finite(const float* row, int64_t width) {
+  constexpr int32_t magnitude = 0x7fffffff, infinity = 0x7f800000;
+  int32_t bad = 0; // no early exit, so that it vectorises
+  for (int64_t d = 0; d < width; ++d) bad |= (std::bit_cast<int32_t>(row[d]) & magnitude) >= infinity;
+  return !bad;
+}
+
+inline bool finite(const double* row, int64_t width) {
+  constexpr int64_t magnitude = std::numeric_limits<int64_t>::max(), infinity = int64_t{0x7ff} << 52;
+  int64_t bad = 0;
+  for (int64_t d = 0; d < width; ++d) bad |= (std::bit_cast<int64_t>(row[d]) & magnitude) >= infinity;
+  return !bad;
+}
+
+// Half and BFloat16: the exponent's bits lie in the upper bytes.
+template <class T>
+bool finite(const T* row, int64_t width) {
+  constexpr int16_t magnitude = 0x7fff;
+  const int16_t infinity = static_cast<int16_t>(T(std::numeric_limits<float>::infinity()).x);
+  int16_t bad = 0;
+  for (int64_t d = 0; d < width; ++d) bad |= (static_cast<int16_t>(row[d].x) & magnitude) >= infinity;
+  return !bad;
+}
+
+void require_queries(const Tensor& queries, const Tensor& indices, int64_t K) {
+  require_floating(queries, "queries");
+  require(K >= 0, "expected K of at least 0, got ", K);
+  require_shape(queries, "queries", {-1, -1, -1, -1});
+  require_codes(indices, queries.size(2), K);
+  require_shape(indices, "indices", {queries.size(0), queries.size(1), queries.size(2)});
+}
+
+// Hits of the finite queries of every pair, and their sums unless ``sums`` is null.
+template <class T>
+void collect(const Source& queries, int64_t* hits, Accumulator<T>* sums) {
+  using Sum = Accumulator<T>;
+  const int64_t width = queries.width(), kept = sums ? width : 0;
+  const int64_t row_bytes = sizeof(int64_t) + kept * sizeof(Sum);
+  const Shares shares = share_out(
+      queries.indices.size(2), queries.K, kCached / row_bytes, (queries.indices.numel() + 1) * width);
+  for_shares(shares, [&](int64_t t) {
+    for (const Block& block : shares[t]) {
+      int64_t* const hit = hits + block.first;
+      Sum* const sum = sums + block.first * kept;
+      std::fill_n(hit, block.rows(), 0);
+      std::fill_n(sum, block.rows() * kept, Sum{0});
+      for_rows<T>(queries, block, [&](const auto* query, int64_t target) {
+        if (!finite(query, width)) return;
+        ++hit[target];
+        add_row(sum + target * kept, query, kept);
+      });
+    }
+  });
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor> accumulate(Tensor queries, Tensor indices, int64_t K) {
+  require_queries(queries, indices, K);
+  const int64_t C = queries.size(2), D = queries.size(3);
+  Tensor hits = torch::stable::new_empty(queries, {C, K}, ScalarType::Long);
+  const bool wide = queries.scalar_type() == ScalarType::Double;
+  Tensor sums = torch::stable::new_empty(queries, {C, K, D}, wide ? ScalarType::Double : ScalarType::Float);
+  with_floating(queries.scalar_type(), [&](auto query) {
+    using T = decltype(query);
+    collect<T>(
+        {queries, indices, K, false, 1}, hits.mutable_data_ptr<int64_t>(), sums.mutable_data_ptr<Accumulator<T>>());
+  });
+  return {hits, sums};
+}
+
+Tensor count(Tensor queries, Tensor indices, int64_t K) {
+  require_queries(queries, indices, K);
+  Tensor hits = torch::stable::new_empty(queries, {queries.size(2), K}, ScalarType::Long);
+  with_floating(queries.scalar_type(), [&](auto query) {
+    collect<decltype(query)>({queries, indices, K, false, 1}, hits.mutable_data_ptr<int64_t>(), nullptr);
+  });
+  return hits;
+}
+
+} // namespace kvb

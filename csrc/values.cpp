@@ -1,0 +1,342 @@
+// Values fetched by index, and the gradient of that: gather, gather_backward, gather_backward_rows.
+#include "ops.h"
+#include "rows.h"
+
+#include <bit>
+#include <memory>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+namespace kvb {
+namespace {
+
+constexpr int64_t kCached = 1 << 19; // bytes of sums or slots that stay in a core's cache with room to spare
+constexpr int64_t kStreamed = 1 << 24; // bytes of output that no cache would keep for its reader
+
+// --- gather ----------------------------------------------------------------------------------------------------------
+
+inline void copy_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
+  int64_t at = 0;
+  for (; at + 16 <= bytes; at += 16) __builtin_memcpy(out + at, row + at, 16);
+  for (; at + 4 <= bytes; at += 4) __builtin_memcpy(out + at, row + at, 4);
+  if (at < bytes) __builtin_memcpy(out + at, row + at, 2);
+}
+
+#ifdef __SSE2__
+// Past the caches: a store that would first read what it overwrites costs half the bandwidth.
+inline void stream_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 16)
+    _mm_stream_si128(
+        reinterpret_cast<__m128i*>(out + at), _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + at)));
+}
+
+bool can_stream(const char* out, int64_t row_bytes, int64_t rows) {
+  return row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0 && row_bytes * rows >= kStreamed;
+}
+
+inline void finish_streaming() {
+  _mm_sfence();
+}
+#else
+inline void stream_row(char* out, const char* row, int64_t bytes) {
+  copy_row(out, row, bytes);
+}
+
+bool can_stream(const char*, int64_t, int64_t) {
+  return false;
+}
+
+inline void finish_streaming() {}
+#endif
+
+template <class F>
+void for_listed(const Row* rows, int64_t listed, const char* table, int64_t row_bytes, const F& copy) {
+  for (int64_t i = 0; i < listed; ++i) {
+    if (i + kAhead < listed) prefetch(table + rows[i + kAhead].target, row_bytes);
+    copy(table + rows[i].target);
+  }
+}
+
+// Rows of ``table``, in bytes, one after the other in the order of ``order``.
+void gather_each(const char* table, const Walk& order, int64_t row_bytes, char* out) {
+  const bool streams = can_stream(out, row_bytes, order.positions());
+  parallel(order.positions(), kSerial * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
+    std::array<Row, kListed> rows;
+    char* to = out + begin * row_bytes;
+    for (int64_t at = begin; at < end; at += kListed) {
+      const int64_t listed = list_rows(order, at, std::min(end, at + kListed), UINT64_MAX, rows.data());
+      if (streams) {
+        for_listed(rows.data(), listed, table, row_bytes, [&](const char* row) {
+          stream_row(to, row, row_bytes);
+          to += row_bytes;
+        });
+      } else {
+        for_listed(rows.data(), listed, table, row_bytes, [&](const char* row) {
+          copy_row(to, row, row_bytes);
+          to += row_bytes;
+        });
+      }
+    }
+    if (streams) finish_streaming();
+  });
+}
+
+constexpr int64_t kBooks = 8; // codebooks summed before the total is touched: a cache line of int64 indices
+
+template <class T, class Sum>
+inline void add_rows(Sum* __restrict total, const T* table, const Row* rows, int64_t books, int64_t width) {
+  if (books < kBooks) {
+    for (int64_t c = 0; c < books; ++c) add_row(total, table + rows[c].target, width);
+    return;
+  }
+  const T* row[kBooks];
+  for (int64_t c = 0; c < kBooks; ++c) row[c] = table + rows[c].target;
+  const auto at = [&](int64_t c, int64_t v) { return static_cast<Sum>(row[c][v]); };
+  for (int64_t v = 0; v < width; ++v)
+    total[v] += ((at(0, v) + at(1, v)) + (at(2, v) + at(3, v))) + ((at(4, v) + at(5, v)) + (at(6, v) + at(7, v)));
+}
+
+// Sums over codebooks at positions [begin, end), a few codebooks at a time: their tables share pages and cache lines.
+template <class T, class Sum>
+void sum_codebooks(const T* table, const Walk& all, int64_t begin, int64_t end, int64_t width, Row* rows, Sum* totals) {
+  std::fill_n(totals, (end - begin) * width, Sum{0});
+  for (int64_t c = 0; c < all.size[2]; c += kBooks) {
+    const int64_t books = std::min(kBooks, all.size[2] - c);
+    const Walk order = with_long_runs(codebooks(all, c, c + books));
+    const int64_t listed = list_rows(order, begin * books, end * books, UINT64_MAX, rows);
+    for (int64_t i = 0; i < listed; i += books) {
+      for (int64_t next = i + 2 * kBooks; next < std::min(listed, i + 3 * kBooks); ++next)
+        prefetch(table + rows[next].target, width * sizeof(T));
+      add_rows(totals + i / books * width, table, rows + i, books, width);
+    }
+  }
+}
+
+template <class T>
+void gather_pooled(const T* table, const Walk& all, int64_t width, bool mean, T* out) {
+  using Sum = Accumulator<T>;
+  const int64_t C = all.size[2], positions = all.size[0] * all.size[1];
+  const int64_t tile = std::clamp<int64_t>(kListed * 4 / std::max<int64_t>(width, 1), 1, kListed / kBooks);
+  const Sum divisor = static_cast<Sum>(mean ? C : 1);
+  parallel(positions, kSerial / std::max<int64_t>(C * width, 1), [&](int64_t begin, int64_t end) {
+    std::array<Row, kListed> rows;
+    std::vector<Sum> totals(tile * width);
+    for (int64_t n = begin; n < end; n += tile) {
+      const int64_t last = std::min(end, n + tile);
+      sum_codebooks(table, all, n, last, width, rows.data(), totals.data());
+      for (int64_t v = 0; v < (last - n) * width; ++v) out[n * width + v] = static_cast<T>(totals[v] / divisor);
+    }
+  });
+}
+
+// --- gradients -------------------------------------------------------------------------------------------------------
+
+void require_grad(const Tensor& grad, const Tensor& indices, int64_t K, const std::string& pool) {
+  require_floating(grad, "grad");
+  require_pool(pool);
+  require(K >= 0, "expected K of at least 0, got ", K);
+  require(indices.dim() == 3, "expected indices [B, S, C], got ", shape(indices));
+  const int64_t B = indices.size(0), S = indices.size(1), C = indices.size(2);
+  pool == "none" ? require_shape(grad, "grad", {B, S, C, -1}) : require_shape(grad, "grad", {B, S, -1});
+  require_codes(indices, C, K);
+}
+
+Source source_of(const Tensor& grad, const Tensor& indices, int64_t K, const std::string& pool) {
+  return {grad, indices, K, pool != "none", pool == "mean" ? indices.size(2) : 1};
+}
+
+// The most rows a block may have for ``bytes`` a row to stay in cache.
+int64_t cached_rows(int64_t bytes) {
+  return kCached / std::max<int64_t>(bytes, 1);
+}
+
+template <class T>
+void sum_dense(const Source& source, const Block& block, Accumulator<T>* sums) {
+  const int64_t width = source.width();
+  std::fill_n(sums, block.rows() * width, Accumulator<T>{0});
+  for_rows<T>(source, block, [&](const auto* row, int64_t target) { add_row(sums + target * width, row, width); });
+}
+
+template <class T>
+void dense_gradient(const Source& source, T* out) {
+  using Sum = Accumulator<T>;
+  const int64_t width = source.width(), rows = source.indices.size(2) * source.K;
+  const Shares shares = share_out(
+      source.indices.size(2), source.K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
+  for_shares(shares, [&](int64_t t) {
+    std::vector<Sum> scratch;
+    for (const Block& block : shares[t]) {
+      T* to = out + block.first * width;
+      if constexpr (std::is_same_v<T, Sum>) {
+        sum_dense<T>(source, block, to);
+      } else {
+        scratch.resize(block.rows() * width);
+        sum_dense<T>(source, block, scratch.data());
+        std::transform(scratch.begin(), scratch.end(), to, [](Sum sum) { return static_cast<T>(sum); });
+      }
+    }
+  });
+}
+
+// --- gradients as merged rows ----------------------------------------------------------------------------------------
+
+// The rows of one block that any index points at.
+struct Touched {
+  Block block;
+  std::vector<uint64_t> bits;
+  int64_t count;
+  int64_t place = 0; // of the first of them in the output
+};
+
+Touched find_touched(const Source& source, const Block& block) {
+  Touched touched{block, std::vector<uint64_t>((block.rows() + 63) / 64), 0};
+  for_targets(source.indices, source.K, block, [&](int64_t target) {
+    uint64_t& word = touched.bits[target / 64];
+    const uint64_t bit = uint64_t{1} << (target % 64);
+    touched.count += !(word & bit);
+    word |= bit;
+  });
+  return touched;
+}
+
+// Number the touched rows in ascending order: slots[row of the block] is its place among them.
+void number_rows(const Touched& touched, int64_t* slots, int64_t* rows) {
+  int64_t slot = 0;
+  for (size_t word = 0; word < touched.bits.size(); ++word) {
+    for (uint64_t bits = touched.bits[word]; bits; bits &= bits - 1, ++slot) {
+      const int64_t row = static_cast<int64_t>(word) * 64 + std::countr_zero(bits);
+      slots[row] = slot;
+      rows[slot] = touched.block.first + row;
+    }
+  }
+}
+
+template <class T>
+void sum_touched(const Source& source, const Touched& touched, const int64_t* slots, Accumulator<T>* sums) {
+  const int64_t width = source.width();
+  std::fill_n(sums, touched.count * width, Accumulator<T>{0});
+  for_rows<T>(source, touched.block, [&](const auto* row, int64_t target) {
+    add_row(sums + slots[target] * width, row, width);
+  });
+}
+
+using TouchedShares = std::vector<std::vector<Touched>>;
+
+TouchedShares find_all_touched(const Source& source, const Shares& shares) {
+  TouchedShares touched(shares.size());
+  for_shares(shares, [&](int64_t t) {
+    for (const Block& block : shares[t]) touched[t].push_back(find_touched(source, block));
+  });
+  int64_t place = 0;
+  for (auto& share : touched) {
+    for (Touched& one : share) {
+      one.place = place;
+      place += one.count;
+    }
+  }
+  return touched;
+}
+
+// Fills the first rows of ``rows`` and ``grads``; returns how many.
+template <class T>
+int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
+  using Sum = Accumulator<T>;
+  const int64_t width = source.width();
+  const Shares shares =
+      share_out(source.indices.size(2), source.K, cached_rows(sizeof(int64_t)), source.indices.numel() * width);
+  const TouchedShares touched = find_all_touched(source, shares);
+  for_shares(shares, [&](int64_t t) {
+    std::unique_ptr<int64_t[]> slots;
+    std::vector<Sum> scratch;
+    for (const Touched& one : touched[t]) {
+      // Left uninitialised: only the slots of touched rows are ever read.
+      slots.reset(new int64_t[one.block.rows()]);
+      number_rows(one, slots.get(), rows + one.place);
+      T* to = grads + one.place * width;
+      if constexpr (std::is_same_v<T, Sum>) {
+        sum_touched<T>(source, one, slots.get(), to);
+      } else {
+        scratch.resize(one.count * width);
+        sum_touched<T>(source, one, slots.get(), scratch.data());
+        std::transform(scratch.begin(), scratch.end(), to, [](Sum sum) { return static_cast<T>(sum); });
+      }
+    }
+  });
+  int64_t count = 0;
+  for (const auto& share : touched)
+    for (const Touched& one : share) count += one.count;
+  return count;
+}
+
+// The tail that stands for no row.
+template <class T>
+void clear_tail(int64_t begin, int64_t end, int64_t width, int64_t* rows, T* grads) {
+  parallel(end - begin, kSerial / std::max<int64_t>(width, 1), [&](int64_t first, int64_t last) {
+    std::fill(rows + begin + first, rows + begin + last, -1);
+    std::fill(grads + (begin + first) * width, grads + (begin + last) * width, T{});
+  });
+}
+
+} // namespace
+
+Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layout) {
+  require_floating(values, "values");
+  require_pool(pool);
+  require(layout == "bscv" || layout == "bcsv", "expected layout 'bscv' or 'bcsv', got '", layout, "'");
+  require_shape(values, "values", {-1, -1, -1});
+  const int64_t C = values.size(0), V = values.size(2);
+  require_codes(indices, C, values.size(1));
+  if (values.stride(2) != 1) values = torch::stable::contiguous(values);
+  const int64_t B = indices.size(0), S = indices.size(1);
+  const ScalarType type = values.scalar_type();
+
+  if (pool != "none") {
+    Tensor out = torch::stable::new_empty(values, {B, S, V}, type);
+    const Walk order = walk(indices, {}, values.stride(0), values.stride(1));
+    with_floating(type, [&](auto value) {
+      using T = decltype(value);
+      gather_pooled(values.const_data_ptr<T>(), order, V, pool == "mean", out.mutable_data_ptr<T>());
+    });
+    return out;
+  }
+  const bool transposed = layout == "bcsv";
+  Tensor out = torch::stable::new_empty(values, {B, transposed ? C : S, transposed ? S : C, V}, type);
+  const int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+  Walk order = walk(indices, {}, values.stride(0) * bytes, values.stride(1) * bytes);
+  if (transposed) swap_axes(order, 1, 2);
+  gather_each(
+      static_cast<const char*>(values.const_data_ptr()), with_long_runs(order), V * bytes,
+      static_cast<char*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor gather_backward(Tensor grad, Tensor indices, int64_t K, std::string pool) {
+  require_grad(grad, indices, K, pool);
+  const Source source = source_of(grad, indices, K, pool);
+  Tensor out = torch::stable::new_empty(grad, {indices.size(2), K, source.width()}, grad.scalar_type());
+  with_floating(grad.scalar_type(), [&](auto value) {
+    dense_gradient(source, out.mutable_data_ptr<decltype(value)>());
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indices, int64_t K, std::string pool) {
+  require_grad(grad, indices, K, pool);
+  const Source source = source_of(grad, indices, K, pool);
+  const int64_t size = std::min(indices.numel(), indices.size(2) * K), width = source.width();
+  Tensor rows = torch::stable::new_empty(grad, {size}, ScalarType::Long);
+  Tensor grads = torch::stable::new_empty(grad, {size, width}, grad.scalar_type());
+  Tensor count = torch::stable::new_empty(grad, {1}, ScalarType::Long);
+  with_floating(grad.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    int64_t* to = rows.mutable_data_ptr<int64_t>();
+    const int64_t touched = merged_gradient(source, to, grads.mutable_data_ptr<T>());
+    clear_tail(touched, size, width, to, grads.mutable_data_ptr<T>());
+    *count.mutable_data_ptr<int64_t>() = touched;
+  });
+  return {rows, grads, count};
+}
+
+} // namespace kvb
