@@ -1,0 +1,488 @@
+"""The CPU backend against its peers and the machine: ``python -m benchmarks.cpu``, from the repository root.
+
+Every ratio comes from one race (``benchmarks.timing``) of verified contestants, on two threads. The exit status is 1
+when a result is wrong, and 0 otherwise, whatever the ratios; what is missing here is listed as absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kvb
+from benchmarks import ceilings, memory, peers, verify
+from benchmarks.shapes import KMEANS, KMEANS_SCALED, PAPER, SEARCH, SEED_B, Module, Search
+from benchmarks.timing import Absent, Contestant, Effort, Ratio, WrongResult, kept_memory, race
+from kvb import functional, ops
+
+THREADS = 2
+FULL, QUICK = Effort(rounds=7, seconds=5.0), Effort(rounds=3, seconds=0.6)
+CHUNKS = (1 << 20, 1 << 22, 1 << 24)  # scores at a time of the lookup in plain PyTorch
+SCALES = {"s": (1e3, "ms"), "GF/s": (1e-9, "GF/s"), "GB/s": (1e-9, "GB/s"), "B": (1e-6, "MB")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One row's numbers: kvb's figure, its peer's in the same unit, and the ratio that the bar is about."""
+
+    kvb: float
+    peer: float
+    unit: str
+    peer_name: str
+    ratio: Ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; ``must`` and ``aim`` are lower bounds of the ratio, or upper ones with ``at_most``."""
+
+    name: str
+    measure: Callable[[bool], Measured]  # takes ``quick``
+    must: float | None = None
+    aim: float | None = None
+    at_most: bool = False
+
+    def verdict(self, ratio: float) -> str:
+        if self.must is None:
+            return ""
+        if self.at_most:
+            return "ok" if ratio <= self.must else "above must"
+        return "ok" if ratio >= self.must else "below must"
+
+
+def _effort(quick: bool) -> Effort:
+    return QUICK if quick else FULL
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+def _problem(shape: Search) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(shape.N, 1, shape.C, shape.D, generator=generator)
+    return queries, torch.randn(shape.C, shape.K, shape.D, generator=generator)
+
+
+def _searcher(queries: Tensor, keys: Tensor, threads: int | None = None) -> Contestant:
+    """``nearest`` with packed keys; ``threads`` is set before each turn."""
+    packed = functional.pack_keys(keys)
+    before = None if threads is None else functools.partial(torch.set_num_threads, threads)
+
+    def run() -> tuple[Tensor, Tensor]:
+        return functional.nearest(queries, keys, packed=packed)
+
+    return Contestant(run, lambda result: verify.nearest(queries, keys, *result), before)
+
+
+def nearest(shape: Search, quick: bool) -> Measured:
+    """The search against one faiss index per codebook."""
+    queries, keys = _problem(shape)
+    ours, theirs = _searcher(queries, keys), peers.FaissSearch(queries, keys)
+    expected = torch.empty(0)
+
+    def check(result: tuple[Tensor, Tensor]) -> None:
+        nonlocal expected
+        verify.nearest(queries, keys, *result)
+        expected = result[0]
+
+    def check_peer(found: Tensor) -> None:
+        verify.same_choice(queries, keys, expected, found.T[:, None])
+
+    contestants = {"kvb": Contestant(ours.run, check), "faiss": Contestant(theirs, check_peer)}
+    result = race(contestants, _effort(quick))
+    return Measured(
+        result.seconds("kvb"),
+        result.seconds("faiss"),
+        "s",
+        f"faiss IndexFlatL2, {theirs.path}",
+        result.ratio("faiss", "kvb"),
+    )
+
+
+def peak(shape: Search, quick: bool) -> Measured:
+    """Useful operations a second of the search against the multiply-add loop."""
+    loop, flops = ceilings.multiply_add(torch.get_num_threads())
+    result = race({"kvb": _searcher(*_problem(shape)), "peak": loop}, _effort(quick))
+    return Measured(
+        shape.flops / result.seconds("kvb"),
+        flops / result.seconds("peak"),
+        "GF/s",
+        "float32 multiply-add peak",
+        result.ratio("peak", "kvb", shape.flops / flops),
+    )
+
+
+def elsewhere(name: str, capability: str, quick: bool) -> Measured:
+    """Another row, in a process restricted to a set of instructions."""
+    if not torch.backends.cpu.get_cpu_capability().lower().startswith(capability):
+        raise Absent(f"the CPU has no {capability}")
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        command = [sys.executable, "-m", "benchmarks.cpu", "--only", name, "--json", str(report)]
+        done = subprocess.run(
+            command + ["--quick"] * quick,
+            cwd=memory.ROOT,
+            env=os.environ | {"KVB_CPU_CAPABILITY": capability},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise WrongResult(f"with {capability}: {(done.stdout + done.stderr).strip()[-300:]}")
+        (row,) = json.loads(report.read_text())["rows"]
+    if "absent" in row:
+        raise Absent(row["absent"])
+    return Measured(row["kvb"], row["peer"], row["unit"], row["peer_name"], Ratio(**row["ratio"]))
+
+
+def threads(shape: Search, quick: bool) -> Measured:
+    """The search on one thread against two."""
+    queries, keys = _problem(shape)
+    contestants = {str(n): _searcher(queries, keys, n) for n in (1, THREADS)}
+    try:
+        result = race(contestants, _effort(quick))
+    finally:
+        torch.set_num_threads(THREADS)
+    one, two = contestants
+    return Measured(result.seconds(two), result.seconds(one), "s", "one thread", result.ratio(one, two))
+
+
+def large_k(quick: bool) -> Measured:
+    """K = 65536 against K = 4096: 16 times the work, in how many times the time."""
+    N = 4096 if quick else SEARCH["k65536-d16"].N
+    large, small = (_searcher(*_problem(SEARCH[name]._replace(N=N))) for name in ("k65536-d16", "k4096-d16"))
+    result = race({"large": large, "small": small}, _effort(quick))
+    return Measured(
+        result.seconds("large"), result.seconds("small"), "s", "K=4096 of kvb", result.ratio("large", "small")
+    )
+
+
+# --- the whole module -------------------------------------------------------------------------------------------------
+
+
+def _module(shape: Module) -> tuple[kvb.KeyValueBottleneck, Tensor]:
+    torch.manual_seed(0)
+    module = kvb.KeyValueBottleneck(shape.C, shape.K, shape.D, shape.V).eval().freeze_keys()
+    module.requires_grad_(False)
+    return module, torch.randn(shape.B, shape.C, *shape.positions, shape.D)
+
+
+def forward(shape: Module, quick: bool) -> Measured:
+    """A frozen module's forward against the lookup in plain PyTorch, in the best of three chunk sizes."""
+    module, x = _module(shape._replace(B=shape.B // 4) if quick and shape.S > 1 else shape)
+    flat = x.reshape(*x.shape[:2], shape.S, shape.D)
+    queries, codes = flat.transpose(1, 2), module.encode(x).reshape(flat.shape[:3]).transpose(1, 2)
+    verify.sampled_choice(queries, module.keys, codes)
+
+    def check(out: Tensor) -> None:
+        verify.fetched(module.values, codes, out.reshape(*flat.shape[:3], shape.V), "none", "bcsv")
+
+    def check_peer(result: tuple[Tensor, Tensor]) -> None:
+        verify.same_choice(queries, module.keys, codes, result[1])
+        verify.fetched(module.values, result[1], result[0], "none", "bcsv")
+
+    contestants = {"kvb": Contestant(lambda: module(x), check)}
+    for chunk in CHUNKS:
+        run = peers.chunked_lookup(flat, module.keys, module.values, chunk)
+        contestants[f"baddbmm, {chunk >> 20}M scores"] = Contestant(run, check_peer)
+    result = race(contestants, _effort(quick))
+    best = min((name for name in contestants if name != "kvb"), key=result.seconds)
+    return Measured(result.seconds("kvb"), result.seconds(best), "s", best, result.ratio(best, "kvb"))
+
+
+def peak_memory(quick: bool) -> Measured:
+    """Memory of the paper's step beyond keys, packed keys and outputs, as a share of the 32 MB allowed."""
+    extra, allowed = memory.extra_bytes(THREADS), 32e6
+    return Measured(extra, allowed, "B", "allowed", Ratio(*[extra / allowed] * 3))
+
+
+def packed_size(quick: bool) -> Measured:
+    keys = torch.randn(PAPER.C, PAPER.K, PAPER.D)
+    packed = functional.pack_keys(keys)
+    ratio = packed.nbytes / keys.nbytes
+    return Measured(packed.nbytes, keys.nbytes, "B", "keys", Ratio(*[ratio] * 3))
+
+
+# --- values and statistics --------------------------------------------------------------------------------------------
+
+
+def _bandwidth(ours: Contestant, nbytes: int, quick: bool, new_memory: bool = False) -> Measured:
+    peer, copied = ceilings.copy(new_memory=new_memory)
+    result = race({"kvb": ours, "copy": peer}, _effort(quick))
+    return Measured(
+        nbytes / result.seconds("kvb"),
+        copied / result.seconds("copy"),
+        "GB/s",
+        "copy into new memory" if new_memory else "copy",
+        result.ratio("copy", "kvb", nbytes / copied),
+    )
+
+
+def _codes(shape: Module) -> Tensor:
+    return torch.randint(shape.K, (shape.B, shape.S, shape.C), generator=torch.Generator().manual_seed(0))
+
+
+def _seen_from(layout: Tensor) -> Tensor:
+    """[B, C, S, *] as the operators take it."""
+    return layout.transpose(1, 2)
+
+
+def gather(quick: bool, new_memory: bool = False) -> Measured:
+    """Bytes written a second. The result is large: in memory new to the process, page faults outweigh everything."""
+    shape = SEED_B
+    values, codes = torch.randn(shape.C, shape.K, shape.V), _codes(shape)
+    ours = Contestant(
+        lambda: functional.gather(values, codes, layout="bcsv"),
+        lambda out: verify.fetched(values, codes, out, "none", "bcsv"),
+    )
+    nbytes = codes.numel() * shape.V * 4
+    if new_memory:
+        return _bandwidth(ours, nbytes, quick, new_memory)
+    with kept_memory():
+        return _bandwidth(ours, nbytes, quick)
+
+
+def gather_backward(quick: bool) -> Measured:
+    """Bytes of gradient read a second."""
+    shape = SEED_B
+    codes, grad = _codes(shape), _seen_from(torch.randn(shape.B, shape.C, shape.S, shape.V))
+    ours = Contestant(
+        lambda: torch.ops.kvb.gather_backward(grad, codes, shape.K, "none"),
+        lambda found: verify.sums(grad, codes, found),
+    )
+    return _bandwidth(ours, grad.nbytes, quick)
+
+
+def accumulate(quick: bool) -> Measured:
+    """Bytes of queries read a second."""
+    shape = SEED_B
+    codes, queries = _codes(shape), _seen_from(torch.randn(shape.B, shape.C, shape.S, shape.D))
+    ours = Contestant(
+        lambda: torch.ops.kvb.accumulate(queries, codes, shape.K),
+        lambda found: verify.sums(queries, codes, found[1], found[0]),
+    )
+    return _bandwidth(ours, queries.nbytes, quick)
+
+
+def gather_mean(quick: bool) -> Measured:
+    """Mean over codebooks at the paper's step, with indices that the caches have not seen lately."""
+    shape = PAPER
+    values = torch.randn(shape.C, shape.K, shape.V)
+    table, first = values.view(-1, shape.V), torch.arange(shape.C) * shape.K
+    sets = [torch.randint(shape.K, (shape.B, 1, shape.C)) for _ in range(64)]
+    turns = itertools.cycle(sets), itertools.cycle([(codes[:, 0] + first).contiguous() for codes in sets])
+
+    def ours(codes: Tensor | None = None) -> Tensor:
+        return functional.gather(values, next(turns[0]) if codes is None else codes, pool="mean")
+
+    def theirs() -> Tensor:
+        return F.embedding_bag(next(turns[1]), table, mode="mean")
+
+    # The first run of each takes the first set.
+    contestants = {
+        "kvb": Contestant(ours, lambda out: verify.fetched(values, sets[0], out, "mean", "bscv")),
+        "peer": Contestant(theirs, lambda out: verify.fetched(values, sets[0], out[:, None], "mean", "bscv")),
+    }
+    result = race(contestants, _effort(quick))
+    return Measured(
+        result.seconds("kvb"), result.seconds("peer"), "s", "F.embedding_bag(mean)", result.ratio("peer", "kvb")
+    )
+
+
+def kmeans(quick: bool) -> Measured:
+    """One iteration from random rows: pack, search, accumulate, divide. Scaled down where it would take minutes."""
+    shape = KMEANS_SCALED if quick or ops.backend("cpu") == "reference" else KMEANS
+    queries = torch.randn(shape.N, 1, shape.C, shape.D)
+    keys = queries[torch.randperm(shape.N)[: shape.K], 0].transpose(0, 1).contiguous()
+
+    def iterate() -> tuple[Tensor, Tensor, Tensor]:
+        codes, _ = functional.nearest(queries, keys, packed=functional.pack_keys(keys))
+        hits, sums = torch.ops.kvb.accumulate(queries, codes, shape.K)
+        return codes, hits, torch.where((hits > 0)[..., None], sums / hits.clamp(min=1)[..., None], keys)
+
+    means = torch.empty(0)
+
+    def check(result: tuple[Tensor, Tensor, Tensor]) -> None:
+        nonlocal means
+        codes, hits, means = result
+        verify.sampled_choice(queries, keys, codes)
+        verify.equal(hits.sum(-1), torch.full((shape.C,), shape.N), "hits")
+        for c in range(0, shape.C, max(1, shape.C // 4)):
+            exact = torch.zeros(shape.K, shape.D, dtype=torch.float64)
+            exact.index_add_(0, codes[:, 0, c], queries[:, 0, c].double())
+            torch.testing.assert_close(means[c].double() * hits[c, :, None], exact, rtol=1e-4, atol=1e-4)
+
+    def check_peer(found: Tensor) -> None:
+        # A query between two keys may go either way, and moves both.
+        moved = ((found - means).abs() > 1e-4).any(-1).double().mean()
+        if moved > 1e-3:
+            raise WrongResult(f"{moved:.2%} of faiss' means differ from kvb's")
+
+    theirs = Contestant(peers.faiss_kmeans(queries, keys), check_peer)
+    result = race({"kvb": Contestant(iterate, check), "faiss": theirs}, _effort(quick))
+    return Measured(
+        result.seconds("kvb"),
+        result.seconds("faiss"),
+        "s",
+        f"faiss Kmeans, {shape.N} x {shape.C} x {shape.D}",
+        result.ratio("faiss", "kvb"),
+    )
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+NEAREST = {
+    "seed-b": (1.5, 2.5),
+    "k1024-d32": (1.7, 2.2),
+    "k4096-d8": (1.5, 2.2),
+    "k4096-d16": (2.0, 2.5),
+    "k1024-d64": (5, 10),
+    "k1024-d128": (1.7, 2.2),
+    "paper": (1.7, 2.5),
+    "one-sample": (1.5, 3),
+    "smoke": (None, None),
+}
+PEAKS = ("k4096-d16", "k1024-d64")
+ON_THREADS = ("k4096-d16", "paper", "one-codebook", "one-sample")
+HIDDEN = "nearest:smoke"  # runs only when asked for
+
+ROWS = (
+    *(Row(f"nearest:{n}", functools.partial(nearest, SEARCH[n]), *bars) for n, bars in NEAREST.items()),
+    *(Row(f"peak:{n}", functools.partial(peak, SEARCH[n]), 1.3, 1.6) for n in PEAKS),
+    *(Row(f"peak-avx512:{n}", functools.partial(elsewhere, f"peak:{n}", "avx512"), 0.85) for n in PEAKS),
+    *(Row(f"threads:{n}", functools.partial(threads, SEARCH[n]), 1.85) for n in ON_THREADS),
+    Row("forward:paper", functools.partial(forward, PAPER), 7, 9),
+    Row("forward:seed-b", functools.partial(forward, SEED_B), 2.5, 4),
+    Row("memory:paper", peak_memory, 1.0, at_most=True),
+    Row("packed:paper", packed_size, 1.6, at_most=True),
+    Row("gather:seed-b", gather, 0.6),
+    Row("gather-new:seed-b", functools.partial(gather, new_memory=True)),
+    Row("gather-backward:seed-b", gather_backward, 0.6),
+    Row("accumulate:seed-b", accumulate, 0.6),
+    Row("gather-mean:paper", gather_mean, 1.0, 1.5),
+    Row("kmeans:paper", kmeans, 1.5),
+    Row("large-k", large_k, 16.5, at_most=True),
+)
+
+
+def _cpu_name() -> str:
+    try:
+        named = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "machine": f"{_cpu_name()}, {os.cpu_count()} logical CPUs, {platform.system()}",
+        "faiss-cpu": _version("faiss-cpu"),
+        "threads": str(torch.get_num_threads()),
+        "KVB_CPU_CAPABILITY": os.environ.get("KVB_CPU_CAPABILITY", "not set"),
+        **kvb.info(),
+    }
+
+
+def _figure(value: float, unit: str) -> str:
+    scale, name = SCALES[unit]
+    return f"{value * scale:.4g} {name}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+COLUMNS = "{:<23} {:>11} {:>11} {:>7} {:>15} {:>6} {:>5}  {:<11} {}"
+HEAD = COLUMNS.format("row", "kvb", "peer", "ratio", "quartiles", "must", "aim", "", "peer")
+
+
+def _line(row: Row, m: Measured) -> str:
+    return COLUMNS.format(
+        row.name,
+        _figure(m.kvb, m.unit),
+        _figure(m.peer, m.unit),
+        _number(m.ratio.value),
+        f"{m.ratio.low:.3g} to {m.ratio.high:.3g}",
+        ("<= " if row.at_most else "") + _number(row.must),
+        _number(row.aim),
+        row.verdict(m.ratio.value),
+        m.peer_name,
+    ).rstrip()
+
+
+def _measure(row: Row, quick: bool) -> dict[str, Any]:
+    """Measure a row and print its line; what the JSON report says of it."""
+    try:
+        measured = row.measure(quick)
+    except Absent as absent:
+        print(f"{row.name:<23} absent: {absent}", flush=True)
+        return {"name": row.name, "absent": str(absent)}
+    except WrongResult as wrong:
+        print(f"{row.name:<23} WRONG: {wrong}", flush=True)
+        return {"name": row.name, "wrong": str(wrong)}
+    print(_line(row, measured), flush=True)
+    bars = {"must": row.must, "aim": row.aim, "at_most": row.at_most, "verdict": row.verdict(measured.ratio.value)}
+    return {"name": row.name, **dataclasses.asdict(measured), **bars}
+
+
+def _chosen(only: Sequence[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
+    if only is None:
+        return [row for row in ROWS if row.name != HIDDEN]
+    for name in only:
+        if not any(name in (row.name, row.name.partition(":")[0]) for row in ROWS):
+            parser.error(f"no row {name!r}; there are: {', '.join(row.name for row in ROWS)}")
+    return [row for row in ROWS if row.name in only or (row.name.partition(":")[0] in only and row.name != HIDDEN)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller problems: a minute or so")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help='rows ("nearest:paper") or groups of them ("nearest")'
+    )
+    options = parser.parse_args(arguments)
+    chosen = _chosen(options.only, parser)
+    torch.set_num_threads(THREADS)
+    machine = _machine()
+    for name, fact in machine.items():
+        print(f"{name:<20} {fact}")
+    limits: dict[str, float] = {}
+    if options.only is None:
+        limits, absent = ceilings.measure(_effort(options.quick))
+        for name, limit in limits.items():
+            print(f"{name}: {limit:.4g}")
+        for reason in absent:
+            print(f"absent: {reason}")
+    print(HEAD, flush=True)
+    rows = [_measure(row, options.quick) for row in chosen]
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "ceilings": limits, "rows": rows}, indent=1) + "\n")
+    return 1 if any("wrong" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

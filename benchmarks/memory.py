@@ -1,0 +1,66 @@
+"""The peak memory of one forward at the paper's step, measured in a fresh process (Linux with glibc)."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import kvb
+from benchmarks import verify
+from benchmarks.shapes import PAPER
+from benchmarks.timing import Absent, WrongResult
+
+ROOT = Path(__file__).resolve().parent.parent
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+
+
+def _resident(field: str) -> int:
+    """Bytes. ``ru_maxrss`` would do for the peak, but a child inherits its parent's and it cannot be reset."""
+    (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", STATUS.read_text())
+    return 1024 * int(kilobytes)
+
+
+def _forward() -> int:
+    """Bytes that one forward needs beyond its module, its input and its output."""
+    shape = PAPER
+    module = kvb.KeyValueBottleneck(shape.C, shape.K, shape.D, shape.V).eval().freeze_keys()
+    small = kvb.KeyValueBottleneck(2, shape.K, shape.D, shape.V).eval().freeze_keys()
+    x = torch.randn(shape.B, shape.C, shape.D)
+    with torch.no_grad():
+        small(x[:, :2])  # threads and code are there before
+        ctypes.CDLL(None).malloc_trim(0)
+        CLEAR.write_text("5")  # the peak starts anew
+        before = _resident("VmRSS")
+        out = module(x)
+        extra = _resident("VmHWM") - before - out.nbytes
+    indices = module.encode(x)[:, None]
+    verify.sampled_choice(x[:, None], module.keys, indices)
+    verify.fetched(module.values.detach(), indices, out[:, None], "none", "bscv")
+    return extra
+
+
+def extra_bytes(threads: int) -> int:
+    """The same, from a process of its own.
+
+    Raises:
+        Absent: no Linux with glibc. WrongResult: the forward's result is wrong.
+    """
+    if not CLEAR.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        raise Absent("needs Linux with glibc")
+    command = [sys.executable, "-m", "benchmarks.memory", str(threads)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise WrongResult(f"peak memory: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[1]))
+    print(json.dumps(_forward()))

@@ -1,0 +1,111 @@
+"""What kvb is measured against: faiss, and the same lookup in plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Absent, quickest
+
+# Small searches go one query at a time, and large ones in blocks; this threshold tells them apart.
+FAISS_PATHS = {"in blocks": 1, "one by one": 1 << 30}
+
+
+def faiss() -> ModuleType:
+    """faiss, on as many threads as torch."""
+    try:
+        module = importlib.import_module("faiss")
+    except ImportError as error:
+        raise Absent(f"faiss cannot be imported ({error}): pip install faiss-cpu") from error
+    module.omp_set_num_threads(torch.get_num_threads())
+    return module
+
+
+class FaissSearch:
+    """One ``IndexFlatL2`` per codebook, queries made contiguous beforehand; a call returns indices [C, N].
+
+    faiss has two ways to search, and its choice between them is poor at some shapes: the faster one, tried on two
+    codebooks, is taken. ``path`` names it.
+
+    The C++ method is called directly: with one query and 256 codebooks faiss' Python wrapper would count. Pointers do
+    not keep memory alive; the attributes do.
+    """
+
+    def __init__(self, queries: Tensor, keys: Tensor) -> None:
+        self.module = module = faiss()
+        (C, _, D), self.N = keys.shape, queries.shape[0] * queries.shape[1]
+        self.rows = queries.permute(2, 0, 1, 3).reshape(C, self.N, D).contiguous()
+        self.indices = torch.empty(C, self.N, dtype=torch.int64)
+        self.distances = torch.empty(C, self.N)
+        self.books = [module.IndexFlatL2(D) for _ in range(C)]
+        for book, key in zip(self.books, keys, strict=True):
+            book.add(key.numpy())
+        arrays = zip(self.rows, self.distances, self.indices, strict=True)
+        self.pointers = [tuple(module.swig_ptr(part.numpy()) for part in parts) for parts in arrays]
+        self.path = quickest({path: functools.partial(self._search, path, 2) for path in FAISS_PATHS})
+
+    def _search(self, path: str, books: int) -> Tensor:
+        self.module.cvar.distance_compute_blas_threshold = FAISS_PATHS[path]
+        for book, (rows, distances, indices) in zip(self.books[:books], self.pointers, strict=False):
+            book.search_c(self.N, rows, 1, distances, indices)
+        return self.indices
+
+    def __call__(self) -> Tensor:
+        return self._search(self.path, len(self.books))
+
+
+def faiss_kmeans(queries: Tensor, keys: Tensor) -> Callable[[], Tensor]:
+    """One iteration of faiss' own k-means in every codebook, from the given keys; a run returns [C, K, D]."""
+    module = faiss()
+    (C, K, D), N = keys.shape, queries.shape[0] * queries.shape[1]
+    rows = queries.permute(2, 0, 1, 3).reshape(C, N, D).contiguous().numpy()
+    start = keys.numpy()
+    options = {"min_points_per_centroid": 1, "max_points_per_centroid": N, "check_input_data_for_NaNs": False}
+
+    def run() -> Tensor:
+        module.cvar.distance_compute_blas_threshold = FAISS_PATHS["in blocks"]
+        means = torch.empty(C, K, D)
+        for c in range(C):
+            learner = module.Kmeans(D, K, niter=1, **options)
+            learner.train(rows[c], init_centroids=start[c])
+            means[c] = torch.from_numpy(learner.centroids)
+        return means
+
+    return run
+
+
+def chunked_lookup(x: Tensor, keys: Tensor, values: Tensor, chunk: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """``baddbmm``, ``argmin`` and one gather, never more than about ``chunk`` scores at a time.
+
+    A run takes x [B, C, S, D] and returns values [B, C, S, V] and indices [B, S, C]. The key norms, the transposed keys
+    and the scratch for scores are prepared beforehand.
+    """
+    (B, C, S, D), K = x.shape, keys.shape[1]
+    N = B * S
+    books = min(C, max(1, chunk // (N * K)))
+    rows = min(N, max(1, chunk // K))
+    halves = keys.square().sum(-1)[:, None] / 2
+    columns = keys.transpose(1, 2)
+    scratch = torch.empty(books * rows * K)
+    table, first = values.reshape(C * K, -1), torch.arange(C) * K
+
+    def run() -> tuple[Tensor, Tensor]:
+        indices = torch.empty(C, N, dtype=torch.int64)
+        for c in range(0, C, books):
+            book = slice(c, c + books)
+            queries = x[:, book].transpose(0, 1).reshape(-1, N, D)
+            for n in range(0, N, rows):
+                part = queries[:, n : n + rows]
+                scores = scratch[: part.shape[0] * part.shape[1] * K].view(*part.shape[:2], K)
+                torch.baddbmm(halves[book], part, columns[book], alpha=-1, out=scores)
+                torch.argmin(scores, -1, out=indices[book, n : n + rows])
+        found = indices.view(C, B, S).permute(1, 2, 0)
+        flat = (found + first).transpose(1, 2).flatten()
+        return table.index_select(0, flat).view(B, C, S, -1), found
+
+    return run

@@ -1,0 +1,62 @@
+"""The shapes that are measured, by name.
+
+Letters as in ``kvb/ops.py``: B batch, S positions, C codebooks, K pairs per codebook, D key dim, V value dim; N = B*S.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Search(NamedTuple):
+    """A search of N queries a codebook: queries [N, 1, C, D], keys [C, K, D]."""
+
+    N: int
+    C: int
+    K: int
+    D: int
+
+    @property
+    def flops(self) -> int:
+        """One multiplication and one addition for every coordinate of every pair of query and key."""
+        return 2 * self.N * self.C * self.K * self.D
+
+
+SEARCH = {
+    "seed-b": Search(16384, 16, 200, 32),
+    "k1024-d32": Search(16384, 16, 1024, 32),
+    "k4096-d8": Search(16384, 4, 4096, 8),
+    "k4096-d16": Search(16384, 4, 4096, 16),
+    "k1024-d64": Search(16384, 4, 1024, 64),
+    "k1024-d128": Search(16384, 4, 1024, 128),
+    "paper": Search(256, 256, 4096, 14),
+    "one-sample": Search(1, 256, 4096, 14),
+    "one-codebook": Search(16384, 1, 4096, 16),
+    "k65536-d16": Search(16384, 4, 65536, 16),
+    "smoke": Search(64, 2, 32, 8),
+}
+
+
+class Module(NamedTuple):
+    """A whole bottleneck: x [B, C, *positions, D], values [C, K, V]."""
+
+    B: int
+    C: int
+    K: int
+    D: int
+    V: int
+    positions: tuple[int, ...]
+
+    @property
+    def S(self) -> int:
+        size = 1
+        for length in self.positions:
+            size *= length
+        return size
+
+
+PAPER = Module(B=256, C=256, K=4096, D=14, V=10, positions=())
+SEED_B = Module(B=32, C=64, K=200, D=32, V=64, positions=(4, 8, 16))
+
+KMEANS = Search(50_000, 256, 4096, 14)
+KMEANS_SCALED = Search(16384, 16, 4096, 14)

@@ -1,0 +1,104 @@
+"""Whether a result is right: judged by ``kvb.reference`` and by float64 arithmetic, never by a fast operator.
+
+Every check raises ``WrongResult`` with numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import WrongResult
+from kvb import reference
+
+SAMPLE = 64  # positions that are searched again by the reference
+UNIT = 2.0**-24  # half a unit in the last place of float32
+
+
+def _require(condition: bool | Tensor, message: str) -> None:
+    if not condition:
+        raise WrongResult(message)
+
+
+def equal(found: Tensor, expected: Tensor, what: str) -> None:
+    """Bit for bit."""
+    same = found.shape == expected.shape and found.dtype == expected.dtype and torch.equal(found, expected)
+    _require(same, f"{what}: {tuple(found.shape)} {found.dtype} differs from the expected {tuple(expected.shape)}")
+
+
+def _distances(queries: Tensor, keys: Tensor) -> Tensor:
+    return (queries.double() - keys.double()).square().sum(-1)
+
+
+def same_choice(queries: Tensor, keys: Tensor, found: Tensor, expected: Tensor) -> None:
+    """Indices [B, S, C] agree, or differ where two keys are as near as float32 can tell.
+
+    The allowance is that of the search itself: 8 * 2^-24 * (|q - m| + max|k - m|)^2 around the mean key m.
+    """
+    K = keys.shape[1]
+    _require(found.shape == expected.shape, f"indices {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    _require(((found >= 0) & (found < K)).all(), f"an index outside of [0, {K})")
+    b, s, c = (found != expected).nonzero(as_tuple=True)
+    if len(c) == 0:
+        return
+    q, mean = queries[b, s, c].double(), keys.double().mean(1)
+    radius = (keys - mean[:, None]).norm(dim=-1).amax(-1)
+    bound = 8 * UNIT * ((q - mean[c]).norm(dim=-1) + radius[c]).square()
+    gap = _distances(q, keys[c, found[b, s, c]]) - _distances(q, keys[c, expected[b, s, c]])
+    wrong = int((gap.abs() > bound).sum())
+    _require(
+        wrong == 0,
+        f"{wrong} of {found.numel()} chosen keys are not the nearest: off by up to {gap.abs().max():.3g} "
+        f"where {bound.max():.3g} is allowed",
+    )
+
+
+def nearest(queries: Tensor, keys: Tensor, indices: Tensor, distances: Tensor) -> None:
+    """The nearest keys [B, S, C]: all distances, and on a sample of positions the choice of the reference."""
+    _require(((indices >= 0) & (indices < keys.shape[1])).all(), f"an index outside of [0, {keys.shape[1]})")
+    chosen = keys[torch.arange(len(keys)), indices]
+    exact = _distances(queries, chosen)
+    error = ((distances - exact).abs() - (queries.shape[-1] + 4) * UNIT * exact).max()
+    _require(error <= 0, f"a distance is off by {error:.3g} more than rounding explains")
+    sampled_choice(queries, keys, indices)
+
+
+def sampled_choice(queries: Tensor, keys: Tensor, indices: Tensor) -> None:
+    """On a sample of positions, indices [B, S, C] are the choice of the reference."""
+    B, S = queries.shape[:2]
+    sample = torch.linspace(0, B * S - 1, min(SAMPLE, B * S)).long()
+    b, s = sample // S, sample % S
+    few = queries[b, s][:, None]
+    expected, _ = reference.nearest(few, keys, reference.pack_keys(keys), None, 1)
+    same_choice(few, keys, indices[b, s][:, None], expected[..., 0])
+
+
+def fetched(values: Tensor, indices: Tensor, out: Tensor, pool: str, layout: str) -> None:
+    """``gather``: fetched values bit for bit, pooled ones within the rounding of their sums."""
+    expected = reference.gather(values, indices, pool, layout)
+    if pool == "none":
+        equal(out, expected, "fetched values")
+        return
+    C = indices.shape[2]
+    exact = reference.gather(values.double(), indices, pool, layout)
+    largest = reference.gather(values.double().abs(), indices, pool, layout)
+    _require(out.shape == exact.shape, f"pooled values {tuple(out.shape)}, expected {tuple(exact.shape)}")
+    _require(((out - exact).abs() <= 2 * C * UNIT * largest).all(), "pooled values are off by more than rounding")
+
+
+def sums(rows: Tensor, indices: Tensor, found: Tensor, hits: Tensor | None = None, books: int | None = None) -> None:
+    """found [C, K, V] adds up the rows [B, S, C, V] that indices [B, S, C] send to every pair.
+
+    Any order of float32 additions passes: n numbers may be off by n * 2^-24 times the sum of their sizes. ``books``
+    limits the check to the first codebooks.
+    """
+    C, K, V = found.shape
+    for c in range(C if books is None else min(books, C)):
+        row, index = rows[:, :, c].reshape(-1, V).double(), indices[:, :, c].flatten()
+        number = torch.bincount(index, minlength=K)
+        if hits is not None:
+            equal(hits[c], number, f"hits of codebook {c}")
+        exact = torch.zeros(K, V, dtype=torch.float64).index_add_(0, index, row)
+        size = torch.zeros(K, V, dtype=torch.float64).index_add_(0, index, row.abs_())
+        off = (found[c] - exact).abs() > number[:, None] * UNIT * size
+        _require(not off.any(), f"{int(off.sum())} of {K * V} sums of codebook {c} are off by more than rounding")
