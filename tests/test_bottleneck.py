@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kvb import BottleneckOutput, KeyValueBottleneck
+from kvb import BottleneckOutput, KeyValueBottleneck, ops
 from kvb.decoders import CodebookVoting
 from kvb.splitters import RandomProjection
 
@@ -381,7 +381,8 @@ def test_no_host_synchronisation_per_batch():
 def test_repr_says_what_matters():
     module = make(C=2, K=1000, V=100)
     text = repr(module)
-    assert "2 codebooks x 1000 pairs, keys 5-d learning, values 100-d (0.8 MB), topk=1, backend=reference" in text
+    assert "2 codebooks x 1000 pairs, keys 5-d learning, values 100-d (0.8 MB), topk=1" in text
+    assert f"topk=1, backend={ops.backend('cpu')}" in text
     assert "frozen" in repr(module.freeze_keys())
     assert "not initialised" in repr(make(init_mode="kmeans"))
 
