@@ -3,11 +3,28 @@
 
 #include "ops.h"
 
+STABLE_TORCH_LIBRARY_FRAGMENT(kvb, m) {
+  m.def("cpu_capability() -> str");
+  m.def("cpu_packed_nbytes(int K, int D, bool wide) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kvb, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&kvb::cpu_capability));
+  m.impl("cpu_packed_nbytes", TORCH_BOX(&kvb::cpu_packed_nbytes));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(kvb, CPU, m) {
+  m.impl("pack_keys", TORCH_BOX(&kvb::pack_keys));
+  m.impl("nearest", TORCH_BOX(&kvb::nearest));
+  m.impl("lookup", TORCH_BOX(&kvb::lookup));
+  m.impl("gather", TORCH_BOX(&kvb::gather));
+  m.impl("gather_backward", TORCH_BOX(&kvb::gather_backward));
+  m.impl("gather_backward_rows", TORCH_BOX(&kvb::gather_backward_rows));
+  m.impl("accumulate", TORCH_BOX(&kvb::accumulate));
   m.impl("count", TORCH_BOX(&kvb::count));
 }
 
-// Importing kvb._C runs the registration above; the module itself is empty.
+// Importing kvb._C runs the registrations above; the module itself is empty.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   return PyModule_Create(&definition);

@@ -13,6 +13,9 @@ std::tuple<Tensor, Tensor> nearest(Tensor queries, Tensor keys, Tensor packed, s
 std::tuple<Tensor, Tensor> lookup(
     Tensor queries, Tensor keys, Tensor packed, Tensor values, std::optional<Tensor> mask, std::string pool);
 
+std::string cpu_capability(); // the instruction set in use
+int64_t cpu_packed_nbytes(int64_t K, int64_t D, bool wide); // bytes of one packed codebook; wide: float64 keys
+
 // values.cpp
 Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layout);
 Tensor gather_backward(Tensor grad, Tensor indices, int64_t K, std::string pool);

@@ -17,6 +17,9 @@ Shapes:
 from __future__ import annotations
 
 import functools
+import importlib
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,6 +66,40 @@ for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
     _library.impl(_name, _without_autocast(getattr(reference, _name)), "CompositeExplicitAutograd")
 
 
+# --- the C++ backend --------------------------------------------------------------------------------------------------
+
+CPU_CAPABILITIES = ("reference", "portable", "avx2", "avx512", "amx")
+
+
+def _load_extension() -> str:
+    """Import the C++ backend, which registers itself for the CPU; why it is absent, or nothing."""
+    wish = os.environ.get("KVB_CPU_CAPABILITY")
+    if wish is not None and wish not in CPU_CAPABILITIES:
+        raise ValueError(f"KVB_CPU_CAPABILITY={wish!r}: allowed values are {', '.join(CPU_CAPABILITIES)}")
+    if wish == "reference":
+        return "KVB_CPU_CAPABILITY=reference"
+    try:
+        importlib.import_module("kvb._C")
+    except ModuleNotFoundError:
+        return "the C++ extension was not built"
+    except ImportError as error:
+        warnings.warn(f"the C++ extension of kvb cannot be loaded, plain PyTorch answers: {error}", stacklevel=2)
+        return f"the C++ extension cannot be loaded: {error}"
+    return ""
+
+
+# Why a device type has no fast backend; empty where it has one.
+absent = {"cpu": _load_extension(), "cuda": "the Triton kernels are not part of this version"}
+
+
+def _packed_nbytes(keys: Tensor) -> int:
+    """Bytes of one packed codebook in the layout of the backend that answers for ``keys``."""
+    _, K, D = keys.shape
+    if keys.device.type == "cpu" and not absent["cpu"]:
+        return int(torch.ops.kvb.cpu_packed_nbytes(K, D, keys.dtype == torch.float64))
+    return reference.packed_nbytes(K, D, keys.dtype)
+
+
 def backend(device: str) -> str:
     """Who answers the operators on a device type: "csrc", "kernels" or "reference"."""
     key, fast = {"cpu": ("CPU", "csrc"), "cuda": ("CUDA", "kernels")}.get(device, ("", ""))
@@ -82,8 +119,7 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _fake_pack_keys(keys: Tensor) -> Tensor:
-    C, K, D = keys.shape
-    return keys.new_empty((C, reference.packed_nbytes(K, D, keys.dtype)), dtype=torch.uint8)
+    return keys.new_empty((keys.shape[0], _packed_nbytes(keys)), dtype=torch.uint8)
 
 
 def _fake_search(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:

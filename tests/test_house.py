@@ -78,8 +78,9 @@ def test_nothing_dangerous_and_nothing_silent(path):
         if isinstance(node, ast.ExceptHandler):
             assert isinstance(node.type, ast.Name), f"{path.name}:{node.lineno}: name one exception"
             assert node.type.id not in ("Exception", "BaseException"), f"{path.name}:{node.lineno}"
-    for banned in ("pickle.load", "urllib", "requests.", "os.environ"):
+    for banned in ("pickle.load", "urllib", "requests."):
         assert banned not in source, f"{path.name}: {banned}"
+    assert "os.environ" not in source or path.name == "ops.py"
 
 
 def test_each_kind_of_line_lives_in_its_room():

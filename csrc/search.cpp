@@ -1,0 +1,268 @@
+// pack_keys, nearest and lookup: checks, memory, and how the work is cut; the instruction set does the rest.
+#include "ops.h"
+#include "search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+namespace kvb {
+namespace {
+
+constexpr int64_t kChunkBytes = 1 << 20; // of queries that pass through all codebooks before the next ones do
+constexpr int64_t kUnit = 64; // positions of one piece of work
+constexpr double kWorthAThread = 4e6; // multiplications that pay for waking another thread
+
+Layout layout_of(const Tensor& keys) {
+  return {keys.size(1), keys.size(2), keys.scalar_type() == ScalarType::Double, kernels().halved};
+}
+
+void require_keys(const Tensor& keys) {
+  require_cpu(keys, "keys");
+  require(is_floating(keys.scalar_type()), "expected floating-point keys");
+  require(keys.dim() == 3, "expected keys [C, K, D], got ", shape(keys));
+}
+
+void require_packed(const Tensor& packed, const Layout& layout, int64_t C) {
+  require_cpu(packed, "packed");
+  const std::string id = layout.id();
+  const bool fits = packed.scalar_type() == ScalarType::Byte && packed.dim() == 2 && packed.size(0) == C &&
+      packed.size(1) == layout.nbytes() && packed.is_contiguous();
+  require(
+      fits && std::memcmp(packed.const_data_ptr(), id.data(), kPart) == 0,
+      "packed keys do not match: expected the layout '", id.substr(0, id.find_last_not_of(' ') + 1), "', ",
+      layout.nbytes(), " bytes for each of ", C, " codebooks, got ", shape(packed),
+      "; pack the keys again with pack_keys(keys)");
+}
+
+void require_search(const Tensor& queries, const Tensor& keys, const Tensor& packed, const std::optional<Tensor>& mask,
+                    int64_t topk) {
+  require_keys(keys);
+  require_cpu(queries, "queries");
+  const int64_t C = keys.size(0), K = keys.size(1), D = keys.size(2);
+  require(is_floating(queries.scalar_type()), "expected floating-point queries");
+  require(queries.dim() == 4 && queries.size(2) == C && queries.size(3) == D, "expected queries [B, S, ", C, ", ", D,
+          "] for keys ", shape(keys), ", got ", shape(queries));
+  require_packed(packed, layout_of(keys), C);
+  if (mask) {
+    require(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == C &&
+                mask->size(1) == K,
+            "expected mask torch.bool [", C, ", ", K, "] on the CPU, got ", shape(*mask));
+  }
+  require(topk >= 1 && topk <= K, "expected topk between 1 and ", K, ", got ", topk);
+}
+
+// The bits and biases of a search without the pairs that a mask bars.
+struct Masked {
+  Masked(const Tensor& mask_, const Layout& layout, const char* packed, int64_t C)
+      : bits(C * layout.blocks()), bias(C * layout.biases()) {
+    const Tensor mask = torch::stable::contiguous(mask_);
+    const bool* allowed = static_cast<const bool*>(mask.const_data_ptr());
+    parallel(C, std::max<int64_t>(1, 32768 / layout.K), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const char* book = packed + c * layout.nbytes();
+        uint16_t* bit = bits.data() + c * layout.blocks();
+        float* score = bias.data() + c * layout.biases();
+        std::memcpy(bit, book + layout.bits(), 2 * layout.blocks());
+        std::memcpy(score, book + layout.bias(), 4 * layout.biases());
+        for (int64_t k = 0; k < layout.K; ++k) {
+          if (allowed[c * layout.K + k]) continue;
+          bit[k / kLanes] &= static_cast<uint16_t>(~(1u << (k % kLanes)));
+          score[bias_place(layout, k)] = -std::numeric_limits<float>::infinity();
+        }
+      }
+    });
+  }
+
+  std::vector<uint16_t> bits;
+  std::vector<float> bias;
+};
+
+// Run work(codebook, begin, end) over all positions of all codebooks: a chunk of positions goes through every codebook,
+// so that outputs are still in cache when the next codebook writes beside them.
+template <class F>
+void over_positions(int64_t N, int64_t C, int64_t D, double cost, const F& work) {
+  if (N == 0 || C == 0) return;
+  const int64_t chunk = std::min(N, std::max(kChunkBytes / (4 * C * D) / kUnit, int64_t{2}) * kUnit);
+  const int64_t unit = std::min(chunk, kUnit);
+  const int64_t per_book = (chunk + unit - 1) / unit, chunks = (N + chunk - 1) / chunk;
+  const int64_t grain = static_cast<int64_t>(kWorthAThread / (cost * unit + 1)) + 1;
+  parallel(chunks * C * per_book, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      // Neighbouring units of one codebook are one piece of work: its keys are set up once.
+      const int64_t book = begin / per_book, last = std::min(end, (book + 1) * per_book);
+      const int64_t first_position = book / C * chunk;
+      const int64_t from = first_position + begin % per_book * unit;
+      const int64_t to = std::min({first_position + chunk, N, first_position + (last - book * per_book) * unit});
+      if (from < to) work(book % C, from, to);
+      begin = last;
+    }
+  });
+}
+
+// Float64 on either side: every key by direct difference, in float64.
+template <class Q, class Key>
+void nearest_wide(const Q* queries, const Key* keys, const bool* mask, const Layout& layout, const Tensor& shape_of,
+                  int64_t topk, int64_t* indices, double* distances) {
+  const int64_t S = shape_of.size(1), C = shape_of.size(2), K = layout.K, D = layout.D;
+  const int64_t strides[] = {shape_of.stride(0), shape_of.stride(1), shape_of.stride(2)};
+  over_positions(shape_of.size(0) * S, C, D, static_cast<double>(K) * D * 8, [&](int64_t c, int64_t begin, int64_t end) {
+    std::vector<double> q(D), apart(D);
+    std::vector<std::pair<double, int64_t>> near;
+    std::vector<char> usable(K);
+    for (int64_t k = 0; k < K; ++k) {
+      const Key* key = keys + (c * K + k) * D;
+      usable[k] = !mask || mask[c * K + k];
+      for (int64_t d = 0; d < D; ++d) usable[k] = usable[k] && std::isfinite(static_cast<double>(key[d]));
+    }
+    for (int64_t row = begin; row < end; ++row) {
+      const Q* from = queries + row / S * strides[0] + row % S * strides[1] + c * strides[2];
+      bool finite = true;
+      for (int64_t d = 0; d < D; ++d) {
+        q[d] = static_cast<double>(from[d]);
+        finite = finite && std::isfinite(q[d]);
+      }
+      int64_t* index = indices + (row * C + c) * topk;
+      double* distance = distances + (row * C + c) * topk;
+      near.clear();
+      for (int64_t k = 0; finite && k < K; ++k) {
+        if (!usable[k]) continue;
+        const Key* key = keys + (c * K + k) * D;
+        for (int64_t d = 0; d < D; ++d) {
+          const double difference = q[d] - static_cast<double>(key[d]);
+          apart[d] = difference * difference;
+        }
+        // Halving, as in the reference: one order of summation everywhere.
+        for (int64_t size = D; size > 1; size = size / 2 + size % 2) {
+          const int64_t half = size / 2;
+          for (int64_t d = 0; d < half; ++d) apart[d] += apart[half + d];
+          if (size % 2) apart[half] = apart[size - 1];
+        }
+        near.emplace_back(apart[0], k);
+      }
+      const int64_t found = std::min<int64_t>(near.size(), topk);
+      std::partial_sort(near.begin(), near.begin() + found, near.end());
+      int64_t unused = 0;
+      for (int64_t t = 0; t < topk; ++t) {
+        if (t < found) {
+          index[t] = near[t].second;
+          distance[t] = near[t].first;
+        } else {
+          while (std::find(index, index + t, unused) != index + t) ++unused;
+          index[t] = unused;
+          distance[t] = finite ? std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
+        }
+      }
+    }
+  });
+}
+
+} // namespace
+
+Tensor pack_keys(Tensor keys_) {
+  require_keys(keys_);
+  const Layout layout = layout_of(keys_);
+  const Tensor keys = torch::stable::contiguous(keys_);
+  const int64_t C = keys.size(0), K = layout.K, D = layout.D;
+  const Tensor packed = torch::stable::new_empty(keys, {C, layout.nbytes()}, ScalarType::Byte);
+  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  const std::string id = layout.id();
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, K * D));
+  parallel(C, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> rows;
+    for (int64_t c = begin; c < end; ++c) {
+      char* book = to + c * layout.nbytes();
+      std::memset(book, 0, layout.nbytes());
+      std::memcpy(book, id.data(), kPart);
+      if (layout.wide) continue;
+      if (keys.scalar_type() == ScalarType::Float) {
+        kernels().pack(layout, static_cast<const float*>(keys.const_data_ptr()) + c * K * D, book);
+        continue;
+      }
+      rows.resize(K * D);
+      with_type(keys.scalar_type(), [&](auto* type) {
+        read_row(static_cast<const std::remove_pointer_t<decltype(type)>*>(keys.const_data_ptr()) + c * K * D, K * D,
+                 rows.data());
+      });
+      kernels().pack(layout, rows.data(), book);
+    }
+  });
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> nearest(
+    Tensor queries_, Tensor keys_, Tensor packed, std::optional<Tensor> mask, int64_t topk) {
+  require_search(queries_, keys_, packed, mask, topk);
+  const Tensor queries = queries_.stride(3) == 1 || queries_.size(3) == 1 ? queries_ : torch::stable::contiguous(queries_);
+  const Tensor keys = torch::stable::contiguous(keys_);
+  const Layout layout = layout_of(keys);
+  const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2);
+  const bool wide = layout.wide || queries.scalar_type() == ScalarType::Double;
+  Tensor indices = torch::stable::new_empty(queries, {B, S, C, topk}, ScalarType::Long);
+  Tensor distances =
+      torch::stable::new_empty(queries, {B, S, C, topk}, wide ? ScalarType::Double : ScalarType::Float);
+  int64_t* index = static_cast<int64_t*>(indices.mutable_data_ptr());
+
+  if (wide) {
+    std::optional<Tensor> allowed;
+    if (mask) allowed = torch::stable::contiguous(*mask);
+    const bool* may = allowed ? static_cast<const bool*>(allowed->const_data_ptr()) : nullptr;
+    with_type(queries.scalar_type(), [&](auto* q) {
+      with_type(keys.scalar_type(), [&](auto* k) {
+        nearest_wide(static_cast<const std::remove_pointer_t<decltype(q)>*>(queries.const_data_ptr()),
+                     static_cast<const std::remove_pointer_t<decltype(k)>*>(keys.const_data_ptr()), may, layout, queries,
+                     topk, index, static_cast<double*>(distances.mutable_data_ptr()));
+      });
+    });
+    return {indices, distances};
+  }
+
+  const char* from = static_cast<const char*>(packed.const_data_ptr());
+  std::unique_ptr<Masked> masked;
+  if (mask) masked = std::make_unique<Masked>(*mask, layout, from, C);
+  Search search = {
+      .queries = queries.const_data_ptr(),
+      .queries_type = queries.scalar_type(),
+      .B = B,
+      .S = S,
+      .C = C,
+      .stride_b = queries.stride(0),
+      .stride_s = queries.stride(1),
+      .stride_c = queries.stride(2),
+      .keys = keys.const_data_ptr(),
+      .keys_type = keys.scalar_type(),
+      .layout = layout,
+      .packed = from,
+      .bits = masked ? masked->bits.data() : reinterpret_cast<const uint16_t*>(from + layout.bits()),
+      .bits_stride = masked ? layout.blocks() : layout.nbytes() / 2,
+      .bias = masked ? masked->bias.data() : reinterpret_cast<const float*>(from + layout.bias()),
+      .bias_stride = masked ? layout.biases() : layout.nbytes() / 4,
+      .topk = topk,
+      .indices = index,
+      .distances = static_cast<float*>(distances.mutable_data_ptr()),
+  };
+  const double cost = static_cast<double>(layout.K) * layout.D;
+  over_positions(B * S, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
+    kernels().search(search, c, begin, end);
+  });
+  return {indices, distances};
+}
+
+std::tuple<Tensor, Tensor> lookup(
+    Tensor queries, Tensor keys, Tensor packed, Tensor values, std::optional<Tensor> mask, std::string pool) {
+  const Tensor found = std::get<0>(nearest(queries, keys, packed, mask, 1));
+  const Tensor indices = torch::stable::select(found, 3, 0);
+  return {gather(values, indices, pool, "bscv"), indices};
+}
+
+std::string cpu_capability() {
+  return kernels().name;
+}
+
+int64_t cpu_packed_nbytes(int64_t K, int64_t D, bool wide) {
+  return Layout{K, D, wide, kernels().halved}.nbytes();
+}
+
+} // namespace kvb

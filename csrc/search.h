@@ -1,0 +1,57 @@
+// What the search hands to the code of one instruction set.
+#pragma once
+
+#include "numbers.h"
+#include "packed.h"
+
+namespace kvb {
+
+struct Search {
+  const void* queries; // [B, S, C, D], last axis contiguous
+  ScalarType queries_type;
+  int64_t B, S, C;
+  int64_t stride_b, stride_s, stride_c; // in elements
+  const void* keys; // [C, K, D] contiguous
+  ScalarType keys_type;
+  Layout layout;
+  const char* packed; // of the first codebook
+  const uint16_t* bits; // [C, blocks]: the packed ones, or without the masked pairs
+  int64_t bits_stride;
+  const float* bias; // [C, biases], likewise
+  int64_t bias_stride;
+  int64_t topk;
+  int64_t* indices; // [B, S, C, T]
+  float* distances; // [B, S, C, T]
+};
+
+// Searches rows [begin, end) of the B*S positions in one codebook.
+using SearchRows = void (*)(const Search& search, int64_t codebook, int64_t begin, int64_t end);
+// Packs one codebook of keys, given as float32 rows, all but its id.
+using PackCodebook = void (*)(const Layout& layout, const float* keys, char* packed);
+
+struct Kernels {
+  const char* name;
+  bool halved; // packs bfloat16 tiles
+  SearchRows search;
+  PackCodebook pack;
+};
+
+namespace portable {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace amx {
+extern const Kernels kernels;
+}
+#endif
+
+// The kernels of this machine, chosen once (capability.cpp).
+const Kernels& kernels();
+
+} // namespace kvb
