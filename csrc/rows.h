@@ -11,6 +11,7 @@
 
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -82,6 +83,31 @@ void with_integer(ScalarType type, const F& work) {
   }
 }
 
+inline int64_t element_bytes(ScalarType type) {
+  int64_t bytes = 0;
+  const auto measure = [&](auto value) { bytes = sizeof(value); };
+  is_floating(type) ? with_floating(type, measure) : with_integer(type, measure);
+  return bytes;
+}
+
+// ``value`` as a sum's type; exact.
+template <class Sum, class T>
+inline Sum widen(T value) {
+  return static_cast<Sum>(value);
+}
+
+// Without branches, so that it vectorises, and without float32 subnormals, which the user may have set to flush.
+template <>
+inline float widen<float, torch::headeronly::Half>(torch::headeronly::Half value) {
+  constexpr int32_t rebias = (127 - 15) << 23;
+  const int32_t magnitude = value.x & 0x7fff;
+  const int32_t is_small = -(magnitude < 0x400), is_infinite_or_nan = -(magnitude >= 0x7c00);
+  const int32_t normal = (magnitude << 13) + rebias + (is_infinite_or_nan & rebias);
+  const int32_t subnormal = std::bit_cast<int32_t>(static_cast<float>(magnitude) * 0x1p-24f);
+  const int32_t sign = static_cast<int32_t>(static_cast<uint32_t>(value.x & 0x8000) << 16);
+  return std::bit_cast<float>(sign | (is_small & subnormal) | (~is_small & normal));
+}
+
 // --- walking over indices --------------------------------------------------------------------------------------------
 
 // Cut positions ``begin`` to ``end`` of a box into runs along its last axis: work(x, y, z, length).
@@ -131,15 +157,9 @@ inline Walk walk(const Tensor& indices, const Sizes& place, int64_t codebook_ste
       pair_step};
 }
 
-inline int64_t index_bytes(ScalarType type) {
-  int64_t bytes = 0;
-  with_integer(type, [&](auto index) { bytes = sizeof(index); });
-  return bytes;
-}
-
 // The part of a walk with codebooks ``first`` to ``last`` only; its last axis must be the codebooks.
 inline Walk codebooks(Walk walk, int64_t first, int64_t last) {
-  walk.data += first * walk.stride[2] * index_bytes(walk.type);
+  walk.data += first * walk.stride[2] * element_bytes(walk.type);
   walk.place_origin += first * walk.place[2];
   walk.table_origin += first * walk.table[2];
   walk.size[2] = last - first;
@@ -325,7 +345,7 @@ void stage(const Source& source, int64_t n0, int64_t n1, int64_t c0, int64_t c1,
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t c = c0; c < c1; ++c, out += width) {
       const T* row = data + n / S * tensor.stride(0) + n % S * tensor.stride(1) + c * codebook;
-      for (int64_t v = 0; v < width; ++v) out[v] = static_cast<Sum>(row[v * step]) / divisor;
+      for (int64_t v = 0; v < width; ++v) out[v] = widen<Sum>(row[v * step]) / divisor;
     }
   }
 }
@@ -395,7 +415,7 @@ void for_rows(const Source& source, const Block& block, const F& visit) {
 
 template <class Sum, class T>
 inline void add_row(Sum* __restrict sums, const T* __restrict row, int64_t width) {
-  for (int64_t v = 0; v < width; ++v) sums[v] += static_cast<Sum>(row[v]);
+  for (int64_t v = 0; v < width; ++v) sums[v] += widen<Sum>(row[v]);
 }
 
 } // namespace kvb

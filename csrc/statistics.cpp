@@ -9,28 +9,24 @@ namespace {
 
 constexpr int64_t kCached = 1 << 19; // bytes of sums that stay in a core's cache with room to spare
 
-inline bool finite(const float* row, int64_t width) {
-  constexpr int32_t magnitude = 0x7fffffff, infinity = 0x7f800000;
-  int32_t bad = 0; // no early exit, so that it vectorises
-  for (int64_t d = 0; d < width; ++d) bad |= (std::bit_cast<int32_t>(row[d]) & magnitude) >= infinity;
-  return !bad;
-}
-
-inline bool finite(const double* row, int64_t width) {
-  constexpr int64_t magnitude = std::numeric_limits<int64_t>::max(), infinity = int64_t{0x7ff} << 52;
-  int64_t bad = 0;
-  for (int64_t d = 0; d < width; ++d) bad |= (std::bit_cast<int64_t>(row[d]) & magnitude) >= infinity;
-  return !bad;
-}
-
-// Half and BFloat16: the exponent's bits lie in the upper bytes.
+// Whether all of a row is finite: x - x is +0 or -0 if x is, and NaN if not. No early exit, so that it vectorises.
 template <class T>
 bool finite(const T* row, int64_t width) {
-  constexpr int16_t magnitude = 0x7fff;
-  const int16_t infinity = static_cast<int16_t>(T(std::numeric_limits<float>::infinity()).x);
-  int16_t bad = 0;
-  for (int64_t d = 0; d < width; ++d) bad |= (static_cast<int16_t>(row[d].x) & magnitude) >= infinity;
-  return !bad;
+  using Sum = Accumulator<T>;
+  using Bits = std::conditional_t<std::is_same_v<Sum, double>, uint64_t, uint32_t>;
+  constexpr int64_t lanes = 8;
+  Bits bad[lanes] = {};
+  int64_t d = 0;
+  const auto look = [&](int64_t lane) {
+    const Sum value = widen<Sum>(row[d + lane]);
+    bad[lane] |= std::bit_cast<Bits>(value - value);
+  };
+  for (; d + lanes <= width; d += lanes)
+    for (int64_t lane = 0; lane < lanes; ++lane) look(lane);
+  for (; d < width; ++d) look(0);
+  Bits any = 0;
+  for (Bits lane : bad) any |= lane;
+  return any << 1 == 0;
 }
 
 void require_queries(const Tensor& queries, const Tensor& indices, int64_t K) {

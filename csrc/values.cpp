@@ -5,15 +5,30 @@
 #include <bit>
 #include <memory>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 namespace kvb {
 namespace {
 
 constexpr int64_t kCached = 1 << 19; // bytes of sums or slots that stay in a core's cache with room to spare
-constexpr int64_t kStreamed = 1 << 24; // bytes of output that no cache would keep for its reader
+constexpr int64_t kMapped = 1 << 25; // bytes from which malloc maps fresh pages, at glibc's highest threshold
+
+// An uninitialised output. Faulting in fresh pages of 4 KB costs more than writing them: ask for large ones.
+Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  Tensor out = torch::stable::new_empty(like, sizes, like.scalar_type());
+#ifdef __linux__
+  constexpr uintptr_t page = 1 << 21;
+  const int64_t bytes = out.numel() * element_bytes(out.scalar_type());
+  if (bytes >= kMapped) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+    const uintptr_t first = (begin + page - 1) / page * page;
+    madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / page * page, MADV_HUGEPAGE);
+  }
+#endif
+  return out;
+}
 
 // --- gather ----------------------------------------------------------------------------------------------------------
 
@@ -24,62 +39,18 @@ inline void copy_row(char* __restrict out, const char* __restrict row, int64_t b
   if (at < bytes) __builtin_memcpy(out + at, row + at, 2);
 }
 
-#ifdef __SSE2__
-// Past the caches: a store that would first read what it overwrites costs half the bandwidth.
-inline void stream_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 16)
-    _mm_stream_si128(
-        reinterpret_cast<__m128i*>(out + at), _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + at)));
-}
-
-bool can_stream(const char* out, int64_t row_bytes, int64_t rows) {
-  return row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0 && row_bytes * rows >= kStreamed;
-}
-
-inline void finish_streaming() {
-  _mm_sfence();
-}
-#else
-inline void stream_row(char* out, const char* row, int64_t bytes) {
-  copy_row(out, row, bytes);
-}
-
-bool can_stream(const char*, int64_t, int64_t) {
-  return false;
-}
-
-inline void finish_streaming() {}
-#endif
-
-template <class F>
-void for_listed(const Row* rows, int64_t listed, const char* table, int64_t row_bytes, const F& copy) {
-  for (int64_t i = 0; i < listed; ++i) {
-    if (i + kAhead < listed) prefetch(table + rows[i + kAhead].target, row_bytes);
-    copy(table + rows[i].target);
-  }
-}
-
-// Rows of ``table``, in bytes, one after the other in the order of ``order``.
+// Rows of ``table`` one after the other, in the order of ``order``, whose targets are in bytes.
 void gather_each(const char* table, const Walk& order, int64_t row_bytes, char* out) {
-  const bool streams = can_stream(out, row_bytes, order.positions());
   parallel(order.positions(), kSerial * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
     std::array<Row, kListed> rows;
     char* to = out + begin * row_bytes;
     for (int64_t at = begin; at < end; at += kListed) {
       const int64_t listed = list_rows(order, at, std::min(end, at + kListed), UINT64_MAX, rows.data());
-      if (streams) {
-        for_listed(rows.data(), listed, table, row_bytes, [&](const char* row) {
-          stream_row(to, row, row_bytes);
-          to += row_bytes;
-        });
-      } else {
-        for_listed(rows.data(), listed, table, row_bytes, [&](const char* row) {
-          copy_row(to, row, row_bytes);
-          to += row_bytes;
-        });
+      for (int64_t i = 0; i < listed; ++i, to += row_bytes) {
+        if (i + kAhead < listed) prefetch(table + rows[i + kAhead].target, row_bytes);
+        copy_row(to, table + rows[i].target, row_bytes);
       }
     }
-    if (streams) finish_streaming();
   });
 }
 
@@ -93,7 +64,7 @@ inline void add_rows(Sum* __restrict total, const T* table, const Row* rows, int
   }
   const T* row[kBooks];
   for (int64_t c = 0; c < kBooks; ++c) row[c] = table + rows[c].target;
-  const auto at = [&](int64_t c, int64_t v) { return static_cast<Sum>(row[c][v]); };
+  const auto at = [&](int64_t c, int64_t v) { return widen<Sum>(row[c][v]); };
   for (int64_t v = 0; v < width; ++v)
     total[v] += ((at(0, v) + at(1, v)) + (at(2, v) + at(3, v))) + ((at(4, v) + at(5, v)) + (at(6, v) + at(7, v)));
 }
@@ -293,7 +264,7 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
   const ScalarType type = values.scalar_type();
 
   if (pool != "none") {
-    Tensor out = torch::stable::new_empty(values, {B, S, V}, type);
+    Tensor out = new_output(values, {B, S, V});
     const Walk order = walk(indices, {}, values.stride(0), values.stride(1));
     with_floating(type, [&](auto value) {
       using T = decltype(value);
@@ -302,8 +273,8 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
     return out;
   }
   const bool transposed = layout == "bcsv";
-  Tensor out = torch::stable::new_empty(values, {B, transposed ? C : S, transposed ? S : C, V}, type);
-  const int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+  Tensor out = new_output(values, {B, transposed ? C : S, transposed ? S : C, V});
+  const int64_t bytes = element_bytes(type);
   Walk order = walk(indices, {}, values.stride(0) * bytes, values.stride(1) * bytes);
   if (transposed) swap_axes(order, 1, 2);
   gather_each(
@@ -315,7 +286,7 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
 Tensor gather_backward(Tensor grad, Tensor indices, int64_t K, std::string pool) {
   require_grad(grad, indices, K, pool);
   const Source source = source_of(grad, indices, K, pool);
-  Tensor out = torch::stable::new_empty(grad, {indices.size(2), K, source.width()}, grad.scalar_type());
+  Tensor out = new_output(grad, {indices.size(2), K, source.width()});
   with_floating(grad.scalar_type(), [&](auto value) {
     dense_gradient(source, out.mutable_data_ptr<decltype(value)>());
   });
@@ -327,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indi
   const Source source = source_of(grad, indices, K, pool);
   const int64_t size = std::min(indices.numel(), indices.size(2) * K), width = source.width();
   Tensor rows = torch::stable::new_empty(grad, {size}, ScalarType::Long);
-  Tensor grads = torch::stable::new_empty(grad, {size, width}, grad.scalar_type());
+  Tensor grads = new_output(grad, {size, width});
   Tensor count = torch::stable::new_empty(grad, {1}, ScalarType::Long);
   with_floating(grad.scalar_type(), [&](auto value) {
     using T = decltype(value);
