@@ -5,18 +5,21 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
-KVB_BUILD_EXT ?= auto
+# The tests must have the C++ extension, unless told otherwise; the demo takes what it gets.
+KVB_BUILD_EXT ?=
+EXT_demo := $(or $(KVB_BUILD_EXT),auto)
+EXT_test := $(or $(KVB_BUILD_EXT),1)
 
-export KVB_BUILD_EXT
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip
+# With the environment's ninja within reach, compilers run side by side.
+PIP := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip
 SETUP := $(VENV)/.kvb-$(shell echo '$(TORCH) $(TORCH_INDEX) $(KVB_BUILD_EXT)' | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all sanitize lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,11 +29,31 @@ help: ## list the targets
 demo: $(VENV)/.kvb-demo ## run the demo; its options go in ARGS="..."
 	@$(BIN)/python -m kvb demo $(ARGS)
 
-test: lint ## run the linters and the tests
-	@$(BIN)/pytest -q
+# Every run says which backend it expects: tests/conftest.py stops it where another one answers.
+ON_CPU := KVB_EXPECT_BACKEND=$(patsubst 0,reference,$(patsubst 1,csrc,$(EXT_test:auto=)))
+ON_REFERENCE := KVB_CPU_CAPABILITY=reference KVB_EXPECT_BACKEND=reference
+BOTH := tables exactness operators golden bottleneck keys state
 
-test-all: test ## the same, then the slow tests
-	@$(BIN)/pytest -q -m slow -s || [ $$? -eq 5 ]  # 5: there is none
+test: lint ## run the linters, the tests, and those of operators and modules once more on the reference
+	@$(ON_CPU) $(BIN)/pytest -q
+	@$(ON_REFERENCE) $(BIN)/pytest -q $(BOTH:%=tests/test_%.py)
+
+test-all: test sanitize ## the same, then the extension under sanitizers and the slow tests
+	@$(ON_CPU) $(BIN)/pytest -q -m slow -s
+	@$(ON_REFERENCE) $(BIN)/pytest -q -m slow -s
+
+# $(call sanitized,KVB_SANITIZE,folder,libraries to load first,settings,tests): a build of its own, tested.
+define sanitized
+	@echo "Building kvb with KVB_SANITIZE=$1 in build/$2"
+	@rm -rf build/$2
+	@KVB_BUILD_EXT=1 KVB_SANITIZE=$1 $(PIP) install -q --no-deps --no-build-isolation --target build/$2 .
+	@PYTHONPATH=$(abspath build/$2) PYTHONSAFEPATH=1 KVB_EXPECT_BACKEND=csrc KVB_EXPECT_FOLDER=build/$2 $4 \
+		LD_PRELOAD="$(foreach lib,$3 stdc++,$$($(CXX) -print-file-name=lib$(lib).so))" $(BIN)/pytest -q -p no:cacheprovider $5
+endef
+
+sanitize: $(VENV)/.kvb-test ## search the extension for bad memory accesses, undefined behaviour and data races
+	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0,$(addprefix tests/test_,tables.py operators.py extension.py))
+	$(call sanitized,thread,tsan,tsan,TSAN_OPTIONS=ignore_noninstrumented_modules=1,tests/test_extension.py -k threads)
 
 lint: $(VENV)/.kvb-test ## check style, format and types
 	@$(BIN)/ruff check .
@@ -38,7 +61,7 @@ lint: $(VENV)/.kvb-test ## check style, format and types
 	@$(BIN)/mypy
 
 clean: ## remove what builds and tests leave behind, but not the environment
-	@rm -rf build dist demo_out *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist demo_out kvb/_C.abi3.so *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find kvb kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	@rm -f $(VENV)/.kvb-*
 
@@ -56,10 +79,13 @@ $(SETUP):
 	@rm -f $(VENV)/.kvb-*
 	@echo "Installing $(TORCH)"
 	@$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
-	@$(PIP) install -q 'setuptools>=77' wheel
+	@$(PIP) install -q 'setuptools>=77' wheel ninja
 	@touch $@
 
-$(VENV)/.kvb-demo $(VENV)/.kvb-test: $(VENV)/.kvb-%: $(SETUP) pyproject.toml setup.py Makefile
+# Both share one kvb: installing for the demo, with or without an extension, means installing anew for the tests.
+$(VENV)/.kvb-demo $(VENV)/.kvb-test: $(VENV)/.kvb-%: $(SETUP) pyproject.toml setup.py Makefile $(wildcard csrc/*)
 	@echo "Installing kvb[$*]"
-	@$(PIP) install -q --no-build-isolation -e '.[$*]'
-	@touch $@
+	@rm -f $(VENV)/.kvb-demo $(VENV)/.kvb-test
+	@KVB_BUILD_EXT=$(EXT_$*) $(PIP) install -q --no-build-isolation -e '.[$*]'
+	@$(BIN)/python -c 'import kvb; print("Backend on the CPU:", kvb.info()["backend on cpu"])'
+	@touch $@ $(if $(filter test,$*),$(VENV)/.kvb-demo)  # kvb[test] holds kvb[demo]

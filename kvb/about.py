@@ -10,10 +10,14 @@ from kvb import ops
 
 __version__ = "0.1.0"
 
-_ABSENT = {
-    "cpu": "the C++ extension is not part of this version",
-    "cuda": "the Triton kernels are not part of this version",
-}
+
+def _backend(device: str) -> str:
+    """Who answers on a device type; for the C++ extension its instruction set, for the reference why it must."""
+    backend = ops.backend(device)
+    if backend == "csrc":
+        return f"csrc ({torch.ops.kvb.cpu_capability()})"
+    why = ops.absent[device]
+    return f"{backend} ({why})" if why else backend
 
 
 def info() -> dict[str, str]:
@@ -25,7 +29,4 @@ def info() -> dict[str, str]:
         "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
     }
-    for device, why in _ABSENT.items():
-        backend = ops.backend(device)
-        facts[f"backend on {device}"] = f"{backend} ({why})" if backend == "reference" else backend
-    return facts
+    return facts | {f"backend on {device}": _backend(device) for device in ("cpu", "cuda")}

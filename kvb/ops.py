@@ -81,7 +81,7 @@ def _load_extension() -> str:
     try:
         importlib.import_module("kvb._C")
     except ModuleNotFoundError:
-        return "the C++ extension was not built"
+        return "the C++ extension was not built: pip install --no-build-isolation . with g++ and torch at hand"
     except ImportError as error:
         warnings.warn(f"the C++ extension of kvb cannot be loaded, plain PyTorch answers: {error}", stacklevel=2)
         return f"the C++ extension cannot be loaded: {error}"
