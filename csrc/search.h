@@ -46,6 +46,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 namespace amx {
 extern const Kernels kernels;
 }

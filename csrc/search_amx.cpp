@@ -62,42 +62,15 @@ inline void accumulate() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
 }
 
-struct Codebook;
+#include "bfloat16.inc"
 
-// Bfloat16: a set is one lane of the sixteen tiles of a group, which is one block of neighbours.
-struct Filter {
-  static constexpr int64_t kRows = 32; // queries taken at once
+struct Filter : RoundedQueries<32> {
   static constexpr int64_t kBatch = 4; // tiles of keys whose scores wait for their maximum together
 
-  explicit Filter(const Layout& layout)
-      : D(layout.D),
-        blocks(layout.blocks()),
-        groups(layout.groups()),
-        parts(layout.parts()),
-        pairs(layout.pairs()),
-        stride((std::max(layout.parts() * layout.pairs() * 2, layout.D) + 31) / 32 * 32),
-        queries(kRows * stride) {}
+  using RoundedQueries::RoundedQueries;
 
   ~Filter() {
     if (configured) asm volatile("tilerelease");
-  }
-
-  int64_t sets() const {
-    return groups;
-  }
-
-  template <class F>
-  void members(int64_t group, int lane, const F& work) const {
-    const int64_t block = group * kLanes + lane;
-    if (block < blocks) work(block, 0xffffu);
-  }
-
-  // |q.k - q'.k'| <= |q - q'| |k| + |q'| |k - k'| for the rounded q', k'; then the float32 sum of D + 1 terms.
-  float error(const Scale& scale, float norm, int64_t row) const {
-    const float r = scale.radius, rounded = norm + lost[row];
-    const float product = lost[row] * r + rounded * scale.rounding;
-    const float added = (D + 8) * 0x1p-24f * (rounded * (r + scale.rounding) + r * r / 2);
-    return 1.001f * (product + added + (D + 8) * 0x1p-126f * (1 + norm + r));
   }
 
   void run(const float* q, int64_t q_stride, int64_t rows, const Codebook& book, const float* bias, float* best);
@@ -107,9 +80,6 @@ struct Filter {
   template <bool Resident, bool Both>
   void all_groups(const uint16_t* tiles, int64_t rows, const float* bias, float* best) const;
 
-  const int64_t D, blocks, groups, parts, pairs, stride;
-  std::vector<uint16_t> queries;
-  float lost[kRows];
   int64_t configured = 0; // rows
 };
 
@@ -180,18 +150,7 @@ void Filter::run(const float* q, int64_t q_stride, int64_t rows, const Codebook&
     TileConfig(rows, pairs).load();
     configured = rows;
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t d = 0; d < q_stride; d += 16) {
-      const __m512 exact = _mm512_loadu_ps(q + i * q_stride + d);
-      const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(exact));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(queries.data() + i * stride + d), rounded);
-      const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
-      const __m512 off = _mm512_sub_ps(exact, back);
-      squares = _mm512_fmadd_ps(off, off, squares);
-    }
-    lost[i] = 1.001f * std::sqrt(_mm512_reduce_add_ps(squares));
-  }
+  round(q, q_stride, rows);
   if (parts == 1) {
     rows > 16 ? all_groups<true, true>(book.tiles, rows, bias, best)
               : all_groups<true, false>(book.tiles, rows, bias, best);

@@ -22,7 +22,7 @@ if kvb.ops.backend("cpu") != "csrc":
 
 from kvb import _C
 
-CAPABILITIES = ("portable", "avx2", "avx512", "amx")
+CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 LIBRARIES = (
     "libtorch_cpu",
     "libc10",
