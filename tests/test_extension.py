@@ -37,9 +37,9 @@ LIBRARIES = (
 # The first that a line of machine code matches, and the namespaces of kvb that may hold it.
 INSTRUCTIONS = {
     r"\t(tile|tdp|ldtilecfg|sttilecfg)": ("amx",),
-    r"%zmm|%k[0-7]\b": ("avx512", "amx"),
-    r"%ymm": ("avx2", "avx512", "amx"),
-    r"\tv[a-z]": ("avx2", "avx512", "amx"),
+    r"%zmm|%k[0-7]\b": ("avx512", "avx512_bf16", "amx"),
+    r"%ymm": ("avx2", "avx512", "avx512_bf16", "amx"),
+    r"\tv[a-z]": ("avx2", "avx512", "avx512_bf16", "amx"),
 }
 
 
