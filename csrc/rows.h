@@ -183,24 +183,30 @@ inline int64_t at(const Sizes& steps, int64_t x, int64_t y, int64_t z) {
 
 // List the rows at positions ``begin`` to ``end`` whose target lies in [0, limit); returns how many.
 inline int64_t list_rows(const Walk& walk, int64_t begin, int64_t end, uint64_t limit, Row* rows) {
-  int64_t listed = 0;
+  Row* last = rows;
   with_integer(walk.type, [&](auto index) {
     using Index = decltype(index);
     for_runs(walk.size, begin, end, [&](int64_t x, int64_t y, int64_t z, int64_t length) {
       const Index* code = reinterpret_cast<const Index*>(walk.data) + at(walk.stride, x, y, z);
       int64_t place = walk.place_origin + at(walk.place, x, y, z);
       int64_t table = walk.table_origin + at(walk.table, x, y, z);
+      // In registers: the compiler cannot know that writing rows leaves the walk alone.
+      const int64_t scale = walk.scale, code_step = walk.stride[2], place_step = walk.place[2];
+      const int64_t table_step = walk.table[2];
+      const uint64_t below = limit;
+      Row* next = last;
       for (int64_t i = 0; i < length; ++i) {
-        const int64_t target = table + static_cast<int64_t>(*code) * walk.scale;
-        rows[listed] = {place, target};
-        listed += static_cast<uint64_t>(target) < limit; // no branch: it would be a coin toss
-        code += walk.stride[2];
-        place += walk.place[2];
-        table += walk.table[2];
+        const int64_t target = table + static_cast<int64_t>(*code) * scale;
+        *next = {place, target};
+        next += static_cast<uint64_t>(target) < below; // no branch: it would be a coin toss
+        code += code_step;
+        place += place_step;
+        table += table_step;
       }
+      last = next;
     });
   });
-  return listed;
+  return last - rows;
 }
 
 // --- the range of indices --------------------------------------------------------------------------------------------
@@ -365,9 +371,11 @@ void for_targets(const Tensor& indices, int64_t K, const Block& block, const F& 
   }
 }
 
+// Fetch every cache line of a row; the last byte, because counting lines from the address mispredicts.
 inline void prefetch(const void* row, int64_t bytes) {
-  const char* line = static_cast<const char*>(row);
-  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(line + at);
+  const char* const begin = static_cast<const char*>(row);
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
+  __builtin_prefetch(begin + bytes - 1);
 }
 
 // The strides that find a listed row in ``source``, or among the staged rows of one tile.

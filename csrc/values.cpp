@@ -32,11 +32,30 @@ Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
 
 // --- gather ----------------------------------------------------------------------------------------------------------
 
+// Two pieces of ``size`` bytes that may overlap.
+template <int size>
+inline void copy_two(char* __restrict out, const char* __restrict row, int64_t second) {
+  char pieces[2][size];
+  __builtin_memcpy(pieces[0], row, size);
+  __builtin_memcpy(pieces[1], row + second, size);
+  __builtin_memcpy(out, pieces[0], size);
+  __builtin_memcpy(out + second, pieces[1], size);
+}
+
+// Rows are too short for a call of memcpy; the last piece overlaps the one before instead of ending in smaller ones.
 inline void copy_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
-  int64_t at = 0;
-  for (; at + 16 <= bytes; at += 16) __builtin_memcpy(out + at, row + at, 16);
-  for (; at + 4 <= bytes; at += 4) __builtin_memcpy(out + at, row + at, 4);
-  if (at < bytes) __builtin_memcpy(out + at, row + at, 2);
+  if (bytes >= 32) {
+    for (int64_t at = 0; at + 32 <= bytes; at += 32) copy_two<16>(out + at, row + at, 16);
+    copy_two<16>(out + bytes - 32, row + bytes - 32, 16);
+  } else if (bytes >= 16) {
+    copy_two<16>(out, row, bytes - 16);
+  } else if (bytes >= 8) {
+    copy_two<8>(out, row, bytes - 8);
+  } else if (bytes >= 4) {
+    copy_two<4>(out, row, bytes - 4);
+  } else {
+    __builtin_memcpy(out, row, bytes);
+  }
 }
 
 // Rows of ``table`` one after the other, in the order of ``order``, whose targets are in bytes.
@@ -77,10 +96,11 @@ void sum_codebooks(const T* table, const Walk& all, int64_t begin, int64_t end, 
     const int64_t books = std::min(kBooks, all.size[2] - c);
     const Walk order = with_long_runs(codebooks(all, c, c + books));
     const int64_t listed = list_rows(order, begin * books, end * books, UINT64_MAX, rows);
-    for (int64_t i = 0; i < listed; i += books) {
-      for (int64_t next = i + 2 * kBooks; next < std::min(listed, i + 3 * kBooks); ++next)
-        prefetch(table + rows[next].target, width * sizeof(T));
-      add_rows(totals + i / books * width, table, rows + i, books, width);
+    Sum* total = totals;
+    for (int64_t i = 0; i < listed; i += books, total += width) {
+      const int64_t ahead = std::min(listed, i + 5 * books);
+      for (int64_t next = i + 4 * books; next < ahead; ++next) prefetch(table + rows[next].target, width * sizeof(T));
+      add_rows(total, table, rows + i, books, width);
     }
   }
 }
