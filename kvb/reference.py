@@ -40,7 +40,7 @@ def _require_in_range(indices: Tensor, K: int) -> None:
     )
     if indices.numel() == 0:
         return
-    low, high = indices.aminmax()
+    low, high = (bound.to(torch.int64) for bound in indices.aminmax())  # K may not fit a narrow dtype
     if indices.device.type != "cpu":
         torch._assert_async((low >= 0) & (high < K), f"an index is out of bounds for codebook with {K} pairs")
     elif low < 0 or high >= K:

@@ -402,6 +402,14 @@ def test_direct_calls_check_themselves():
                 call()
 
 
+def test_narrow_indices_meet_large_codebooks():
+    values = torch.randn(2, 1000, 3)
+    for dtype in (torch.int8, torch.uint8, torch.int16):
+        indices = torch.tensor([[[3, 120]], [[0, 7]]], dtype=dtype)
+        assert torch.equal(op.gather(values, indices, "none", "bscv"), values[torch.arange(2), indices.long()])
+        assert op.gather_backward(values[:2, None, :2], indices, 1000, "none").sum() != 0
+
+
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
     """Queries through a stride of 0, and a table of 2^31 + elements in bfloat16 (4.3 GB)."""
