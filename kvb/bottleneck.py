@@ -343,7 +343,6 @@ class KeyValueBottleneck(nn.Module):
             self._start_from(found)
         elif not self._initialised:
             self._start_from(torch.randn(like.shape, generator=generator).to(like))
-        meter = learning.Meter(like)
         for epoch in range(max(1, epochs)):
             meter = learning.Meter(like)
             for queries in stream.queries("moving averages" if epoch < epochs else "measuring"):
