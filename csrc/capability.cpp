@@ -20,21 +20,24 @@ bool has_avx512() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-bool has_avx512_bf16() {
-  unsigned a, b, c, d;
-  return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+bool has_avx512_vnni() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni");
 }
 
-// Intel multiplies bfloat16 vectors at half the speed of float32; AMD at twice.
-bool is_amd() {
-  return __builtin_cpu_is("amd");
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
 }
 
 bool has_amx() {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
-  if (!(d & bf16) || !(d & tile) || !has_avx512_bf16()) return false;
+  if (!has_avx512_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+  if (!(d & int8) || !(d & tile)) return false;
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr long request_permission = 0x1023, tile_data = 18; // Linux hands the tile registers out on request
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -50,9 +53,10 @@ const Kernels* choose() {
   const auto allowed = [&](const char* name) { return wanted.empty() || wanted == name; };
 #if defined(__x86_64__)
   if (allowed("amx") && has_amx()) return &amx::kernels;
-  if (allowed("avx512_bf16") && has_avx512_bf16() && (is_amd() || !wanted.empty())) return &avx512_bf16::kernels;
+  if (allowed("avx512_vnni") && has_avx512_vnni()) return &avx512_vnni::kernels;
   if (allowed("avx512") && has_avx512()) return &avx512::kernels;
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::kernels;
+  if (allowed("avx_vnni") && has_avx_vnni()) return &avx_vnni::kernels;
+  if (allowed("avx2") && has_avx2()) return &avx2::kernels;
 #endif
   if (allowed("portable")) return &portable::kernels;
   return nullptr;

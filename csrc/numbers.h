@@ -1,4 +1,4 @@
-// Reading float16, bfloat16, float32 and float64 rows as float or double.
+// Numbers of every dtype: finding their C++ type, widening them, and fetching rows of them.
 #pragma once
 
 #include "common.h"
@@ -6,42 +6,69 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cstring>
+#include <bit>
+#include <type_traits>
 
 namespace kvb {
 
-// Calls ``work`` with a null pointer of the C++ type behind a floating-point dtype.
+constexpr int64_t kLine = 64; // bytes of a cache line
+
+// The type sums are kept in.
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Call ``work`` with a value of the C++ type that holds ``type``.
 template <class F>
-inline decltype(auto) with_type(ScalarType type, const F& work) {
+void with_floating(ScalarType type, const F& work) {
   switch (type) {
-    case ScalarType::Half:
-      return work(static_cast<torch::headeronly::Half*>(nullptr));
-    case ScalarType::BFloat16:
-      return work(static_cast<torch::headeronly::BFloat16*>(nullptr));
-    case ScalarType::Double:
-      return work(static_cast<double*>(nullptr));
-    default:
-      return work(static_cast<float*>(nullptr));
+    case ScalarType::Half: return work(torch::headeronly::Half{});
+    case ScalarType::BFloat16: return work(torch::headeronly::BFloat16{});
+    case ScalarType::Float: return work(float{});
+    default: return work(double{});
   }
 }
 
-template <class T>
-inline void read_row(const T* from, int64_t size, float* to) {
-  for (int64_t i = 0; i < size; ++i) to[i] = static_cast<float>(from[i]);
+template <class F>
+void with_integer(ScalarType type, const F& work) {
+  switch (type) {
+    case ScalarType::Byte: return work(uint8_t{});
+    case ScalarType::Char: return work(int8_t{});
+    case ScalarType::Short: return work(int16_t{});
+    case ScalarType::Int: return work(int32_t{});
+    default: return work(int64_t{});
+  }
 }
 
-// Round to nearest even, as bits; the input is finite.
-inline uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+inline int64_t element_bytes(ScalarType type) {
+  int64_t bytes = 0;
+  const auto measure = [&](auto value) { bytes = sizeof(value); };
+  is_floating(type) ? with_floating(type, measure) : with_integer(type, measure);
+  return bytes;
 }
 
-inline float from_bfloat16(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+// ``value`` as a sum's type; exact.
+template <class Sum, class T>
+inline Sum widen(T value) {
+  return static_cast<Sum>(value);
+}
+
+// Without branches, so that it vectorises, and without float32 subnormals, which the user may have set to flush.
+template <>
+inline float widen<float, torch::headeronly::Half>(torch::headeronly::Half value) {
+  constexpr int32_t rebias = (127 - 15) << 23;
+  const int32_t magnitude = value.x & 0x7fff;
+  const int32_t is_small = -(magnitude < 0x400), is_infinite_or_nan = -(magnitude >= 0x7c00);
+  const int32_t normal = (magnitude << 13) + rebias + (is_infinite_or_nan & rebias);
+  const int32_t subnormal = std::bit_cast<int32_t>(static_cast<float>(magnitude) * 0x1p-24f);
+  const int32_t sign = static_cast<int32_t>(static_cast<uint32_t>(value.x & 0x8000) << 16);
+  return std::bit_cast<float>(sign | (is_small & subnormal) | (~is_small & normal));
+}
+
+// Fetch every cache line of a row; the last byte, because counting lines from the address mispredicts.
+inline void prefetch(const void* row, int64_t bytes) {
+  const char* const begin = static_cast<const char*>(row);
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
+  __builtin_prefetch(begin + bytes - 1);
 }
 
 } // namespace kvb

@@ -4,13 +4,15 @@
 //   Scale    the numbers a bound is made of
 //   centre   float[D], the mean of the finite keys
 //   bits     uint16 a block: which of its 16 keys are usable
-//   blocks   float[Kb][D][16]: centred keys, 16 neighbours a block, so that a vector holds one coordinate of 16 keys
-//   bias     float, -|k|^2/2, or -inf for a key that is barred, in the order of the filter
-//   tiles    bfloat16[groups*16][pairs][16][2], only for filters that multiply bfloat16
+//   blocks   float[Kb][D + 1][16]: centred keys k, 16 neighbours a block, so that a vector holds one coordinate of 16
+//            keys; then the bias of each, -|k|^2/2, or -inf for a key that is barred
+//   bias     float, the same biases in the order of the tiles
+//   tiles    uint8[groups*4][depth][4][16][4], the keys as 8-bit numbers, four coordinates together; these two only where
+//            a filter multiplies them
 //
-// A filter in float32 reads the blocks. A filter in bfloat16 reads the tiles: tile t of group g holds the keys
-// g*256 + l*16 + t in its lanes l = 0..15, so that the maximum of one lane over the 16 tiles of a group stands for the
-// 16 neighbours of one block. Every part starts at a multiple of 64 bytes. Keys in float64 are searched by direct
+// The float32 filter reads the blocks. The 8-bit filter reads the tiles, four side by side: tile t of group g holds the
+// keys g*256 + l*16 + t in its lanes l = 0..15, so that the maximum of one lane over the 16 tiles of a group stands for
+// the 16 neighbours of one block. Every part starts at a multiple of 64 bytes. Keys in float64 are searched by direct
 // difference alone, and their packed form is the id.
 #pragma once
 
@@ -23,10 +25,14 @@ namespace kvb {
 constexpr int64_t kLanes = 16; // keys of a block
 constexpr int64_t kGroup = 256; // keys of a group of tiles
 constexpr int64_t kPart = 64; // bytes, the alignment of every part
+constexpr int64_t kQuads = 16; // quadruples of coordinates in a hardware tile
+constexpr int64_t kBeside = 4; // tiles side by side
+constexpr int64_t kTileRow = 64; // bytes of four coordinates in a tile
 
 struct Scale {
   float radius; // largest norm of a centred key
-  float rounding; // largest norm of what bfloat16 rounding takes off a centred key
+  float step; // a coordinate times this is its 8-bit number
+  float lost; // largest norm, in 8-bit numbers, of what rounding to them takes off a key
   float tame; // 1, or 0 if magnitudes could overflow: then every key is rescored
 };
 
@@ -37,7 +43,7 @@ inline int64_t padded(int64_t bytes) {
 struct Layout {
   int64_t K, D;
   bool wide; // float64 keys
-  bool halved; // with bfloat16 tiles
+  bool tiled; // with 8-bit tiles
 
   int64_t blocks() const {
     return (K + kLanes - 1) / kLanes;
@@ -45,16 +51,25 @@ struct Layout {
   int64_t groups() const {
     return (K + kGroup - 1) / kGroup;
   }
-  // The pairs of coordinates of a tile: cut evenly into parts of at most 16, the rows of one hardware tile.
+  int64_t block_floats() const {
+    return (D + 1) * kLanes;
+  }
+  // The quadruples of coordinates in a tile: cut evenly into parts that fit a hardware tile.
   int64_t parts() const {
-    return ((D + 1) / 2 + 15) / 16;
+    return ((D + 3) / 4 + kQuads - 1) / kQuads;
   }
-  int64_t pairs() const { // of one part
-    return ((D + 1) / 2 + parts() - 1) / parts();
+  int64_t quads() const { // of one part
+    return ((D + 3) / 4 + parts() - 1) / parts();
   }
-  int64_t biases() const {
-    return halved ? groups() * kGroup : blocks() * kLanes;
+  int64_t depth() const { // of all parts
+    return parts() * quads();
   }
+  // Where tile ``t`` of group ``group`` begins among the tiles; its next row is kBeside * kTileRow further.
+  int64_t tile(int64_t group, int64_t t) const {
+    return ((group * kLanes + t) / kBeside * depth() * kBeside + t % kBeside) * kTileRow;
+  }
+
+  // Where each part begins, in bytes.
   int64_t scale() const {
     return kPart;
   }
@@ -68,33 +83,45 @@ struct Layout {
     return bits() + padded(2 * blocks());
   }
   int64_t bias() const {
-    return block() + 4 * blocks() * D * kLanes;
+    return block() + 4 * blocks() * block_floats();
   }
   int64_t tiles() const {
-    return bias() + padded(4 * biases());
-  }
-  int64_t tile_bytes() const {
-    return parts() * pairs() * kLanes * 4;
+    return bias() + 4 * groups() * kGroup;
   }
   int64_t nbytes() const {
     if (wide) return kPart;
-    return halved ? tiles() + groups() * kLanes * tile_bytes() : tiles();
+    return tiled ? tiles() + tile(groups(), 0) : bias();
   }
 
   std::string id() const {
     std::ostringstream text;
-    text << "kvb csrc 1: K=" << K << " D=" << D << (wide ? " float64" : halved ? " bfloat16" : " float32");
+    text << "kvb csrc 3: K=" << K << " D=" << D << (wide ? " float64" : tiled ? " int8" : " float32");
     std::string id = text.str();
     id.resize(kPart, ' ');
     return id;
   }
 };
 
-// Where the filter finds key k among the biases: the lane of its tile, or simply in order.
-inline int64_t bias_place(const Layout& layout, int64_t k) {
-  if (!layout.halved) return k;
-  const int64_t group = k / kGroup, lane = k % kGroup / kLanes, tile = k % kLanes;
-  return (group * kLanes + tile) * kLanes + lane;
-}
+// The biases of one codebook as its filter reads them: sixteen for each tile, or for each block.
+struct Biases {
+  const float* data;
+  int64_t step; // floats from one sixteen to the next
+
+  Biases(const Layout& layout, const char* packed)
+      : data(reinterpret_cast<const float*>(packed + (layout.tiled ? layout.bias() : layout.block())) +
+             (layout.tiled ? 0 : layout.D * kLanes)),
+        step(layout.tiled ? kLanes : layout.block_floats()) {}
+  explicit Biases(const float* masked) : data(masked), step(kLanes) {}
+
+  static int64_t count(const Layout& layout) {
+    return layout.tiled ? layout.groups() * kLanes : layout.blocks();
+  }
+  // Which sixteen holds key k, times 16, plus the lane.
+  static int64_t place(const Layout& layout, int64_t k) {
+    if (!layout.tiled) return k;
+    const int64_t group = k / kGroup, lane = k % kGroup / kLanes, tile = k % kLanes;
+    return (group * kLanes + tile) * kLanes + lane;
+  }
+};
 
 } // namespace kvb

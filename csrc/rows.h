@@ -4,14 +4,10 @@
 // loop over it look ahead: table rows are fetched from random places.
 #pragma once
 
-#include "common.h"
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include "numbers.h"
 
 #include <array>
 #include <atomic>
-#include <bit>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -19,15 +15,10 @@
 
 namespace kvb {
 
-// The type sums are kept in.
-template <class T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 using Sizes = std::array<int64_t, 3>;
 
 constexpr int64_t kListed = 1024; // rows listed at a time: 16 KB
 constexpr int64_t kAhead = 6; // rows between a fetch and its use
-constexpr int64_t kLine = 64; // bytes of a cache line
 constexpr int64_t kSerial = 1 << 15; // elements below which a second thread costs more than it saves
 
 // --- checks ----------------------------------------------------------------------------------------------------------
@@ -57,55 +48,6 @@ inline void require_floating(const Tensor& tensor, const char* name) {
 
 inline void require_pool(const std::string& pool) {
   require(pool == "none" || pool == "mean" || pool == "sum", "expected pool 'none', 'mean' or 'sum', got '", pool, "'");
-}
-
-// --- dtypes ----------------------------------------------------------------------------------------------------------
-
-// Call ``work`` with a value of the C++ type that holds ``type``.
-template <class F>
-void with_floating(ScalarType type, const F& work) {
-  switch (type) {
-    case ScalarType::Half: return work(torch::headeronly::Half{});
-    case ScalarType::BFloat16: return work(torch::headeronly::BFloat16{});
-    case ScalarType::Float: return work(float{});
-    default: return work(double{});
-  }
-}
-
-template <class F>
-void with_integer(ScalarType type, const F& work) {
-  switch (type) {
-    case ScalarType::Byte: return work(uint8_t{});
-    case ScalarType::Char: return work(int8_t{});
-    case ScalarType::Short: return work(int16_t{});
-    case ScalarType::Int: return work(int32_t{});
-    default: return work(int64_t{});
-  }
-}
-
-inline int64_t element_bytes(ScalarType type) {
-  int64_t bytes = 0;
-  const auto measure = [&](auto value) { bytes = sizeof(value); };
-  is_floating(type) ? with_floating(type, measure) : with_integer(type, measure);
-  return bytes;
-}
-
-// ``value`` as a sum's type; exact.
-template <class Sum, class T>
-inline Sum widen(T value) {
-  return static_cast<Sum>(value);
-}
-
-// Without branches, so that it vectorises, and without float32 subnormals, which the user may have set to flush.
-template <>
-inline float widen<float, torch::headeronly::Half>(torch::headeronly::Half value) {
-  constexpr int32_t rebias = (127 - 15) << 23;
-  const int32_t magnitude = value.x & 0x7fff;
-  const int32_t is_small = -(magnitude < 0x400), is_infinite_or_nan = -(magnitude >= 0x7c00);
-  const int32_t normal = (magnitude << 13) + rebias + (is_infinite_or_nan & rebias);
-  const int32_t subnormal = std::bit_cast<int32_t>(static_cast<float>(magnitude) * 0x1p-24f);
-  const int32_t sign = static_cast<int32_t>(static_cast<uint32_t>(value.x & 0x8000) << 16);
-  return std::bit_cast<float>(sign | (is_small & subnormal) | (~is_small & normal));
 }
 
 // --- walking over indices --------------------------------------------------------------------------------------------
@@ -369,13 +311,6 @@ void for_targets(const Tensor& indices, int64_t K, const Block& block, const F& 
     const int64_t listed = list_rows(part, at, end, block.rows(), rows.data());
     for (int64_t i = 0; i < listed; ++i) visit(rows[i].target);
   }
-}
-
-// Fetch every cache line of a row; the last byte, because counting lines from the address mispredicts.
-inline void prefetch(const void* row, int64_t bytes) {
-  const char* const begin = static_cast<const char*>(row);
-  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
-  __builtin_prefetch(begin + bytes - 1);
 }
 
 // The strides that find a listed row in ``source``, or among the staged rows of one tile.

@@ -15,8 +15,13 @@ constexpr int64_t kChunkBytes = 1 << 20; // of queries that pass through all cod
 constexpr int64_t kUnit = 64; // positions of one piece of work
 constexpr double kWorthAThread = 4e6; // multiplications that pay for waking another thread
 
+// Tiles pay from a few coordinates on; their sums could overflow beyond some thousands.
+Layout layout_of(int64_t K, int64_t D, bool wide) {
+  return {K, D, wide, !wide && kernels().tiles && D > 4 && D <= 4096};
+}
+
 Layout layout_of(const Tensor& keys) {
-  return {keys.size(1), keys.size(2), keys.scalar_type() == ScalarType::Double, kernels().halved};
+  return layout_of(keys.size(1), keys.size(2), keys.scalar_type() == ScalarType::Double);
 }
 
 void require_keys(const Tensor& keys) {
@@ -57,20 +62,22 @@ void require_search(const Tensor& queries, const Tensor& keys, const Tensor& pac
 // The bits and biases of a search without the pairs that a mask bars.
 struct Masked {
   Masked(const Tensor& mask_, const Layout& layout, const char* packed, int64_t C)
-      : bits(C * layout.blocks()), bias(C * layout.biases()) {
+      : bits(C * layout.blocks()), bias(C * Biases::count(layout) * kLanes) {
     const Tensor mask = torch::stable::contiguous(mask_);
     const bool* allowed = static_cast<const bool*>(mask.const_data_ptr());
     parallel(C, std::max<int64_t>(1, 32768 / layout.K), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         const char* book = packed + c * layout.nbytes();
+        const Biases unmasked(layout, book);
         uint16_t* bit = bits.data() + c * layout.blocks();
-        float* score = bias.data() + c * layout.biases();
+        float* score = bias.data() + c * Biases::count(layout) * kLanes;
         std::memcpy(bit, book + layout.bits(), 2 * layout.blocks());
-        std::memcpy(score, book + layout.bias(), 4 * layout.biases());
+        for (int64_t i = 0; i < Biases::count(layout); ++i)
+          std::memcpy(score + i * kLanes, unmasked.data + i * unmasked.step, 4 * kLanes);
         for (int64_t k = 0; k < layout.K; ++k) {
           if (allowed[c * layout.K + k]) continue;
           bit[k / kLanes] &= static_cast<uint16_t>(~(1u << (k % kLanes)));
-          score[bias_place(layout, k)] = -std::numeric_limits<float>::infinity();
+          score[Biases::place(layout, k)] = -std::numeric_limits<float>::infinity();
         }
       }
     });
@@ -144,17 +151,13 @@ void nearest_wide(const Q* queries, const Key* keys, const bool* mask, const Lay
       }
       const int64_t found = std::min<int64_t>(near.size(), topk);
       std::partial_sort(near.begin(), near.begin() + found, near.end());
-      int64_t unused = 0;
-      for (int64_t t = 0; t < topk; ++t) {
-        if (t < found) {
-          index[t] = near[t].second;
-          distance[t] = near[t].first;
-        } else {
-          while (std::find(index, index + t, unused) != index + t) ++unused;
-          index[t] = unused;
-          distance[t] = finite ? std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
-        }
+      for (int64_t t = 0; t < found; ++t) {
+        index[t] = near[t].second;
+        distance[t] = near[t].first;
       }
+      fill_unused(index, found, topk);
+      const double nothing = finite ? std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
+      std::fill(distance + found, distance + topk, nothing);
     }
   });
 }
@@ -182,9 +185,9 @@ Tensor pack_keys(Tensor keys_) {
         continue;
       }
       rows.resize(K * D);
-      with_type(keys.scalar_type(), [&](auto* type) {
-        read_row(static_cast<const std::remove_pointer_t<decltype(type)>*>(keys.const_data_ptr()) + c * K * D, K * D,
-                 rows.data());
+      with_floating(keys.scalar_type(), [&](auto type) {
+        const auto* from = static_cast<const decltype(type)*>(keys.const_data_ptr()) + c * K * D;
+        std::transform(from, from + K * D, rows.begin(), widen<float, decltype(type)>);
       });
       kernels().pack(layout, rows.data(), book);
     }
@@ -209,11 +212,11 @@ std::tuple<Tensor, Tensor> nearest(
     std::optional<Tensor> allowed;
     if (mask) allowed = torch::stable::contiguous(*mask);
     const bool* may = allowed ? static_cast<const bool*>(allowed->const_data_ptr()) : nullptr;
-    with_type(queries.scalar_type(), [&](auto* q) {
-      with_type(keys.scalar_type(), [&](auto* k) {
-        nearest_wide(static_cast<const std::remove_pointer_t<decltype(q)>*>(queries.const_data_ptr()),
-                     static_cast<const std::remove_pointer_t<decltype(k)>*>(keys.const_data_ptr()), may, layout, queries,
-                     topk, index, static_cast<double*>(distances.mutable_data_ptr()));
+    with_floating(queries.scalar_type(), [&](auto q) {
+      with_floating(keys.scalar_type(), [&](auto k) {
+        nearest_wide(static_cast<const decltype(q)*>(queries.const_data_ptr()),
+                     static_cast<const decltype(k)*>(keys.const_data_ptr()), may, layout, queries, topk, index,
+                     static_cast<double*>(distances.mutable_data_ptr()));
       });
     });
     return {indices, distances};
@@ -235,10 +238,8 @@ std::tuple<Tensor, Tensor> nearest(
       .keys_type = keys.scalar_type(),
       .layout = layout,
       .packed = from,
-      .bits = masked ? masked->bits.data() : reinterpret_cast<const uint16_t*>(from + layout.bits()),
-      .bits_stride = masked ? layout.blocks() : layout.nbytes() / 2,
-      .bias = masked ? masked->bias.data() : reinterpret_cast<const float*>(from + layout.bias()),
-      .bias_stride = masked ? layout.biases() : layout.nbytes() / 4,
+      .masked_bits = masked ? masked->bits.data() : nullptr,
+      .masked_bias = masked ? masked->bias.data() : nullptr,
       .topk = topk,
       .indices = index,
       .distances = static_cast<float*>(distances.mutable_data_ptr()),
@@ -262,7 +263,7 @@ std::string cpu_capability() {
 }
 
 int64_t cpu_packed_nbytes(int64_t K, int64_t D, bool wide) {
-  return Layout{K, D, wide, kernels().halved}.nbytes();
+  return layout_of(K, D, wide).nbytes();
 }
 
 } // namespace kvb

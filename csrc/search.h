@@ -15,10 +15,8 @@ struct Search {
   ScalarType keys_type;
   Layout layout;
   const char* packed; // of the first codebook
-  const uint16_t* bits; // [C, blocks]: the packed ones, or without the masked pairs
-  int64_t bits_stride;
-  const float* bias; // [C, biases], likewise
-  int64_t bias_stride;
+  const uint16_t* masked_bits; // null, or [C, blocks]: the packed ones without the masked pairs
+  const float* masked_bias; // null, or [C, Biases::count, 16], likewise
   int64_t topk;
   int64_t* indices; // [B, S, C, T]
   float* distances; // [B, S, C, T]
@@ -31,7 +29,7 @@ using PackCodebook = void (*)(const Layout& layout, const float* keys, char* pac
 
 struct Kernels {
   const char* name;
-  bool halved; // packs bfloat16 tiles
+  bool tiles; // packs 8-bit tiles and multiplies them
   SearchRows search;
   PackCodebook pack;
 };
@@ -43,16 +41,28 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+namespace avx_vnni {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
-namespace avx512_bf16 {
+namespace avx512_vnni {
 extern const Kernels kernels;
 }
 namespace amx {
 extern const Kernels kernels;
 }
 #endif
+
+// Fill what is left of the nearest keys of a query, from ``found`` on, with the lowest keys not among them.
+inline void fill_unused(int64_t* indices, int64_t found, int64_t topk) {
+  int64_t unused = 0;
+  for (int64_t t = found; t < topk; ++t) {
+    while (std::find(indices, indices + t, unused) != indices + t) ++unused;
+    indices[t] = unused;
+  }
+}
 
 // The kernels of this machine, chosen once (capability.cpp).
 const Kernels& kernels();

@@ -1,4 +1,4 @@
-// The search with AMX: sixteen queries times sixteen keys times 32 coordinates in one instruction, on bfloat16.
+// The search with AMX: sixteen queries times sixteen keys times 64 coordinates in one instruction, on bytes.
 #include "search.h"
 
 #if defined(__x86_64__)
@@ -7,26 +7,32 @@
 
 #include <cmath>
 #include <functional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "target.h"
 
-KVB_TARGET("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+KVB_TARGET("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")
 namespace kvb::amx {
 namespace {
 
-#include "lanes512.h"
+#define KVB_WIDTH 16
+#include "vectors.inc"
+#include "lanes512.inc"
+#include "dot512.inc"
+#include "search_impl.inc"
 
-// What the tile registers hold: 0 to 3 scores, 4 and 5 keys, 6 and 7 queries. The second sixteen queries use the odd
-// scores and register 7.
+// What the tile registers hold: 0 to 3 sums, 4 and 5 keys, 6 and 7 queries. The second sixteen queries use the odd
+// sums and register 7.
 struct alignas(64) TileConfig {
-  TileConfig(int64_t queries, int64_t pairs) {
+  TileConfig(int64_t queries, int64_t quads) {
     const int64_t first = std::min<int64_t>(queries, 16), second = std::max<int64_t>(queries - 16, 1);
     for (int tile : {0, 2}) set(tile, first, 64);
     for (int tile : {1, 3}) set(tile, second, 64);
-    for (int tile : {4, 5}) set(tile, pairs, 64);
-    set(6, first, 4 * pairs);
-    set(7, second, 4 * pairs);
+    for (int tile : {4, 5}) set(tile, quads, 64);
+    set(6, first, 4 * quads);
+    set(7, second, 4 * quads);
   }
   void set(int tile, int64_t tile_rows, int64_t tile_bytes) {
     rows[tile] = static_cast<uint8_t>(tile_rows);
@@ -58,106 +64,120 @@ inline void store_tile(void* to) {
 }
 
 template <int Sum, int A, int B>
-inline void accumulate() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
+inline void multiply() { // signed by unsigned
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
 }
 
-#include "bfloat16.inc"
+struct TileFilter : QuantizedQueries {
+  static constexpr int64_t kRows = 32; // queries taken at once
+  static constexpr int64_t kBatch = 4; // tiles of keys whose sums wait for their maximum together
 
-struct Filter : RoundedQueries<32> {
-  static constexpr int64_t kBatch = 4; // tiles of keys whose scores wait for their maximum together
+  TileFilter(const Codebook& book, const Biases& bias)
+      : QuantizedQueries(book, kRows),
+        bias(bias),
+        parts(book.layout.parts()),
+        quads(book.layout.quads()),
+        stride(whole_vectors(std::max(book.layout.depth() * 4, book.layout.D))),
+        numbers(kRows * stride) {}
 
-  using RoundedQueries::RoundedQueries;
-
-  ~Filter() {
+  ~TileFilter() {
     if (configured) asm volatile("tilerelease");
   }
 
-  void run(const float* q, int64_t q_stride, int64_t rows, const Codebook& book, const float* bias, float* best);
-
+  // Sums of all queries and two tiles of keys: sums[0] and [1] of the first tile, [2] and [3] of the second, the odd
+  // ones of the second sixteen queries. Resident queries were loaded before.
   template <bool Resident, bool Both>
-  void multiply(const uint16_t* tile, float (*scores)[256]) const;
-  template <bool Resident, bool Both>
-  void all_groups(const uint16_t* tiles, int64_t rows, const float* bias, float* best) const;
+  void two_tiles(const uint8_t* tile, int32_t (*sums)[256]) const {
+    constexpr int64_t next = kBeside * kTileRow;
+    zero<0>();
+    zero<2>();
+    if constexpr (Both) zero<1>();
+    if constexpr (Both) zero<3>();
+    for (int64_t p = 0; p < (Resident ? 1 : parts); ++p) {
+      if constexpr (!Resident) load_tile<6>(numbers.data() + p * quads * 4, stride);
+      if constexpr (!Resident && Both) load_tile<7>(numbers.data() + 16 * stride + p * quads * 4, stride);
+      load_tile<4>(tile + p * quads * next, next);
+      load_tile<5>(tile + p * quads * next + kTileRow, next);
+      multiply<0, 6, 4>();
+      if constexpr (Both) multiply<1, 7, 4>();
+      multiply<2, 6, 5>();
+      if constexpr (Both) multiply<3, 7, 5>();
+    }
+    store_tile<0>(sums[0]);
+    if constexpr (Both) store_tile<1>(sums[1]);
+    store_tile<2>(sums[2]);
+    if constexpr (Both) store_tile<3>(sums[3]);
+  }
 
+  // Best scores of every lane of every group. The maxima of one batch are taken while the next one is multiplied.
+  template <bool Resident, bool Both>
+  void all_groups(int64_t rows, float* best) const {
+    if constexpr (Resident) load_tile<6>(numbers.data(), stride);
+    if constexpr (Resident && Both) load_tile<7>(numbers.data() + 16 * stride, stride);
+    const int64_t batches = sets() * kLanes / kBatch;
+    alignas(64) int32_t sums[2][2 * kBatch][256];
+
+    const auto maxima = [&](int64_t batch) {
+      const int64_t group = batch * kBatch / kLanes;
+      const bool first = batch % (kLanes / kBatch) == 0;
+      vec add[kBatch];
+      for (int t = 0; t < kBatch; ++t) add[t] = load(bias.data + (batch * kBatch + t) * kLanes);
+      for (int half = 0; half < (Both ? 2 : 1); ++half) {
+        const int64_t count = Both && half == 0 ? 16 : rows - half * 16;
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t row = half * 16 + i;
+          float* to = best + (row * sets() + group) * kLanes;
+          const ivec raise = start[row] - ivec{};
+          const vec times = factor[row] - vec{};
+          vec most = first ? -kInfinity - vec{} : load(to);
+          for (int t = 0; t < kBatch; ++t) {
+            const ivec sum = *reinterpret_cast<const ivec*>(sums[batch % 2][2 * t + half] + i * kLanes);
+            most = greater(most, reinterpret_cast<vec>(sum + raise) + add[t] * times);
+          }
+          store(to, most);
+        }
+      }
+    };
+    for (int64_t batch = 0; batch < batches; ++batch) {
+      for (int64_t t = 0; t < kBatch; t += 2)
+        two_tiles<Resident, Both>(book.tiles + book.layout.tile(0, batch * kBatch + t), sums[batch % 2] + 2 * t);
+      if (batch > 0) maxima(batch - 1);
+    }
+    maxima(batches - 1);
+  }
+
+  // Scores of ``rows`` centred queries, best[row][group][16].
+  void run(const float* q, int64_t q_stride, const float* norms, int64_t rows, float* best) {
+    if (configured != rows) {
+      TileConfig(rows, quads).load();
+      configured = rows;
+    }
+    quantize(q, q_stride, norms, rows, [&](int64_t i, int64_t d, ivec low_bytes) {
+      store_bytes(numbers.data() + i * stride + d, low_bytes);
+    });
+    if (parts == 1) {
+      rows > 16 ? all_groups<true, true>(rows, best) : all_groups<true, false>(rows, best);
+    } else {
+      rows > 16 ? all_groups<false, true>(rows, best) : all_groups<false, false>(rows, best);
+    }
+  }
+
+  const Biases bias;
+  const int64_t parts, quads;
+  const int64_t stride; // bytes from one query to the next
+  std::vector<int8_t> numbers;
   int64_t configured = 0; // rows
 };
 
-#define KVB_WIDTH 16
-#define KVB_HALVED 1
-#include "search_impl.inc"
+// Coordinates up to which vectors are faster: hardware tiles cost the same however little of them is used.
+constexpr int64_t kNarrow = 32;
 
-// Scores of all queries and two tiles of keys: scores[0] and [1] of the first tile, [2] and [3] of the second, the odd
-// ones of the second sixteen queries. Resident queries were loaded before.
-template <bool Resident, bool Both>
-inline void Filter::multiply(const uint16_t* tile, float (*scores)[256]) const {
-  const int64_t part = pairs * 32, next = parts * part;
-  zero<0>();
-  zero<2>();
-  if constexpr (Both) zero<1>();
-  if constexpr (Both) zero<3>();
-  for (int64_t p = 0; p < (Resident ? 1 : parts); ++p) {
-    if constexpr (!Resident) load_tile<6>(queries.data() + p * pairs * 2, stride * 2);
-    if constexpr (!Resident && Both) load_tile<7>(queries.data() + 16 * stride + p * pairs * 2, stride * 2);
-    load_tile<4>(tile + p * part, 64);
-    load_tile<5>(tile + next + p * part, 64);
-    accumulate<0, 6, 4>();
-    if constexpr (Both) accumulate<1, 7, 4>();
-    accumulate<2, 6, 5>();
-    if constexpr (Both) accumulate<3, 7, 5>();
-  }
-  store_tile<0>(scores[0]);
-  if constexpr (Both) store_tile<1>(scores[1]);
-  store_tile<2>(scores[2]);
-  if constexpr (Both) store_tile<3>(scores[3]);
-}
-
-// Best scores of every lane of every group. The maxima of one batch are taken while the next one is multiplied.
-template <bool Resident, bool Both>
-void Filter::all_groups(const uint16_t* tiles, int64_t rows, const float* bias, float* best) const {
-  if constexpr (Resident) load_tile<6>(queries.data(), stride * 2);
-  if constexpr (Resident && Both) load_tile<7>(queries.data() + 16 * stride, stride * 2);
-  const int64_t tile_size = parts * pairs * 32, batches = groups * kLanes / kBatch;
-  alignas(64) float scores[2][2 * kBatch][256];
-
-  const auto maxima = [&](int64_t batch) {
-    const float* adds = bias + batch * kBatch * kLanes;
-    const bool first = batch % (kLanes / kBatch) == 0;
-    for (int half = 0; half < (Both ? 2 : 1); ++half) {
-      float* to = best + (half * 16 * groups + batch * kBatch / kLanes) * kLanes;
-      const int64_t count = Both && half == 0 ? 16 : rows - half * 16;
-      for (int64_t i = 0; i < count; ++i) {
-        __m512 most = first ? _mm512_set1_ps(-kInfinity) : _mm512_loadu_ps(to + i * groups * kLanes);
-#pragma GCC unroll 4
-        for (int t = 0; t < kBatch; ++t) {
-          const __m512 score = _mm512_load_ps(scores[batch % 2][2 * t + half] + i * kLanes);
-          most = _mm512_max_ps(most, _mm512_add_ps(score, _mm512_loadu_ps(adds + t * kLanes)));
-        }
-        _mm512_storeu_ps(to + i * groups * kLanes, most);
-      }
-    }
-  };
-  for (int64_t batch = 0; batch < batches; ++batch) {
-    for (int64_t t = 0; t < kBatch; t += 2)
-      multiply<Resident, Both>(tiles + (batch * kBatch + t) * tile_size, scores[batch % 2] + 2 * t);
-    if (batch > 0) maxima(batch - 1);
-  }
-  maxima(batches - 1);
-}
-
-void Filter::run(const float* q, int64_t q_stride, int64_t rows, const Codebook& book, const float* bias, float* best) {
-  if (configured != rows) {
-    TileConfig(rows, pairs).load();
-    configured = rows;
-  }
-  round(q, q_stride, rows);
-  if (parts == 1) {
-    rows > 16 ? all_groups<true, true>(book.tiles, rows, bias, best)
-              : all_groups<true, false>(book.tiles, rows, bias, best);
-  } else {
-    rows > 16 ? all_groups<false, true>(book.tiles, rows, bias, best)
-              : all_groups<false, false>(book.tiles, rows, bias, best);
-  }
+void search_rows(const Search& search, int64_t codebook, int64_t begin, int64_t end) {
+  const Layout& layout = search.layout;
+  const auto run = !layout.tiled ? search_with<FloatFilter>
+      : layout.D <= kNarrow      ? search_with<Int8Filter>
+                                 : search_with<TileFilter>;
+  run(search, codebook, begin, end);
 }
 
 } // namespace

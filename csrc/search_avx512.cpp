@@ -7,6 +7,8 @@
 
 #include <cmath>
 #include <functional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "target.h"
@@ -15,15 +17,14 @@ KVB_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace kvb::avx512 {
 namespace {
 
-#include "lanes512.h"
-
 #define KVB_WIDTH 16
-#define KVB_HALVED 0
+#include "vectors.inc"
+#include "lanes512.inc"
 #include "search_impl.inc"
 
 } // namespace
 
-const Kernels kernels = {"avx512", false, search_rows, pack_codebook};
+const Kernels kernels = {"avx512", false, search_with<FloatFilter>, pack_codebook};
 
 } // namespace kvb::avx512
 KVB_TARGET_END

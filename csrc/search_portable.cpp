@@ -3,10 +3,15 @@
 
 #include <cmath>
 #include <functional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace kvb::portable {
 namespace {
+
+#define KVB_WIDTH 4
+#include "vectors.inc"
 
 inline uint32_t lanes_at_least(const float* values, float limit) {
   uint32_t lanes = 0;
@@ -14,24 +19,18 @@ inline uint32_t lanes_at_least(const float* values, float limit) {
   return lanes;
 }
 
-inline uint32_t lanes_at_most(const float* values, float limit) {
-  uint32_t lanes = 0;
-  for (int i = 0; i < 16; ++i) lanes |= static_cast<uint32_t>(values[i] <= limit) << i;
-  return lanes;
+inline float largest(vec values) {
+  return std::max(std::max(values[0], values[1]), std::max(values[2], values[3]));
 }
 
-inline float least_of(const float* values, uint32_t lanes) {
-  float least = __builtin_inff();
-  for (; lanes; lanes &= lanes - 1) least = std::min(least, values[__builtin_ctz(lanes)]);
-  return least;
+inline float total(vec values) {
+  return values[0] + values[1] + (values[2] + values[3]);
 }
 
-#define KVB_WIDTH 4
-#define KVB_HALVED 0
 #include "search_impl.inc"
 
 } // namespace
 
-const Kernels kernels = {"portable", false, search_rows, pack_codebook};
+const Kernels kernels = {"portable", false, search_with<FloatFilter>, pack_codebook};
 
 } // namespace kvb::portable

@@ -68,7 +68,7 @@ for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
 
 # --- the C++ backend --------------------------------------------------------------------------------------------------
 
-CPU_CAPABILITIES = ("reference", "portable", "avx2", "avx512", "avx512_bf16", "amx")
+CPU_CAPABILITIES = ("reference", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
 
 
 def _load_extension() -> str:
