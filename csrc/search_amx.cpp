@@ -170,7 +170,7 @@ struct TileFilter : QuantizedQueries {
 };
 
 // Coordinates up to which vectors are faster: hardware tiles cost the same however little of them is used.
-constexpr int64_t kNarrow = 32;
+constexpr int64_t kNarrow = 24;
 
 void search_rows(const Search& search, int64_t codebook, int64_t begin, int64_t end) {
   const Layout& layout = search.layout;
