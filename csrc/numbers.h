@@ -64,6 +64,14 @@ inline float widen<float, torch::headeronly::Half>(torch::headeronly::Half value
   return std::bit_cast<float>(sign | (is_small & subnormal) | (~is_small & normal));
 }
 
+// One fetched row: where it stands in the tensor beside the indices, and in the table.
+struct Row {
+  int64_t place;
+  int64_t target;
+};
+
+constexpr int64_t kAhead = 12; // rows between a fetch and its use
+
 // Fetch every cache line of a row; the last byte, because counting lines from the address mispredicts.
 inline void prefetch(const void* row, int64_t bytes) {
   const char* const begin = static_cast<const char*>(row);

@@ -18,7 +18,6 @@ namespace kvb {
 using Sizes = std::array<int64_t, 3>;
 
 constexpr int64_t kListed = 1024; // rows listed at a time: 16 KB
-constexpr int64_t kAhead = 6; // rows between a fetch and its use
 constexpr int64_t kSerial = 1 << 15; // elements below which a second thread costs more than it saves
 
 // --- checks ----------------------------------------------------------------------------------------------------------
@@ -65,12 +64,6 @@ void for_runs(const Sizes& size, int64_t begin, int64_t end, const F& work) {
     if (++y == size[1]) y = 0, ++x;
   }
 }
-
-// One fetched row: where it stands in the tensor beside the indices, and in the table.
-struct Row {
-  int64_t place;
-  int64_t target;
-};
 
 // A box of indices in the order it is walked through; strides, outermost axis first.
 struct Walk {
@@ -321,9 +314,10 @@ inline Sizes places(const Source& source, int64_t books) {
   return {source.indices.size(1) * position, position, source.pooled ? 0 : width};
 }
 
-// Visit the rows of ``source`` that go to one block, in batch order: visit(row, row of the block).
+// List the rows of ``source`` that go to one block, in batch order: visit(data, rows, how many), with places in ``data``
+// and targets in the block.
 template <class T, class F>
-void for_rows(const Source& source, const Block& block, const F& visit) {
+void list_source(const Source& source, const Block& block, const F& visit) {
   using Sum = Accumulator<T>;
   const int64_t positions = source.indices.size(0) * source.indices.size(1), width = source.width();
   const int64_t c0 = block.first / source.K, c1 = (block.last - 1) / source.K + 1, books = c1 - c0;
@@ -335,25 +329,31 @@ void for_rows(const Source& source, const Block& block, const F& visit) {
   std::vector<Row> rows(std::min(tile, positions) * books);
   std::vector<Sum> stage_rows(std::min(tile, positions) * staged_books * width);
 
-  const auto run = [&](const auto* data, int64_t listed) {
-    const int64_t bytes = width * sizeof(*data);
-    for (int64_t i = 0; i < listed; ++i) {
-      if (i + kAhead < listed) prefetch(data + rows[i + kAhead].place, bytes);
-      visit(data + rows[i].place, rows[i].target);
-    }
-  };
   for (int64_t n = 0; n < positions; n += tile) {
     const int64_t end = std::min(positions, n + tile);
     if (source.staged()) part.place_origin = -n * part.place[1];
     const Walk order = with_long_runs(part);
     const int64_t listed = list_rows(order, n * books, end * books, block.rows(), rows.data());
     if (!source.staged()) {
-      run(source.tensor.template const_data_ptr<T>(), listed);
+      visit(source.tensor.template const_data_ptr<T>(), rows.data(), listed);
     } else {
       stage<T>(source, n, end, c0, c0 + staged_books, stage_rows.data());
-      run(stage_rows.data(), listed);
+      visit(static_cast<const Sum*>(stage_rows.data()), rows.data(), listed);
     }
   }
+}
+
+// The same one by one: visit(row, row of the block).
+template <class T, class F>
+void for_rows(const Source& source, const Block& block, const F& visit) {
+  const int64_t width = source.width();
+  list_source<T>(source, block, [&](const auto* data, const Row* rows, int64_t listed) {
+    const int64_t bytes = width * sizeof(*data);
+    for (int64_t i = 0; i < listed; ++i) {
+      if (i + kAhead < listed) prefetch(data + rows[i + kAhead].place, bytes);
+      visit(data + rows[i].place, rows[i].target);
+    }
+  });
 }
 
 template <class Sum, class T>

@@ -26,12 +26,16 @@ struct Search {
 using SearchRows = void (*)(const Search& search, int64_t codebook, int64_t begin, int64_t end);
 // Packs one codebook of keys, given as float32 rows, all but its id.
 using PackCodebook = void (*)(const Layout& layout, const float* keys, char* packed);
+// Adds each listed row of ``data`` to its sum and counts it, unless it holds NaN or Inf.
+using AddFinite =
+    void (*)(const float* data, const Row* rows, int64_t listed, int64_t width, int64_t* hits, float* sums);
 
 struct Kernels {
   const char* name;
   bool tiles; // packs 8-bit tiles and multiplies them
   SearchRows search;
   PackCodebook pack;
+  AddFinite add_finite;
 };
 
 namespace portable {

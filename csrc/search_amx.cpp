@@ -182,7 +182,7 @@ void search_rows(const Search& search, int64_t codebook, int64_t begin, int64_t 
 
 } // namespace
 
-const Kernels kernels = {"amx", true, search_rows, pack_codebook};
+const Kernels kernels = {"amx", true, search_rows, pack_codebook, add_finite};
 
 } // namespace kvb::amx
 KVB_TARGET_END

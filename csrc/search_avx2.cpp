@@ -24,7 +24,7 @@ namespace {
 
 } // namespace
 
-const Kernels kernels = {"avx2", false, search_with<FloatFilter>, pack_codebook};
+const Kernels kernels = {"avx2", false, search_with<FloatFilter>, pack_codebook, add_finite};
 
 } // namespace kvb::avx2
 KVB_TARGET_END

@@ -29,7 +29,7 @@ void search_rows(const Search& search, int64_t codebook, int64_t begin, int64_t 
 
 } // namespace
 
-const Kernels kernels = {"avx512_vnni", true, search_rows, pack_codebook};
+const Kernels kernels = {"avx512_vnni", true, search_rows, pack_codebook, add_finite};
 
 } // namespace kvb::avx512_vnni
 KVB_TARGET_END

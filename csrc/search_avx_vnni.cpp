@@ -41,7 +41,7 @@ void search_rows(const Search& search, int64_t codebook, int64_t begin, int64_t 
 
 } // namespace
 
-const Kernels kernels = {"avx_vnni", true, search_rows, pack_codebook};
+const Kernels kernels = {"avx_vnni", true, search_rows, pack_codebook, add_finite};
 
 } // namespace kvb::avx_vnni
 KVB_TARGET_END

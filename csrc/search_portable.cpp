@@ -27,10 +27,14 @@ inline float total(vec values) {
   return values[0] + values[1] + (values[2] + values[3]);
 }
 
+inline bool any_nan(vec values) {
+  return std::isnan(total(values)); // of sums x - x, which are 0 or NaN
+}
+
 #include "search_impl.inc"
 
 } // namespace
 
-const Kernels kernels = {"portable", false, search_with<FloatFilter>, pack_codebook};
+const Kernels kernels = {"portable", false, search_with<FloatFilter>, pack_codebook, add_finite};
 
 } // namespace kvb::portable

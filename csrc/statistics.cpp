@@ -1,6 +1,7 @@
 // What learning keys needs to know of a batch: accumulate (hits and sums of every pair), count (hits alone).
 #include "ops.h"
 #include "rows.h"
+#include "search.h"
 
 #include <bit>
 
@@ -29,6 +30,18 @@ bool finite(const T* row, int64_t width) {
   return any << 1 == 0;
 }
 
+// Add each row of ``data`` to its sum and count it, unless it holds NaN or Inf.
+template <class T, class Sum>
+void add_finite(const T* data, const Row* rows, int64_t listed, int64_t width, int64_t* hits, Sum* sums) {
+  for (int64_t i = 0; i < listed; ++i) {
+    if (i + kAhead < listed) prefetch(data + rows[i + kAhead].place, width * sizeof(T));
+    const T* row = data + rows[i].place;
+    if (!finite(row, width)) continue;
+    ++hits[rows[i].target];
+    add_row(sums + rows[i].target * width, row, width);
+  }
+}
+
 void require_queries(const Tensor& queries, const Tensor& indices, int64_t K) {
   require_floating(queries, "queries");
   require(K >= 0, "expected K of at least 0, got ", K);
@@ -51,10 +64,16 @@ void collect(const Source& queries, int64_t* hits, Accumulator<T>* sums) {
       Sum* const sum = sums + block.first * kept;
       std::fill_n(hit, block.rows(), 0);
       std::fill_n(sum, block.rows() * kept, Sum{0});
-      for_rows<T>(queries, block, [&](const auto* query, int64_t target) {
-        if (!finite(query, width)) return;
-        ++hit[target];
-        add_row(sum + target * kept, query, kept);
+      if (kept == 0) {
+        for_rows<T>(queries, block, [&](const auto* query, int64_t target) { hit[target] += finite(query, width); });
+        continue;
+      }
+      list_source<T>(queries, block, [&](const auto* data, const Row* rows, int64_t listed) {
+        if constexpr (std::is_same_v<decltype(data), const float*>) {
+          kernels().add_finite(data, rows, listed, width, hit, sum);
+        } else {
+          add_finite(data, rows, listed, width, hit, sum);
+        }
       });
     }
   });

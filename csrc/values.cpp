@@ -8,6 +8,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 namespace kvb {
 namespace {
@@ -58,18 +61,42 @@ inline void copy_row(char* __restrict out, const char* __restrict row, int64_t b
   }
 }
 
+// Whether rows of so many bytes can be written past the caches, and should be: an output that no cache holds would
+// otherwise be read before it is written.
+bool streams(const char* out, int64_t row_bytes, int64_t bytes) {
+#ifdef __SSE2__
+  return bytes >= kMapped && row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+#else
+  return false;
+#endif
+}
+
+inline void stream_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
+#ifdef __SSE2__
+  for (int64_t at = 0; at < bytes; at += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + at), _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + at)));
+#endif
+}
+
 // Rows of ``table`` one after the other, in the order of ``order``, whose targets are in bytes.
 void gather_each(const char* table, const Walk& order, int64_t row_bytes, char* out) {
+  const bool streaming = streams(out, row_bytes, order.positions() * row_bytes);
   parallel(order.positions(), kSerial * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
     std::array<Row, kListed> rows;
     char* to = out + begin * row_bytes;
-    for (int64_t at = begin; at < end; at += kListed) {
-      const int64_t listed = list_rows(order, at, std::min(end, at + kListed), UINT64_MAX, rows.data());
+    const auto copy_listed = [&](int64_t listed, auto copy) {
       for (int64_t i = 0; i < listed; ++i, to += row_bytes) {
         if (i + kAhead < listed) prefetch(table + rows[i + kAhead].target, row_bytes);
-        copy_row(to, table + rows[i].target, row_bytes);
+        copy(to, table + rows[i].target, row_bytes);
       }
+    };
+    for (int64_t at = begin; at < end; at += kListed) {
+      const int64_t listed = list_rows(order, at, std::min(end, at + kListed), UINT64_MAX, rows.data());
+      streaming ? copy_listed(listed, stream_row) : copy_listed(listed, copy_row);
     }
+#ifdef __SSE2__
+    if (streaming) _mm_sfence();
+#endif
   });
 }
 
