@@ -22,7 +22,7 @@ if kvb.ops.backend("cpu") != "csrc":
 
 from kvb import _C
 
-CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+CAPABILITIES = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
 LIBRARIES = (
     "libtorch_cpu",
     "libc10",
@@ -35,11 +35,12 @@ LIBRARIES = (
     "ld-linux-aarch64",
 )
 # The first that a line of machine code matches, and the namespaces of kvb that may hold it.
+WIDE = ("avx512", "avx512_vnni", "amx")
 INSTRUCTIONS = {
     r"\t(tile|tdp|ldtilecfg|sttilecfg)": ("amx",),
-    r"%zmm|%k[0-7]\b": ("avx512", "avx512_bf16", "amx"),
-    r"%ymm": ("avx2", "avx512", "avx512_bf16", "amx"),
-    r"\tv[a-z]": ("avx2", "avx512", "avx512_bf16", "amx"),
+    r"\tvpdpbusd": ("avx_vnni", "avx512_vnni", "amx"),
+    r"%zmm|%k[0-7]\b": WIDE,
+    r"%ymm|\tv[a-z]": ("avx2", "avx_vnni", *WIDE),
 }
 
 
@@ -133,15 +134,24 @@ def answers(tmp_path_factory):
     """A file of searches, as the reference answers them."""
     torch.manual_seed(0)
     cases = []
-    for K, D, whole in itertools.product((1, 7, 200, 300, 1024), (1, 8, 14, 32, 64, 130), (True, False)):
+    kinds = ("normal", "quarters", "outlying keys", "far queries", "tiny", "huge")
+    for K, D, kind in itertools.product((1, 7, 200, 300, 1024), (1, 5, 8, 14, 32, 64, 130), kinds):
         queries, keys, some = torch.randn(5, 7, 2, D), torch.randn(2, K, D), torch.rand(2, K) < 0.7
         some[:, 0] = True
-        if whole:  # multiples of 1/4: every distance is exact, and many are equal
+        whole = kind == "quarters"  # every distance is exact, and many are equal
+        if whole:
             queries, keys = ((4 * tensor).round() / 4 for tensor in (queries, keys))
+        elif kind == "outlying keys":  # 8-bit numbers tell the others no longer apart
+            keys[:, ::50] *= 1e5
+            queries[0] *= 1e5
+        elif kind == "far queries":
+            queries += 1e4 * torch.randn(D)
+        elif kind in ("tiny", "huge"):
+            queries, keys = (tensor * {"tiny": 1e-18, "huge": 1e17}[kind] for tensor in (queries, keys))
         packed = reference.pack_keys(keys)
         for topk, mask in itertools.product(sorted({1, min(3, K)}), (None, some)):
             answer = reference.nearest(queries, keys, packed, mask, topk)
-            cases.append((f"{K=} {D=} {whole=} {topk=}", whole, queries, keys, mask, topk, *answer))
+            cases.append((f"{K=} {D=} {kind=} {topk=}", whole, queries, keys, mask, topk, *answer))
     file = tmp_path_factory.mktemp("answers") / "cases.pt"
     torch.save(cases, file)
     return str(file)
