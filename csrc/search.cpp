@@ -11,7 +11,8 @@
 namespace kvb {
 namespace {
 
-constexpr int64_t kChunkBytes = 1 << 20; // of queries that pass through all codebooks before the next ones do
+constexpr int64_t kChunkBytes = 1 << 20; // of queries that pass through all codebooks before the next ones do,
+constexpr int64_t kChunk = 1024; // and the least positions that pay for bringing in the keys of a codebook
 constexpr int64_t kUnit = 64; // positions of one piece of work
 constexpr double kWorthAThread = 4e6; // multiplications that pay for waking another thread
 
@@ -92,7 +93,7 @@ struct Masked {
 template <class F>
 void over_positions(int64_t N, int64_t C, int64_t D, double cost, const F& work) {
   if (N == 0 || C == 0) return;
-  const int64_t chunk = std::min(N, std::max(kChunkBytes / (4 * C * D) / kUnit, int64_t{2}) * kUnit);
+  const int64_t chunk = std::min(N, std::max(kChunkBytes / (4 * C * D) / kUnit * kUnit, kChunk));
   const int64_t unit = std::min(chunk, kUnit);
   const int64_t per_book = (chunk + unit - 1) / unit, chunks = (N + chunk - 1) / chunk;
   const int64_t grain = static_cast<int64_t>(kWorthAThread / (cost * unit + 1)) + 1;
