@@ -134,7 +134,16 @@ def answers(tmp_path_factory):
     """A file of searches, as the reference answers them."""
     torch.manual_seed(0)
     cases = []
-    kinds = ("normal", "quarters", "outlying keys", "far queries", "tiny", "huge")
+    kinds = (
+        "normal",
+        "quarters",
+        "outlying keys",
+        "far queries",
+        "tiny",
+        "huge",
+        "too large a query",
+        "too large a key",
+    )
     for K, D, kind in itertools.product((1, 7, 200, 300, 1024), (1, 5, 8, 14, 32, 64, 130), kinds):
         queries, keys, some = torch.randn(5, 7, 2, D), torch.randn(2, K, D), torch.rand(2, K) < 0.7
         some[:, 0] = True
@@ -146,8 +155,12 @@ def answers(tmp_path_factory):
             queries[0] *= 1e5
         elif kind == "far queries":
             queries += 1e4 * torch.randn(D)
-        elif kind in ("tiny", "huge"):
-            queries, keys = (tensor * {"tiny": 1e-18, "huge": 1e17}[kind] for tensor in (queries, keys))
+        elif kind == "tiny":
+            queries, keys = queries * 1e-18, keys * 1e-18
+        elif kind != "normal":  # "huge"; and what is "too large" could overflow a float32 score
+            queries, keys = queries * 1e17, keys * 1e17
+            queries[0] *= 30 if kind == "too large a query" else 1
+            keys[:, 0] *= 30 if kind == "too large a key" else 1
         packed = reference.pack_keys(keys)
         for topk, mask in itertools.product(sorted({1, min(3, K)}), (None, some)):
             answer = reference.nearest(queries, keys, packed, mask, topk)
