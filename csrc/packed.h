@@ -7,8 +7,8 @@
 //   blocks   float[Kb][D + 1][16]: centred keys k, 16 neighbours a block, so that a vector holds one coordinate of 16
 //            keys; then the bias of each, -|k|^2/2, or -inf for a key that is barred
 //   bias     float, the same biases in the order of the tiles
-//   tiles    uint8[groups*4][depth][4][16][4], the keys as 8-bit numbers, four coordinates together; these two only where
-//            a filter multiplies them
+//   tiles    uint8[groups*4][depth][4][16][4], the keys as 8-bit numbers, four coordinates together; these two only
+//            where a filter multiplies them
 //
 // The float32 filter reads the blocks. The 8-bit filter reads the tiles, four side by side: tile t of group g holds the
 // keys g*256 + l*16 + t in its lanes l = 0..15, so that the maximum of one lane over the 16 tiles of a group stands for
