@@ -343,16 +343,19 @@ void list_source(const Source& source, const Block& block, const F& visit) {
   }
 }
 
-// The same one by one: visit(row, row of the block).
+// Visit listed rows one by one: visit(row, row of the block).
+template <class T, class F>
+void visit_listed(const T* data, const Row* rows, int64_t listed, int64_t width, const F& visit) {
+  for (int64_t i = 0; i < listed; ++i) {
+    if (i + kAhead < listed) prefetch(data + rows[i + kAhead].place, width * sizeof(T));
+    visit(data + rows[i].place, rows[i].target);
+  }
+}
+
 template <class T, class F>
 void for_rows(const Source& source, const Block& block, const F& visit) {
-  const int64_t width = source.width();
   list_source<T>(source, block, [&](const auto* data, const Row* rows, int64_t listed) {
-    const int64_t bytes = width * sizeof(*data);
-    for (int64_t i = 0; i < listed; ++i) {
-      if (i + kAhead < listed) prefetch(data + rows[i + kAhead].place, bytes);
-      visit(data + rows[i].place, rows[i].target);
-    }
+    visit_listed(data, rows, listed, source.width(), visit);
   });
 }
 

@@ -1,8 +1,20 @@
-// What the search hands to the code of one instruction set.
+// What the search hands to the code of one instruction set, and all headers that this code needs: none may be included
+// between KVB_TARGET and its end.
 #pragma once
 
 #include "numbers.h"
 #include "packed.h"
+#include "target.h"
+
+#include <cmath>
+#include <functional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace kvb {
 

@@ -3,16 +3,6 @@
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
-#include <cmath>
-#include <functional>
-#include <tuple>
-#include <utility>
-#include <vector>
-
-#include "target.h"
-
 KVB_TARGET("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")
 namespace kvb::amx {
 namespace {
@@ -73,8 +63,7 @@ struct TileFilter : QuantizedQueries {
   static constexpr int64_t kBatch = 4; // tiles of keys whose sums wait for their maximum together
 
   TileFilter(const Codebook& book, const Biases& bias)
-      : QuantizedQueries(book, kRows),
-        bias(bias),
+      : QuantizedQueries(book, bias, kRows),
         parts(book.layout.parts()),
         quads(book.layout.quads()),
         stride(whole_vectors(std::max(book.layout.depth() * 4, book.layout.D))),
@@ -162,7 +151,6 @@ struct TileFilter : QuantizedQueries {
     }
   }
 
-  const Biases bias;
   const int64_t parts, quads;
   const int64_t stride; // bytes from one query to the next
   std::vector<int8_t> numbers;
@@ -172,17 +160,14 @@ struct TileFilter : QuantizedQueries {
 // Coordinates up to which vectors are faster: hardware tiles cost the same however little of them is used.
 constexpr int64_t kNarrow = 24;
 
-void search_rows(const Search& search, int64_t codebook, int64_t begin, int64_t end) {
-  const Layout& layout = search.layout;
-  const auto run = !layout.tiled ? search_with<FloatFilter>
-      : layout.D <= kNarrow      ? search_with<Int8Filter>
-                                 : search_with<TileFilter>;
-  run(search, codebook, begin, end);
+void search_tiles(const Search& search, int64_t codebook, int64_t begin, int64_t end) {
+  const bool fits = search.layout.tiled && search.layout.D > kNarrow;
+  (fits ? search_with<TileFilter> : search_rows)(search, codebook, begin, end);
 }
 
 } // namespace
 
-const Kernels kernels = {"amx", true, search_rows, pack_codebook, add_finite};
+const Kernels kernels = {"amx", true, search_tiles, pack_codebook, add_finite};
 
 } // namespace kvb::amx
 KVB_TARGET_END

@@ -3,16 +3,6 @@
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
-#include <cmath>
-#include <functional>
-#include <tuple>
-#include <utility>
-#include <vector>
-
-#include "target.h"
-
 KVB_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace kvb::avx512 {
 namespace {
@@ -24,7 +14,7 @@ namespace {
 
 } // namespace
 
-const Kernels kernels = {"avx512", false, search_with<FloatFilter>, pack_codebook, add_finite};
+const Kernels kernels = {"avx512", false, search_rows, pack_codebook, add_finite};
 
 } // namespace kvb::avx512
 KVB_TARGET_END

@@ -3,16 +3,6 @@
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
-#include <cmath>
-#include <functional>
-#include <tuple>
-#include <utility>
-#include <vector>
-
-#include "target.h"
-
 KVB_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")
 namespace kvb::avx512_vnni {
 namespace {
@@ -22,10 +12,6 @@ namespace {
 #include "lanes512.inc"
 #include "dot512.inc"
 #include "search_impl.inc"
-
-void search_rows(const Search& search, int64_t codebook, int64_t begin, int64_t end) {
-  (search.layout.tiled ? search_with<Int8Filter> : search_with<FloatFilter>)(search, codebook, begin, end);
-}
 
 } // namespace
 

@@ -3,16 +3,6 @@
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
-#include <cmath>
-#include <functional>
-#include <tuple>
-#include <utility>
-#include <vector>
-
-#include "target.h"
-
 KVB_TARGET("avx2,fma,avxvnni")
 namespace kvb::avx_vnni {
 namespace {
@@ -34,10 +24,6 @@ inline void store_bytes(int8_t* to, ivec values) {
 }
 #define KVB_DOT
 #include "search_impl.inc"
-
-void search_rows(const Search& search, int64_t codebook, int64_t begin, int64_t end) {
-  (search.layout.tiled ? search_with<Int8Filter> : search_with<FloatFilter>)(search, codebook, begin, end);
-}
 
 } // namespace
 

@@ -1,12 +1,6 @@
 // The search for any machine.
 #include "search.h"
 
-#include <cmath>
-#include <functional>
-#include <tuple>
-#include <utility>
-#include <vector>
-
 namespace kvb::portable {
 namespace {
 
@@ -35,6 +29,6 @@ inline bool any_nan(vec values) {
 
 } // namespace
 
-const Kernels kernels = {"portable", false, search_with<FloatFilter>, pack_codebook, add_finite};
+const Kernels kernels = {"portable", false, search_rows, pack_codebook, add_finite};
 
 } // namespace kvb::portable

@@ -30,18 +30,6 @@ bool finite(const T* row, int64_t width) {
   return any << 1 == 0;
 }
 
-// Add each row of ``data`` to its sum and count it, unless it holds NaN or Inf.
-template <class T, class Sum>
-void add_finite(const T* data, const Row* rows, int64_t listed, int64_t width, int64_t* hits, Sum* sums) {
-  for (int64_t i = 0; i < listed; ++i) {
-    if (i + kAhead < listed) prefetch(data + rows[i + kAhead].place, width * sizeof(T));
-    const T* row = data + rows[i].place;
-    if (!finite(row, width)) continue;
-    ++hits[rows[i].target];
-    add_row(sums + rows[i].target * width, row, width);
-  }
-}
-
 void require_queries(const Tensor& queries, const Tensor& indices, int64_t K) {
   require_floating(queries, "queries");
   require(K >= 0, "expected K of at least 0, got ", K);
@@ -72,7 +60,11 @@ void collect(const Source& queries, int64_t* hits, Accumulator<T>* sums) {
         if constexpr (std::is_same_v<decltype(data), const float*>) {
           kernels().add_finite(data, rows, listed, width, hit, sum);
         } else {
-          add_finite(data, rows, listed, width, hit, sum);
+          visit_listed(data, rows, listed, width, [&](const auto* query, int64_t target) {
+            if (!finite(query, width)) return;
+            ++hit[target];
+            add_row(sum + target * width, query, width);
+          });
         }
       });
     }
