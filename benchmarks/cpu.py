@@ -29,7 +29,7 @@ from torch import Tensor
 import kvb
 from benchmarks import ceilings, memory, peers, verify
 from benchmarks.shapes import KMEANS, KMEANS_SCALED, PAPER, SEARCH, SEED_B, Module, Search
-from benchmarks.timing import Absent, Contestant, Effort, Ratio, WrongResult, kept_memory, race
+from benchmarks.timing import Absent, Contestant, Effort, Race, Ratio, WrongResult, kept_memory, race
 from kvb import functional, ops
 
 THREADS = 2
@@ -71,6 +71,11 @@ def _effort(quick: bool) -> Effort:
     return QUICK if quick else FULL
 
 
+def _seconds(result: Race, ours: str, peer: str, peer_name: str) -> Measured:
+    """How many times faster ``ours`` is than ``peer``."""
+    return Measured(result.seconds(ours), result.seconds(peer), "s", peer_name, result.ratio(peer, ours))
+
+
 # --- search -----------------------------------------------------------------------------------------------------------
 
 
@@ -107,13 +112,7 @@ def nearest(shape: Search, quick: bool) -> Measured:
 
     contestants = {"kvb": Contestant(ours.run, check), "faiss": Contestant(theirs, check_peer)}
     result = race(contestants, _effort(quick))
-    return Measured(
-        result.seconds("kvb"),
-        result.seconds("faiss"),
-        "s",
-        f"faiss IndexFlatL2, {theirs.path}",
-        result.ratio("faiss", "kvb"),
-    )
+    return _seconds(result, "kvb", "faiss", f"faiss IndexFlatL2, {theirs.path}")
 
 
 def peak(shape: Search, quick: bool) -> Measured:
@@ -160,7 +159,7 @@ def threads(shape: Search, quick: bool) -> Measured:
     finally:
         torch.set_num_threads(THREADS)
     one, two = contestants
-    return Measured(result.seconds(two), result.seconds(one), "s", "one thread", result.ratio(one, two))
+    return _seconds(result, two, one, "one thread")
 
 
 def large_k(quick: bool) -> Measured:
@@ -203,7 +202,7 @@ def forward(shape: Module, quick: bool) -> Measured:
         contestants[f"baddbmm, {chunk >> 20}M scores"] = Contestant(run, check_peer)
     result = race(contestants, _effort(quick))
     best = min((name for name in contestants if name != "kvb"), key=result.seconds)
-    return Measured(result.seconds("kvb"), result.seconds(best), "s", best, result.ratio(best, "kvb"))
+    return _seconds(result, "kvb", best, best)
 
 
 def peak_memory(quick: bool) -> Measured:
@@ -300,9 +299,7 @@ def gather_mean(quick: bool) -> Measured:
         "peer": Contestant(theirs, lambda out: verify.fetched(values, sets[0], out[:, None], "mean", "bscv")),
     }
     result = race(contestants, _effort(quick))
-    return Measured(
-        result.seconds("kvb"), result.seconds("peer"), "s", "F.embedding_bag(mean)", result.ratio("peer", "kvb")
-    )
+    return _seconds(result, "kvb", "peer", "F.embedding_bag(mean)")
 
 
 def kmeans(quick: bool) -> Measured:
@@ -336,13 +333,7 @@ def kmeans(quick: bool) -> Measured:
 
     theirs = Contestant(peers.faiss_kmeans(queries, keys), check_peer)
     result = race({"kvb": Contestant(iterate, check), "faiss": theirs}, _effort(quick))
-    return Measured(
-        result.seconds("kvb"),
-        result.seconds("faiss"),
-        "s",
-        f"faiss Kmeans, {shape.N} x {shape.C} x {shape.D}",
-        result.ratio("faiss", "kvb"),
-    )
+    return _seconds(result, "kvb", "faiss", f"faiss Kmeans, {shape.N} x {shape.C} x {shape.D}")
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
