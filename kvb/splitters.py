@@ -10,6 +10,27 @@ from torch import Tensor, nn
 
 from kvb import checks
 
+MODES = ("chunk", "random_projection", "sparse_projection", "learned_projection")
+
+
+def make(mode: str, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.Module:
+    """The splitter of a published ``splitting_mode``.
+
+    Raises:
+        ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C.
+    """
+    checks.choice("splitting_mode", mode, MODES)
+    if mode == "chunk":
+        chunk = Chunk(num_channels, num_codebooks)
+        if chunk.dim_keys != dim_keys:
+            raise ValueError(
+                f"dim_keys must be num_channels / num_codebooks = {num_channels} / {num_codebooks} = {chunk.dim_keys} "
+                f"with splitting_mode='chunk', got {dim_keys}; the projections take any dim_keys"
+            )
+        return chunk
+    kinds = {"random": RandomProjection, "sparse": SparseProjection, "learned": LearnedProjection}
+    return kinds[mode.removesuffix("_projection")](num_channels, num_codebooks, dim_keys)
+
 
 def _check_features(owner: str, x: Tensor, channels: int) -> None:
     checks.floating(owner, "x", x)
@@ -69,15 +90,69 @@ class RandomProjection(nn.Module):
         self.num_channels = checks.positive_int("num_channels", num_channels)
         self.num_codebooks = checks.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = checks.positive_int("dim_keys", dim_keys)
-        matrix = torch.randn(num_codebooks, num_channels, dim_keys, generator=generator)
-        self.register_buffer("rand_proj", nn.functional.normalize(matrix, dim=1))
+        self.register_buffer("rand_proj", nn.functional.normalize(self._draw(generator), dim=1))
+
+    def _draw(self, generator: torch.Generator | None) -> Tensor:
+        """A matrix [C, channels, D]; its columns are scaled to unit norm afterwards."""
+        return torch.randn(self.num_codebooks, self.num_channels, self.dim_keys, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D]; one matrix product, heads moved as a view."""
-        _check_features("RandomProjection", x, self.num_channels)
+        _check_features(type(self).__name__, x, self.num_channels)
         checks.same_device("x", x, "the projections", self.rand_proj)
         heads = x @ self.rand_proj.to(x.dtype).transpose(0, 1).flatten(1)
         return heads.unflatten(-1, (self.num_codebooks, self.dim_keys)).movedim(-2, 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels} channels -> {self.num_codebooks} heads of {self.dim_keys}"
+
+
+class SparseProjection(RandomProjection):
+    """A fixed random projection in which every output looks at about the square root of all channels.
+
+    As ``RandomProjection``, but each column holds exactly round(sqrt(channels)) entries of equal size and random sign,
+    at random places. The distances between features are kept as well as by dense columns, up to heavy tails.
+
+    Source: Li, Hastie and Church, Very sparse random projections, KDD 2006. The published "sparse_projection" is a
+    name without code.
+    """
+
+    def _draw(self, generator: torch.Generator | None) -> Tensor:
+        shape = (self.num_codebooks, self.num_channels, self.dim_keys)
+        entries = max(1, round(self.num_channels**0.5))
+        places = torch.rand(shape, generator=generator).topk(entries, dim=1).indices
+        signs = torch.randint(2, places.shape, generator=generator).mul_(2).sub_(1).float()
+        return torch.zeros(shape).scatter_(1, places, signs)
+
+
+class LearnedProjection(nn.Module):
+    """Project the features with one linear map without bias, which is a parameter.
+
+    Equivalent to ``proj(x).unflatten(-1, (D, C)).movedim(-1, 1)``: key dim major, as published.
+    Fetched values give it no gradient: it learns from the ``distances`` of a bottleneck, or from what else is done
+    with its output.
+
+    Args:
+        num_channels: size of the last axis of the features.
+        num_codebooks: C.
+        dim_keys: D.
+    State:
+        proj.weight: [D*C, channels], the published name and order.
+    """
+
+    def __init__(self, num_channels: int, num_codebooks: int, dim_keys: int) -> None:
+        super().__init__()
+        self.num_channels = checks.positive_int("num_channels", num_channels)
+        self.num_codebooks = checks.positive_int("num_codebooks", num_codebooks)
+        self.dim_keys = checks.positive_int("dim_keys", dim_keys)
+        self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, *shape, channels] -> [B, C, *shape, D]; one matrix product, heads moved as a view."""
+        _check_features("LearnedProjection", x, self.num_channels)
+        checks.same_device("x", x, "the projections", self.proj.weight)
+        heads = nn.functional.linear(x, self.proj.weight.to(x.dtype))
+        return heads.unflatten(-1, (self.dim_keys, self.num_codebooks)).movedim(-1, 1)
 
     def extra_repr(self) -> str:
         return f"{self.num_channels} channels -> {self.num_codebooks} heads of {self.dim_keys}"
