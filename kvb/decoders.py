@@ -1,10 +1,11 @@
 """Decoders turn fetched values [B, C, *shape, V] into predictions.
 
-Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 4; the authors' codebook voting.
+Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 4; the decoders of the authors' experiments.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from kvb import checks
@@ -13,25 +14,157 @@ from kvb import checks
 class CodebookVoting(nn.Module):
     """Every codebook and position votes with its value; the mean vote is the logits. Nothing here learns.
 
-    Equivalent to ``values.flatten(1, -2).mean(1)``.
+    Equivalent to ``values.flatten(1, -2).mean(1)``; with ``topk`` to ``(values * weights).sum(2)`` over the T fetched
+    values before it.
 
     Args:
         num_classes: must equal the value dim V.
+        topk: T of the bottleneck.
+        weights: one number for each rank, for ``topk`` > 1; ones by default.
+        dropout: the probability, in training mode, that a codebook at a position has no vote.
+        channel_last: values end with V; or else, as a channel-first encoder returns them, V comes before the positions.
+    State:
+        weights [T], for ``topk`` > 1 only.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    weights: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        topk: int = 1,
+        *,
+        weights: list[float] | None = None,
+        dropout: float = 0.0,
+        channel_last: bool = True,
+    ) -> None:
         super().__init__()
         self.num_classes = checks.positive_int("num_classes", num_classes)
+        self.topk = checks.positive_int("topk", topk)
+        self.channel_last = channel_last
+        if weights is not None and (topk == 1 or len(weights) != topk):
+            raise ValueError(f"weights must hold one number for each of topk > 1 ranks, got {weights} for topk={topk}")
+        if topk > 1:
+            self.register_buffer("weights", torch.tensor(weights or [1] * topk, dtype=torch.float32))
+        self.dropout = checks.number("dropout", dropout, 0.0, 1.0)
 
     def forward(self, values: Tensor) -> Tensor:
-        """values [B, C, *shape, V] (any axes between the first and the last) -> logits [B, V]."""
+        """values -> logits [B, V].
+
+        With ``channel_last`` values are [B, C, *shape, V] (any axes between the first and the last), and for ``topk``
+        > 1 [B, C, T, *shape, V]; without, [B, C, V, *shape] and [B, C, T, V, *shape].
+
+        Raises:
+            TypeError: not a floating-point tensor. ValueError: a shape that does not fit.
+        """
         checks.floating("CodebookVoting", "values", values)
-        if values.dim() < 3 or values.shape[-1] != self.num_classes:
-            raise ValueError(
-                f"expected values of shape (B, C, *shape, V) = (B, C, *shape, {self.num_classes}), got "
-                f"{tuple(values.shape)}; codebook voting needs dim_values equal to the number of classes"
+        ranks = self.topk > 1
+        axis = -1 if self.channel_last else 2 + ranks
+        if (
+            values.dim() < 3 + ranks
+            or values.shape[axis] != self.num_classes
+            or (ranks and values.shape[2] != self.topk)
+        ):
+            rank = ("T, ", f"{self.topk}, ") if ranks else ("", "")
+            letters, sizes = (
+                f"(B, C, {t}*shape, {v})" if self.channel_last else f"(B, C, {t}{v}, *shape)"
+                for t, v in zip(rank, ("V", self.num_classes), strict=True)
             )
-        return values.flatten(1, -2).mean(1)
+            raise ValueError(
+                f"expected values of shape {letters} = {sizes}, got {tuple(values.shape)}; "
+                "codebook voting needs dim_values equal to the number of classes"
+            )
+        votes = values.movedim(axis, -1)
+        if ranks:
+            votes = torch.tensordot(votes, self.weights.to(values.dtype), ([2], [0]))
+        votes = votes.flatten(1, -2)
+        if self.training and self.dropout:
+            votes = nn.functional.dropout1d(votes, self.dropout)
+        return votes.mean(1)
 
     def extra_repr(self) -> str:
-        return f"{self.num_classes} classes"
+        return f"{self.num_classes} classes" + (f", topk={self.topk}" if self.topk > 1 else "")
+
+
+class LinearProbe(nn.Module):
+    """One linear layer on all values of a sample.
+
+    Equivalent to ``linear(values.flatten(1))``.
+
+    Args:
+        num_features: values of one sample, C·V for an embedding.
+        num_classes: size of the output.
+        bias: learn one.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, bias: bool = True) -> None:
+        super().__init__()
+        self.num_features = checks.positive_int("num_features", num_features)
+        self.linear = nn.Linear(num_features, checks.positive_int("num_classes", num_classes), bias=bias)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """values [B, ...] of ``num_features`` a sample -> logits [B, num_classes]."""
+        logits: Tensor = self.linear(_flat(type(self).__name__, values, self.num_features))
+        return logits
+
+
+class MLP(nn.Module):
+    """A network with one hidden layer (ReLU) on all values of a sample.
+
+    Equivalent to ``output(relu(hidden(values.flatten(1))))``.
+
+    Args:
+        num_features: values of one sample, C·V for an embedding.
+        num_classes: size of the output.
+        hidden: size of the hidden layer; 128 in the authors' experiments.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.num_features = checks.positive_int("num_features", num_features)
+        self.hidden = nn.Linear(num_features, checks.positive_int("hidden", hidden))
+        self.output = nn.Linear(hidden, checks.positive_int("num_classes", num_classes))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """values [B, ...] of ``num_features`` a sample -> logits [B, num_classes]."""
+        flat = _flat(type(self).__name__, values, self.num_features)
+        logits: Tensor = self.output(self.hidden(flat).relu())
+        return logits
+
+
+def _flat(owner: str, values: Tensor, num_features: int) -> Tensor:
+    checks.floating(owner, "values", values)
+    if values.dim() < 2 or values.shape[1:].numel() != num_features:
+        raise ValueError(
+            f"expected values of shape (B, ...) with num_features = {num_features} numbers a sample, "
+            f"got {tuple(values.shape)}"
+        )
+    return values.flatten(1)
+
+
+def add_distance_to_values(values: Tensor, distances: Tensor, *, axis: int = -1) -> Tensor:
+    """The distance to the fetched key as one more channel of the value.
+
+    Equivalent to ``torch.cat([values, distances[..., None]], -1)``. It is the only way in which a loss on the output
+    reaches the features. Distances are positive; the published ones are negative.
+
+    Args:
+        values, distances: [B, C, *shape, V] and [B, C, *shape], as ``BottleneckOutput`` has them.
+        axis: where V is in ``values``: 2 for those of a channel-first encoder, [B, C, V, *shape].
+    Returns:
+        the shape of ``values`` with V + 1 in place of V, and their dtype.
+    Raises:
+        TypeError: not floating-point tensors. ValueError: shapes disagree, or there is no such axis.
+    Source: the option of that name in the authors' experiments.
+    """
+    checks.floating("add_distance_to_values", "values", values)
+    checks.floating("add_distance_to_values", "distances", distances)
+    if not -values.dim() <= axis < values.dim():
+        raise ValueError(f"axis must be one of the {values.dim()} axes of values, got {axis}")
+    want = (*values.shape[: axis % values.dim()], *values.shape[axis % values.dim() + 1 :])
+    if distances.shape != want:
+        raise ValueError(
+            f"expected distances of the shape of values without axis {axis}, {want}, got {tuple(distances.shape)}; "
+            "a channel-first encoder returns values with axis=2 (3 with topk > 1)"
+        )
+    return torch.cat([values, distances.unsqueeze(axis).to(values.dtype)], axis)
