@@ -133,23 +133,35 @@ class KeyValueBottleneck(nn.Module):
 
     # --- lookup -------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor | BottleneckOutput:
+    def forward(
+        self, x: Tensor, *, pool: str = "none", return_values_only: bool | None = None
+    ) -> Tensor | BottleneckOutput:
         """x [B, C, *shape, D] -> values [B, C, *shape, V], or a ``BottleneckOutput``.
 
         Gradients reach ``values``; ``x`` gets one through ``distances`` only.
 
+        Args:
+            pool: "mean" or "sum" over codebooks, without the unpooled values in between: values [B, *shape, V].
+            return_values_only: overrides the module's for this call.
         Raises:
-            TypeError: not a floating-point tensor. ValueError: its shape does not fit, or ``check_finite`` found NaN.
-            RuntimeError: another device, or keys that still wait for data in eval mode.
+            TypeError: not a floating-point tensor. ValueError: its shape does not fit, ``check_finite`` found NaN, or
+            pooling with topk > 1. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
+        if checks.choice("pool", pool, functional.POOLS) != "none" and self.topk > 1:
+            raise ValueError(f"pool={pool!r} needs topk=1, got topk={self.topk}; pool the result yourself")
+        values_only = self.return_values_only if return_values_only is None else return_values_only
         queries = self._queries(x)
         if not self._initialised:
             self._initialise_from(x)
-        indices, distances = self._search(queries.detach() if self.return_values_only else queries)
+        indices, distances = self._search(queries.detach() if values_only else queries)
         shape = x.shape[2:-1]
-        values = self._fetch(self.values, indices, shape)
+        if pool == "none":
+            values = self._fetch(self.values, indices, shape)
+        else:
+            pooled = torch.ops.kvb.gather(self.values, indices[..., 0], pool, "bscv")
+            values = pooled.view(x.shape[0], *shape, self.dim_values)
         output: Tensor | BottleneckOutput = values
-        if not self.return_values_only:
+        if not values_only:
             fetched = self._fetch(self.keys, indices, shape)
             output = BottleneckOutput(values, fetched, self._unfold(indices, shape), self._unfold(distances, shape))
         if self.training:
