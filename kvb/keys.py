@@ -149,7 +149,7 @@ class Stream:
             raise ValueError(
                 f"data can be iterated only once, but {passes} passes are needed: give a DataLoader, a list or a tensor"
             )
-        self.data, self.to_queries, self.extract = data, to_queries, inputs_extractor or _first
+        self.data, self.to_queries, self.extract = data, to_queries, inputs_extractor or first
         self.passes, self.progress = passes, progress
         self._begun = 0
 
@@ -178,7 +178,8 @@ class Stream:
             raise ValueError("data yielded no rows")
 
 
-def _first(item: Any) -> Any:
+def first(item: Any) -> Any:
+    """The inputs in one item of a loader: its first element, or itself."""
     return item[0] if isinstance(item, (tuple, list)) else item
 
 

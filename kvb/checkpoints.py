@@ -1,0 +1,273 @@
+"""Checkpoints: whole modules to files and back, all or nothing, with nothing in a file trusted.
+
+A file holds a state_dict and the SHA-256 of its names, dtypes, shapes and bytes. Files of others load too: a plain
+state_dict in either format, checked by the zip's own CRCs.
+"""
+
+from __future__ import annotations
+
+import binascii
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import os
+import pickle
+import secrets
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+VERSION = 1
+_PIECE = 1 << 24  # bytes hashed at a time
+_VERSION, _DIGEST, _STATE = "kvb_checkpoint", "sha256", "state_dict"
+_FLAGS = "kvb_state"  # the one entry that may be absent, and whose length varies
+_Module = TypeVar("_Module", bound=nn.Module)
+
+# Everything that torch, zipfile, pickle and json were seen to raise on files that are not what they should be.
+_BROKEN = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, binascii.Error, EOFError, MemoryError),
+    *(RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, ImportError, OSError),
+    *(AssertionError,),
+)
+
+
+class CheckpointError(RuntimeError):
+    """A file that is damaged, hostile, of another version, or of another module; nothing was changed."""
+
+
+class _Contents(NamedTuple):
+    state: dict[str, Tensor]
+    digest: str | None  # None in a file that kvb did not write
+
+
+def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the module's state_dict to one file: either all of it is there afterwards, or the old file still is.
+
+    Args:
+        module: any ``nn.Module`` whose state_dict holds dense tensors only.
+        path: ends in ".safetensors" for that format (the package safetensors must be installed); anything else is a
+            torch zip, ``{"kvb_checkpoint", "sha256", "state_dict"}``, which ``torch.load`` reads too.
+    Raises:
+        TypeError: no module, or a state_dict with more than dense tensors. RuntimeError: safetensors is not installed.
+        OSError: the file cannot be written.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"save(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
+    target = Path(path)
+    state = {}
+    for name, value in module.state_dict().items():
+        if problem := _not_plain(value):
+            raise TypeError(f"save() writes dense tensors only, but the state_dict holds {problem} as {name!r}")
+        plain = value.detach().cpu().resolve_conj().resolve_neg()
+        state[name] = plain.clone(memory_format=torch.contiguous_format)
+    data = _encode(state, safe=target.suffix == ".safetensors")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
+    """Load a file into the module: either all of it, or nothing; returns the module.
+
+    Reads files of ``save`` and plain state_dicts of others, in both formats, whatever the file's name. No code in a
+    file is ever run. Names and shapes must match the module's (as ``strict=True``); the tensors take its dtypes and
+    devices.
+
+    Raises:
+        CheckpointError: the file is damaged, is no checkpoint, is of another version, or does not fit the module; the
+        module is as it was. TypeError: no module. OSError: the file cannot be read.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"load(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
+    state = read_state(path)
+    if problems := _misfits(module.state_dict(), state):
+        raise CheckpointError(f"{path} does not fit {type(module).__name__}:\n\t" + "\n\t".join(problems))
+    try:
+        with _all_or_nothing(module):
+            module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {type(module).__name__}: {error}") from error
+    return module
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state_dict in a file of either format, verified as by ``load``; for the converters of ``kvb.compat``.
+
+    A dict of state_dicts, as the authors' ``BottleneckedEncoder.save`` writes it, comes back with dotted names.
+
+    Raises:
+        CheckpointError: the file is damaged, is no checkpoint, or is of another version. OSError: it cannot be read.
+    """
+    data = Path(path).read_bytes()
+    zipped = data[:4] == b"PK\x03\x04"
+    if not zipped and data[8:9] != b"{":
+        raise CheckpointError(f"{path} is neither a torch zip file nor safetensors; it starts with {data[:8]!r}")
+    if not zipped:
+        _safetensors()
+    try:
+        contents = _unzip(data) if zipped else _unpack(data)
+        if contents.digest is not None:
+            _verify(contents.state, contents.digest)
+    except _BROKEN as error:
+        detail = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {type(error).__name__}: {detail}") from error
+    return contents.state
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _encode(state: dict[str, Tensor], *, safe: bool) -> bytes:
+    header = {_VERSION: VERSION, _DIGEST: _sha256(state)}
+    if safe:
+        return _safetensors().save(state, {name: str(value) for name, value in header.items()})
+    file = io.BytesIO()
+    torch.save({**header, _STATE: state}, file)
+    return file.getvalue()
+
+
+def _safetensors() -> ModuleType:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ModuleNotFoundError as error:
+        raise RuntimeError("safetensors is not installed: pip install safetensors, or use a name like x.pt") from error
+
+
+def _unzip(data: bytes) -> _Contents:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        # torch stores and never compresses, so a compressed entry can only be there to explode.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("compressed entries")
+        if bad := archive.testzip():  # torch itself does not look at the CRCs
+            raise ValueError(f"wrong CRC of {bad}")
+    found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if isinstance(found, Mapping) and _VERSION in found:
+        return _contents(found.get(_STATE), found[_VERSION], found.get(_DIGEST))
+    return _contents(found, None, None)
+
+
+def _unpack(data: bytes) -> _Contents:
+    library, broken = _safetensors(), importlib.import_module("safetensors").SafetensorError
+    try:
+        state = library.load(data)
+    except broken as error:
+        raise ValueError(str(error)) from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    version = header.get(_VERSION)
+    return _contents(state, version if version is None else int(version), header.get(_DIGEST))
+
+
+def _contents(state: Any, version: Any, digest: Any) -> _Contents:
+    if version is not None and (type(version) is not int or version != VERSION):
+        raise ValueError(f"version {version!r}, but this kvb reads version {VERSION}: upgrade kvb")
+    if version is not None and not isinstance(digest, str):
+        raise ValueError(f"expected a {_DIGEST}, got {digest!r}")
+    return _Contents(_flat(state, ""), digest)
+
+
+def _flat(state: Any, prefix: str) -> dict[str, Tensor]:
+    """A state_dict, or a dict of them, with dotted names."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"expected a state_dict{prefix and ' as ' + repr(prefix[:-1])}, got {type(state).__name__}")
+    flat: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise TypeError(f"expected names of tensors, got {type(name).__name__}")
+        if isinstance(value, Mapping) and not prefix:
+            flat |= _flat(value, name + ".")
+        elif problem := _not_plain(value):
+            raise TypeError(f"expected dense tensors, got {problem} as {prefix + name!r}")
+        else:
+            flat[prefix + name] = value.detach()
+    return flat
+
+
+def _not_plain(value: Any) -> str:
+    """What else than a dense tensor with data this is; empty for one."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if type(value.detach()) is not Tensor or value.is_nested or value.is_quantized or value.is_meta:
+        return f"a tensor of another kind ({type(value).__name__}, {value.dtype}, {value.device})"
+    return "" if value.layout == torch.strided else f"a tensor of layout {value.layout}"
+
+
+def _sha256(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name!r} {value.dtype} {tuple(value.shape)}\n".encode())
+        for piece in value.contiguous().flatten().view(torch.uint8).split(_PIECE):
+            buffer = bytearray(len(piece))
+            if buffer:
+                torch.frombuffer(buffer, dtype=torch.uint8).copy_(piece)
+            digest.update(buffer)
+    return digest.hexdigest()
+
+
+def _verify(state: Mapping[str, Tensor], digest: str) -> None:
+    for name, value in state.items():
+        # An expanded tensor may claim any size, and hashing would make it real.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{name!r} claims more elements than it holds")
+    if digest != _sha256(state):
+        raise ValueError("the tensors do not match their SHA-256")
+
+
+# --- into the module --------------------------------------------------------------------------------------------------
+
+
+def _misfits(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    """Why a state_dict cannot be loaded in place of another."""
+
+    def optional(name: str) -> bool:
+        return name.rpartition(".")[2] == _FLAGS
+
+    problems = [f"missing {name!r}" for name in mine if name not in theirs and not optional(name)]
+    for name, value in theirs.items():
+        if name not in mine:
+            problems.append(f"unexpected {name!r}")
+        elif value.shape != mine[name].shape and not (optional(name) and value.dim() == 1):
+            problems.append(f"{name!r}: expected shape {tuple(mine[name].shape)}, got {tuple(value.shape)}")
+        elif not torch.can_cast(value.dtype, mine[name].dtype):
+            problems.append(f"{name!r}: expected {mine[name].dtype}, got {value.dtype}")
+    return problems
+
+
+@contextlib.contextmanager
+def _all_or_nothing(module: nn.Module) -> Iterator[None]:
+    """Undo whatever happens to the module inside, unless it ends well."""
+    parts = [(part, dict(vars(part)), dict(part._parameters), dict(part._buffers)) for part in module.modules()]
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    copies = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            for part, attributes, parameters, buffers in parts:
+                vars(part).clear()
+                vars(part).update(attributes)
+                part._parameters.clear()
+                part._parameters.update(parameters)
+                part._buffers.clear()
+                part._buffers.update(buffers)
+            with torch.no_grad():
+                for tensor, copy in copies:
+                    # An inference tensor cannot have changed, nor be written to.
+                    if not tensor.is_inference() or torch.is_inference_mode_enabled():
+                        tensor.copy_(copy)
