@@ -5,15 +5,31 @@ from kvb.about import __version__, info
 from kvb.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.checkpoints import CheckpointError, load, save
 from kvb.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
+from kvb.encoders import (
+    BottleneckedEncoder,
+    CLIPBottleneckedEncoder,
+    ConvMixerBottleneckedEncoder,
+    DinoBottleneckedEncoder,
+    SLPretrainedBottleneckedEncoder,
+    SwavBottleneckedEncoder,
+    VICRegBottleneckedEncoder,
+)
 from kvb.keys import KeyReport
 
 __all__ = [
     "BottleneckOutput",
+    "BottleneckedEncoder",
+    "CLIPBottleneckedEncoder",
     "CheckpointError",
+    "ConvMixerBottleneckedEncoder",
+    "DinoBottleneckedEncoder",
     "DiscreteKeyValueBottleneck",
     "DiscreteKeyValueBottleneckConfig",
     "KeyReport",
     "KeyValueBottleneck",
+    "SLPretrainedBottleneckedEncoder",
+    "SwavBottleneckedEncoder",
+    "VICRegBottleneckedEncoder",
     "__version__",
     "decoders",
     "functional",

@@ -1,9 +1,10 @@
-"""The first Python block of the document the author's repository began with, word for word."""
+"""The Python blocks of the document the author's repository began with, word for word."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -14,14 +15,15 @@ import torch
 import kvb
 
 DOCUMENT = (Path(__file__).parent / "data" / "seed_b.md").read_text()
-BLOCK = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)[0]
+BLOCK, ENCODERS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 
 
 @pytest.fixture
 def seed_names(monkeypatch):
     """``key_value_bottleneck.core`` as the document imports it."""
     core = types.ModuleType("key_value_bottleneck.core")
-    core.KeyValueBottleneck = kvb.KeyValueBottleneck
+    for name in ("KeyValueBottleneck", "BottleneckedEncoder", "DinoBottleneckedEncoder"):
+        setattr(core, name, getattr(kvb, name))
     monkeypatch.setitem(sys.modules, "key_value_bottleneck", types.ModuleType("key_value_bottleneck"))
     monkeypatch.setitem(sys.modules, "key_value_bottleneck.core", core)
 
@@ -57,3 +59,36 @@ on_large_machines = pytest.mark.slow if gigabytes() < 12 else lambda test: test
 @on_large_machines
 def test_verbatim(seed_names):
     check(BLOCK, 256)
+
+
+def test_encoders(seed_names, monkeypatch):
+    """The second block, verbatim; the prelude has what it leaves open, and notes the state around every training."""
+    names = runpy.run_path(str(Path(__file__).parent / "seeds" / "prelude.py"))
+    monkeypatch.setattr(torch.hub, "load", names["hub_load"])
+    exec(ENCODERS, names)
+
+    wrapped, model = names["bottlenecked_encoder"], names["model"]
+    assert type(wrapped) is kvb.DinoBottleneckedEncoder
+    assert wrapped.bottleneck.initted.item() == 1
+    images, _ = next(iter(names["get_your_dataloader"]()))
+    output = wrapped(images)
+    assert output.values.shape == (128, 16, 64, 1, 1)
+    assert output.keys.shape == (128, 16, 64, 1, 1)
+    assert output.indices.shape == output.distances.shape == (128, 16, 1, 1)
+    features = wrapped.encoder(images).flatten(1).view(128, 16, 64)
+    gap = (features[:, :, None] - wrapped.bottleneck.keys).square().sum(-1)
+    torch.testing.assert_close(output.distances[..., 0, 0], gap.amin(-1))
+    assert model(images).shape == (128, 10)
+
+    iid, shifted = names["trained"]
+    values = "0.bottleneck.values"
+    for run in (iid, shifted):
+        assert not torch.equal(run.before[values], run.after[values])
+        assert run.losses[-1] < 0.8 * run.losses[0]
+        frozen = [name for name in run.before if name.startswith("0.") and name != values and "counter" not in name]
+        assert "0.bottleneck.keys" in frozen
+        assert "0.encoder.0.weight" in frozen
+        assert all(torch.equal(run.before[name], run.after[name]) for name in frozen)
+    decoder = [name for name in iid.before if name.startswith("1.")]
+    assert not any(torch.equal(iid.before[name], iid.after[name]) for name in decoder)
+    assert all(torch.equal(shifted.before[name], shifted.after[name]) for name in decoder)
