@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvb import KeyValueBottleneck
+from kvb import BottleneckedEncoder, KeyValueBottleneck
 from kvb.decoders import CodebookVoting
-from kvb.splitters import Chunk, RandomProjection
+from kvb.splitters import Chunk, LearnedProjection, RandomProjection
 
 GOLDEN = torch.load(Path(__file__).parent / "data" / "golden.pt", weights_only=True)
 
@@ -99,6 +99,44 @@ def test_chunk():
     case = GOLDEN["chunk"]
     splitter = Chunk(case["x"].shape[-1], case["y"].shape[1])
     assert torch.equal(splitter(case["x"]), case["y"])
+
+
+def test_learned_projection():
+    case = GOLDEN["learned_projection"]
+    C, D = case["y"].shape[1], case["y"].shape[-1]
+    splitter = LearnedProjection(case["x"].shape[-1], C, D)
+    splitter.load_state_dict(case["state"], strict=True)
+    torch.testing.assert_close(splitter(case["x"]), case["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["random_projection", "chunk"])
+def test_encoder(mode):
+    """The published tuple, its axes of ranks and of single numbers left out."""
+    case = GOLDEN[f"encoder_{mode}"]
+    (C, K, D), V = case["state"]["bottleneck.keys"].shape, case["state"]["bottleneck.values"].shape[-1]
+    values, keys, indices, neg_sq_dist, _, heads, features = case["out"]
+    model = BottleneckedEncoder(
+        torch.nn.Conv2d(3, 12, 3, padding=1),
+        num_channels=12,
+        num_codebooks=C,
+        key_value_pairs_per_codebook=K,
+        dim_keys=D,
+        dim_values=V,
+        splitting_mode=mode,
+        encoder_is_channel_last=False,
+        return_values_only=False,
+    )
+    model.load_state_dict(case["state"], strict=True)
+    model.freeze_encoder().freeze_splitter().freeze_keys()
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(model.forward_encoder(case["x"]), features.movedim(1, -1), **close)
+    torch.testing.assert_close(model.forward_splitter(case["x"]).flatten(2, -2), heads, **close)
+    out = model(case["x"])
+    assert torch.equal(out.values, values.squeeze(2))
+    assert torch.equal(out.keys, keys.squeeze(2))
+    assert torch.equal(out.indices, indices.squeeze(3).squeeze(2))
+    compared = model.forward_splitter(case["x"]), out.keys.movedim(2, -1)
+    assert_distances(out.distances, neg_sq_dist.squeeze(3).squeeze(2), *compared)
 
 
 @pytest.mark.parametrize("cached", [False, True])
