@@ -1,6 +1,6 @@
 """kvb: the fast, exact Discrete Key-Value Bottleneck for PyTorch."""
 
-from kvb import decoders, functional, splitters
+from kvb import compat, decoders, functional, splitters
 from kvb.about import __version__, info
 from kvb.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.checkpoints import CheckpointError, load, save
@@ -31,6 +31,7 @@ __all__ = [
     "SwavBottleneckedEncoder",
     "VICRegBottleneckedEncoder",
     "__version__",
+    "compat",
     "decoders",
     "functional",
     "info",

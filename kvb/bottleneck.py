@@ -11,9 +11,9 @@ from torch.utils import _pytree
 
 from kvb import checks, functional, ops
 from kvb import keys as learning
+from kvb.checkpoints import STATE_NAME
 
 STATE_VERSION = 1
-_STATE = "kvb_state"
 _HEADER = 8  # bytes of kvb_state before the mask bits: version, initialised, learning, counting, has a mask, 3 unused
 _Self = TypeVar("_Self", bound="KeyValueBottleneck")
 
@@ -466,7 +466,7 @@ class KeyValueBottleneck(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + _STATE] = self._pack_state()
+        destination[prefix + STATE_NAME] = self._pack_state()
 
     def _pack_state(self) -> Tensor:
         mask = self.pair_mask
@@ -480,13 +480,14 @@ class KeyValueBottleneck(nn.Module):
     def _state_problem(self, state: Tensor) -> str | None:
         pairs = self.num_codebooks * self.key_value_pairs_per_codebook
         if state.dtype != torch.uint8 or state.dim() != 1 or len(state) < _HEADER:
-            return f"expected {_STATE} of at least {_HEADER} bytes, got {state.dtype} {tuple(state.shape)}"
+            return f"expected {STATE_NAME} of at least {_HEADER} bytes, got {state.dtype} {tuple(state.shape)}"
         version, *flags = state[: _HEADER - 3].tolist()
         if version != STATE_VERSION:
-            return f"{_STATE} has version {version}, but this kvb reads version {STATE_VERSION}: upgrade kvb"
+            return f"{STATE_NAME} has version {version}, but this kvb reads version {STATE_VERSION}: upgrade kvb"
         want = _HEADER + (-(-pairs // 8) if flags[3] else 0)
         if max(flags) > 1 or len(state) != want:
-            return f"{_STATE} is damaged: expected flags of 0 or 1 and {want} bytes, got {flags} and {len(state)} bytes"
+            got = f"{flags} and {len(state)} bytes"
+            return f"{STATE_NAME} is damaged: expected flags of 0 or 1 and {want} bytes, got {got}"
         return None
 
     def _unpack_state(self, state: Tensor) -> None:
@@ -517,7 +518,7 @@ class KeyValueBottleneck(nn.Module):
                 problems.append(f"{name} contains NaN or Inf in {bad} of {value[..., 0].numel()} pairs")
             elif name in ("cluster_size", "cluster_size_counter") and not (value >= 0).all():
                 problems.append(f"{name} holds negative or NaN counts")
-        if isinstance(incoming.get(_STATE), Tensor) and (problem := self._state_problem(incoming[_STATE])):
+        if isinstance(incoming.get(STATE_NAME), Tensor) and (problem := self._state_problem(incoming[STATE_NAME])):
             problems.append(problem)
         return problems
 
@@ -531,7 +532,7 @@ class KeyValueBottleneck(nn.Module):
         expected = {*self._parameters, *self._buffers} - self._non_persistent_buffers_set
         complaints = {
             "Missing key(s) in state_dict": sorted(expected - state_dict.keys()),
-            "Unexpected key(s) in state_dict": sorted(state_dict.keys() - expected - {_STATE}),
+            "Unexpected key(s) in state_dict": sorted(state_dict.keys() - expected - {STATE_NAME}),
         }
         if strict and any(complaints.values()):
             lines = [
@@ -545,7 +546,7 @@ class KeyValueBottleneck(nn.Module):
     ) -> None:
         """Also called for a bottleneck inside another module; ``rest`` ends with the list of error messages."""
         incoming = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        state = state_dict.pop(prefix + _STATE, None)
+        state = state_dict.pop(prefix + STATE_NAME, None)
         if problems := self._problems(incoming):
             rest[-1].extend(problems)
             return

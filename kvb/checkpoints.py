@@ -29,7 +29,7 @@ from torch import Tensor, nn
 VERSION = 1
 _PIECE = 1 << 24  # bytes hashed at a time
 _VERSION, _DIGEST, _STATE = "kvb_checkpoint", "sha256", "state_dict"
-_FLAGS = "kvb_state"  # the one entry that may be absent, and whose length varies
+STATE_NAME = "kvb_state"  # flags and mask of a bottleneck: may be absent, and its length varies
 _Module = TypeVar("_Module", bound=nn.Module)
 
 # Everything that torch, zipfile, pickle and json were seen to raise on files that are not what they should be.
@@ -234,7 +234,7 @@ def _misfits(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[s
     """Why a state_dict cannot be loaded in place of another."""
 
     def optional(name: str) -> bool:
-        return name.rpartition(".")[2] == _FLAGS
+        return name.rpartition(".")[2] == STATE_NAME
 
     problems = [f"missing {name!r}" for name in mine if name not in theirs and not optional(name)]
     for name, value in theirs.items():

@@ -63,13 +63,22 @@ def sync_statistics(hits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def ema_update(
-    keys: Tensor, keys_avg: Tensor, cluster_size: Tensor, hits: Tensor, sums: Tensor, *, decay: float, eps: float
+    keys: Tensor,
+    keys_avg: Tensor,
+    cluster_size: Tensor,
+    hits: Tensor,
+    sums: Tensor,
+    *,
+    decay: float,
+    eps: float,
+    rescale_all: bool = False,
 ) -> None:
     """Move every hit key towards the mean of its queries, in place; a pair without a hit keeps its key bit for bit.
 
     Equivalent to, with g the decay: ``cluster_size = g*cluster_size + (1-g)*hits``, ``keys_avg = g*keys_avg +
     (1-g)*sums``, ``keys = where(hits > 0, keys_avg / smoothed(cluster_size), keys)``, the Laplace smoothing
     ``smoothed(n) = (n + eps) / (n.sum(-1) + K*eps) * n.sum(-1)``. A batch without any hit changes nothing.
+    ``rescale_all`` divides the statistics of pairs without a hit too, as published: they sink towards the origin.
 
     Args:
         keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D], which may be overwritten.
@@ -79,19 +88,28 @@ def ema_update(
     average = sums.to(keys_avg.dtype).lerp_(keys_avg, keep)
     total = size.sum(-1, keepdim=True)
     smoothed = (size + eps) / (total + size.shape[-1] * eps) * total
-    moved = torch.where((hits > 0)[..., None], average / smoothed[..., None], keys)
+    moving = hits.any() if rescale_all else (hits > 0)[..., None]
+    moved = torch.where(moving, average / smoothed[..., None], keys)
     cluster_size.copy_(size)
     keys_avg.copy_(average)
     keys.copy_(moved)
 
 
 @torch.no_grad()
-def replace_dead(keys: Tensor, keys_avg: Tensor, cluster_size: Tensor, queries: Tensor, *, threshold: float) -> None:
+def replace_dead(
+    keys: Tensor,
+    keys_avg: Tensor,
+    cluster_size: Tensor,
+    queries: Tensor,
+    *,
+    threshold: float,
+    start: float | None = None,
+) -> None:
     """Replace pairs whose ``cluster_size`` fell below ``threshold`` by random finite queries of the batch, in place.
 
-    Their statistics restart with them, so that the next update cannot undo the replacement: ``cluster_size`` = 1 (or
-    the threshold, if larger) and ``keys_avg = keys * cluster_size``. Different pairs get different queries while there
-    are enough; a codebook without a finite query is left alone.
+    Their statistics restart with them, so that the next update cannot undo the replacement: ``cluster_size = start``
+    (by default 1, or the threshold, if larger) and ``keys_avg = keys * cluster_size``. Different pairs get different
+    queries while there are enough; a codebook without a finite query is left alone.
 
     Args:
         keys, keys_avg: [C, K, D]. cluster_size: [C, K]. queries: [B, S, C, D].
@@ -110,7 +128,7 @@ def replace_dead(keys: Tensor, keys_avg: Tensor, cluster_size: Tensor, queries: 
     dead = (cluster_size < threshold) & (usable > 0)
     rank = (dead.cumsum(-1) - 1).clamp(min=0) % usable.clamp(min=1)
     fresh = rows.gather(1, drawn.indices.gather(1, rank)[..., None].expand(-1, -1, D)).to(keys.dtype)
-    start = max(1.0, threshold)
+    start = max(1.0, threshold) if start is None else start
     moved = torch.where(dead[..., None], fresh, keys)
     average = torch.where(dead[..., None], fresh.mul_(start), keys_avg)
     size = torch.where(dead, start, cluster_size)

@@ -1,0 +1,65 @@
+"""``import key_value_bottleneck`` and ``import discrete_key_value_bottleneck``, answered by kvb."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+from kvb import bottleneck, checks, discrete, encoders
+
+CONTRACTS = ("seed", "published")
+NAMES = (
+    "key_value_bottleneck",
+    "key_value_bottleneck.core",
+    "key_value_bottleneck.splitters",
+    "discrete_key_value_bottleneck",
+    "discrete_key_value_bottleneck_pytorch",
+)
+_answering: dict[str, ModuleType] = {}
+
+
+def alias(contract: str = "seed") -> None:
+    """Let the published packages' names resolve to kvb, in this process, from the next import on.
+
+    The names: ``key_value_bottleneck`` with ``core`` and ``splitters``, ``discrete_key_value_bottleneck`` and
+    ``discrete_key_value_bottleneck_pytorch``. An installed package of such a name is hidden until ``unalias()``.
+
+    Args:
+        contract: "seed" for kvb's own classes, as the seed documents use them; "published" for replicas of the
+            published code: tuples, a topk axis and negative distances from the first, the accidental projections of
+            the other two.
+    Raises:
+        ValueError: another contract. RuntimeError: a package of such a name was imported already.
+    """
+    checks.choice("contract", contract, CONTRACTS)
+    for name in NAMES:
+        if name in sys.modules and sys.modules[name] is not _answering.get(name):
+            raise RuntimeError(f"{name} was imported already; call kvb.compat.alias() before the first import of it")
+    answers = {name: importlib.import_module(f"kvb.compat.{name}") for name in NAMES}
+    if contract == "seed":
+        answers = {name: _own(name, module) for name, module in answers.items()}
+        for name in ("core", "splitters"):
+            setattr(answers["key_value_bottleneck"], name, answers[f"key_value_bottleneck.{name}"])
+    _answering.update(answers)
+    sys.modules.update(answers)
+
+
+def unalias() -> None:
+    """Undo ``alias``; names imported meanwhile stay what they are."""
+    for name, module in _answering.items():
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+    _answering.clear()
+
+
+def _own(name: str, published: ModuleType) -> ModuleType:
+    """A module of a published name with kvb's own class wherever the published one has a class of that name."""
+    module = ModuleType(name, f"{name}, answered by kvb's own classes.")
+    for label, value in vars(published).items():
+        for room in (bottleneck, encoders, discrete):
+            value = getattr(room, label, value)
+        if isinstance(value, type):
+            setattr(module, label, value)
+    module.__path__ = []  # a package, so that submodules are looked for in sys.modules
+    return module

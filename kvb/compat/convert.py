@@ -1,0 +1,158 @@
+"""Checkpoints of the published packages as kvb's, and back, bit for bit; state_dicts in, state_dicts out.
+
+key_value_bottleneck has kvb's names, without kvb_state. discrete_key_value_bottleneck_pytorch and
+discrete_key_value_bottleneck have those of ``_TO_KVB``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvb import bottleneck, checks, discrete
+from kvb.checkpoints import STATE_NAME
+
+PACKAGES = ("key_value_bottleneck", "discrete_key_value_bottleneck_pytorch", "discrete_key_value_bottleneck")
+_PROJECTIONS = ("project_in.weight", "project_in.bias", "project_out.weight", "project_out.bias")
+_TO_KVB = {
+    "values": "bottleneck.values",
+    "rand_proj": "splitter.rand_proj",
+    "vq._codebook.initted": "bottleneck.initted",
+    "vq._codebook.cluster_size": "bottleneck.cluster_size",
+    "vq._codebook.embed_avg": "bottleneck.keys_avg",
+    "vq._codebook.embed": "bottleneck.keys",
+    **{f"vq.{name}": f"splitter.{name}" for name in _PROJECTIONS},
+}
+_TO_PUBLISHED = {ours: theirs for theirs, ours in _TO_KVB.items()}
+
+
+class AccidentalProjections(nn.Module):
+    """The splitter of a published checkpoint with learned projections: random projections, then one linear map of all.
+
+    Equivalent to ``project_in(einsum("b...d,cde->b...ce", x, rand_proj).flatten(-2))``, cut into C heads.
+
+    Args:
+        rand_proj: [C, dim_embed, dim].
+        dim_keys: D of each head; C·dim in every checkpoint made by accident.
+    State:
+        rand_proj; project_in.*; project_out.*, which belongs to the quantised output of the published class and is
+        carried along unused.
+    """
+
+    rand_proj: Tensor
+
+    def __init__(self, rand_proj: Tensor, dim_keys: int) -> None:
+        super().__init__()
+        C, self.num_channels, dim = rand_proj.shape
+        self.num_codebooks, self.dim_keys = C, dim_keys
+        self.register_buffer("rand_proj", torch.empty_like(rand_proj))
+        self.project_in = nn.Linear(C * dim, C * dim_keys)
+        self.project_out = nn.Linear(C * dim_keys, C * dim)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, *shape, dim_embed] -> [B, C, *shape, D]."""
+        heads = torch.einsum("b...d,cde->b...ce", x, self.rand_proj.to(x.dtype)).flatten(-2)
+        return self.project_in(heads).unflatten(-1, (self.num_codebooks, self.dim_keys)).movedim(-2, 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels} channels -> {self.num_codebooks} heads of {self.dim_keys}, mixed"
+
+
+def from_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state_dict of any of the published packages with kvb's names.
+
+    Args:
+        state: as ``torch.load(path, weights_only=True)`` or ``kvb.checkpoints.read_state(path)`` gives it; also the
+            ``{"bottleneck": ..., "splitter": ...}`` of the authors' ``BottleneckedEncoder.save``.
+    Returns:
+        a state_dict for ``kvb.KeyValueBottleneck``, ``kvb.BottleneckedEncoder`` or ``kvb.DiscreteKeyValueBottleneck``.
+    Raises:
+        ValueError: the names are of none of them.
+    """
+    flat: dict[str, Tensor] = {}
+    for name, value in state.items():
+        flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+    if "vq._codebook.embed" in flat:
+        return _from_discrete(flat)
+    if "keys_avg" in flat or "bottleneck.keys_avg" in flat:
+        return flat
+    raise ValueError(
+        "expected a state_dict with keys_avg, bottleneck.keys_avg or vq._codebook.embed, got the names "
+        f"{', '.join(sorted(flat)[:8]) or 'of an empty one'}"
+    )
+
+
+def _from_discrete(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    converted = {_ours(name): value for name, value in state.items()}
+    initted = converted["bottleneck.initted"]
+    converted["bottleneck.initted"] = initted.to(torch.float32).reshape(1)
+    converted["bottleneck.cluster_size_counter"] = torch.zeros_like(converted["bottleneck.cluster_size"])
+    return converted
+
+
+def _ours(name: str) -> str:
+    if name in _TO_KVB or name.startswith("encoder."):
+        return _TO_KVB.get(name, name)
+    raise ValueError(f"{name!r} is no tensor of a checkpoint that kvb can convert: expected {', '.join(_TO_KVB)}")
+
+
+def to_published(state: Mapping[str, Tensor], package: str, *, old_initted: bool = False) -> dict[str, Tensor]:
+    """The inverse of ``from_published``.
+
+    Which keys are frozen, counts of a ``DiscreteKeyValueBottleneck``, and masks are not part of a published state.
+
+    Args:
+        state: a state_dict of a kvb module.
+        package: one of ``PACKAGES``.
+        old_initted: write ``initted`` as [1] float, for vector-quantize-pytorch up to 1.21; or else as [] bool.
+    Raises:
+        ValueError: another package, or a state_dict that such a module cannot have.
+    """
+    checks.choice("package", package, PACKAGES)
+    kept = {name: value for name, value in state.items() if name.rpartition(".")[2] != STATE_NAME}
+    if package == "key_value_bottleneck":
+        return kept
+    kept.pop("bottleneck.cluster_size_counter", None)
+    if strange := [name for name in kept if name not in _TO_PUBLISHED and not name.startswith("encoder.")]:
+        raise ValueError(f"expected the state_dict of a kvb.DiscreteKeyValueBottleneck, got {', '.join(strange)}")
+    converted = {_TO_PUBLISHED.get(name, name): value for name, value in kept.items()}
+    initted = converted["vq._codebook.initted"].reshape(1)
+    converted["vq._codebook.initted"] = initted if old_initted else initted[0] != 0
+    return converted
+
+
+def module_from(
+    state: Mapping[str, Any], **options: Any
+) -> bottleneck.KeyValueBottleneck | discrete.DiscreteKeyValueBottleneck:
+    """A kvb module with the sizes and the state of a published checkpoint.
+
+    A checkpoint with learned projections gives a module whose splitter is ``AccidentalProjections``; every other one
+    gives kvb's own. For a ``BottleneckedEncoder``, build it yourself and load ``from_published(state)``.
+
+    Args:
+        state: as for ``from_published``, of a bottleneck.
+        options: more arguments of the module: ``decay``, ``encoder``, ``average_pool_memories``, ...
+    Raises:
+        ValueError: the names are of no bottleneck. RuntimeError: shapes that do not belong together.
+    """
+    converted = from_published(state)
+    if "keys_avg" in converted:
+        C, K, V = converted["values"].shape
+        module: Any = bottleneck.KeyValueBottleneck(C, K, converted["keys"].shape[-1], V, **options)
+    elif "splitter.rand_proj" in converted and "bottleneck.cluster_size_counter" in converted:
+        C, K, V = converted["bottleneck.values"].shape
+        projections, D = converted["splitter.rand_proj"], converted["bottleneck.keys"].shape[-1]
+        sizes = {"num_memories": K, "num_memory_codebooks": C, "dim_memory": V, "codebook_dim": D}
+        module = discrete.DiscreteKeyValueBottleneck(
+            projections.shape[-1], dim_embed=projections.shape[1], **sizes, **options
+        )
+        if "splitter.project_in.weight" in converted:
+            module.splitter = AccidentalProjections(projections, D)
+    else:
+        raise ValueError("expected the state_dict of a bottleneck; build a BottleneckedEncoder yourself, and load it")
+    module.load_state_dict(converted)
+    return module
