@@ -143,7 +143,7 @@ def module_from(
     if "keys_avg" in converted:
         C, K, V = converted["values"].shape
         module: Any = bottleneck.KeyValueBottleneck(C, K, converted["keys"].shape[-1], V, **options)
-    elif "splitter.rand_proj" in converted and "bottleneck.cluster_size_counter" in converted:
+    elif "vq._codebook.embed" in state:
         C, K, V = converted["bottleneck.values"].shape
         projections, D = converted["splitter.rand_proj"], converted["bottleneck.keys"].shape[-1]
         sizes = {"num_memories": K, "num_memory_codebooks": C, "dim_memory": V, "codebook_dim": D}

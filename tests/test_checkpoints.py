@@ -1,0 +1,404 @@
+"""``kvb.save`` and ``kvb.load``: all or nothing, whatever is in the file; and published checkpoints, there and back."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+import kvb
+from kvb import CheckpointError, DiscreteKeyValueBottleneck, KeyValueBottleneck, checkpoints
+from kvb.compat import discrete_key_value_bottleneck_pytorch as lucidrains
+from kvb.compat.key_value_bottleneck import core
+
+try:
+    import safetensors.torch as safetensors
+except ModuleNotFoundError:
+    safetensors = None
+with_safetensors = pytest.mark.skipif(safetensors is None, reason="safetensors is not installed")
+FORMATS = ["file.pt", pytest.param("file.safetensors", marks=with_safetensors)]
+
+
+def make():
+    return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Unflatten(1, (2, 3)), KeyValueBottleneck(2, 9, 3, 4))
+
+
+def trained():
+    module = make()
+    module[-1].freeze_keys().mask_pairs(torch.rand(2, 9) < 0.5)
+    module(torch.randn(20, 6))
+    return module
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+# --- there and back ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_save_and_load(name, tmp_path):
+    source, target = trained(), make()
+    kvb.save(source, tmp_path / name)
+    assert kvb.load(target, tmp_path / name) is target
+    assert same(snapshot(source), snapshot(target))
+    assert not target[-1].update_keys
+    assert torch.equal(target[-1].pair_mask, source[-1].pair_mask)
+    x = torch.randn(9, 6)
+    assert torch.equal(source.eval()(x), target.eval()(x))
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_file_is_a_torch_file(tmp_path):
+    source = trained()
+    kvb.save(source, str(tmp_path / "file.pt"))
+    file = torch.load(tmp_path / "file.pt", weights_only=True)
+    assert file["kvb_checkpoint"] == 1
+    assert same(file["state_dict"], snapshot(source))
+
+
+@with_safetensors
+def test_a_file_is_a_safetensors_file(tmp_path):
+    source = trained()
+    kvb.save(source, tmp_path / "file.safetensors")
+    assert same(safetensors.load_file(tmp_path / "file.safetensors"), snapshot(source))
+
+
+def test_without_safetensors_its_name_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    with pytest.raises(RuntimeError, match="safetensors is not installed: pip install safetensors, or use a name"):
+        kvb.save(trained(), tmp_path / "file.safetensors")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("safe", [False, pytest.param(True, marks=with_safetensors)])
+def test_plain_state_dicts_of_others_load_under_any_name(safe, tmp_path):
+    source, target = trained(), make()
+    state = {name: value for name, value in source.state_dict().items() if not name.endswith("kvb_state")}
+    save = safetensors.save_file if safe else torch.save
+    save(state, tmp_path / "file.bin")
+    kvb.load(target, tmp_path / "file.bin")
+    assert torch.equal(target[-1].values, source[-1].values)
+    assert target[-1].update_keys
+
+
+def test_tensors_that_share_memory_and_other_dtypes(tmp_path):
+    source, target = nn.ModuleList([nn.Linear(3, 3)] * 2), nn.ModuleList([nn.Linear(3, 3)] * 2)
+    source.register_buffer("view", torch.randn(4, 100)[:, :2].t())
+    source.register_buffer("none", torch.zeros(0, 3))
+    source.register_buffer("complex", torch.randn(3, dtype=torch.complex64).conj())
+    target.register_buffer("view", torch.zeros(2, 4))
+    target.register_buffer("none", torch.ones(0, 3))
+    target.register_buffer("complex", torch.zeros(3, dtype=torch.complex64))
+    kvb.save(source, tmp_path / "file.pt")
+    assert (tmp_path / "file.pt").stat().st_size < 4000
+    assert same(snapshot(kvb.load(target, tmp_path / "file.pt")), snapshot(source))
+
+
+def test_dtypes_follow_the_module(tmp_path):
+    kvb.save(KeyValueBottleneck(2, 9, 3, 4).double(), tmp_path / "file.pt")
+    assert kvb.load(KeyValueBottleneck(2, 9, 3, 4), tmp_path / "file.pt").keys.dtype == torch.float32
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    source = trained()
+    kvb.save(source, tmp_path / "file.pt")
+    old = (tmp_path / "file.pt").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        kvb.save(make(), tmp_path / "file.pt")
+    assert os.listdir(tmp_path) == ["file.pt"]
+    assert (tmp_path / "file.pt").read_bytes() == old
+
+
+def test_save_takes_modules_of_tensors_only(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"step": 3}
+
+    with pytest.raises(TypeError, match="dense tensors only, but the state_dict holds a dict as '_extra_state'"):
+        kvb.save(Extra(2, 2), tmp_path / "file.pt")
+    with pytest.raises(TypeError, match=r"save\(\): argument 'module' must be torch.nn.Module, not dict"):
+        kvb.save({}, tmp_path / "file.pt")
+    with pytest.raises(TypeError, match=r"load\(\): argument 'module' must be torch.nn.Module, not dict"):
+        kvb.load({}, tmp_path / "file.pt")
+    with pytest.raises(FileNotFoundError):
+        kvb.load(make(), tmp_path / "file.pt")
+
+
+# --- files that are not what they should be ---------------------------------------------------------------------------
+
+
+def refused(path, message, module=None):
+    """A typed error, and a module that is as it was, flags included."""
+    module = trained() if module is None else module
+    before, mask = snapshot(module), module[-1].pair_mask
+    with pytest.raises(CheckpointError, match=message):
+        kvb.load(module, path)
+    assert same(snapshot(module), before)
+    assert module[-1].pair_mask is mask
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is neither a torch zip file nor safetensors; it starts with b''"),
+        (b"version https://git-lfs", "is neither a torch zip file nor safetensors; it starts with b'version '"),
+        (b"PK\x03\x04 and so on", "is damaged or no checkpoint: BadZipFile"),
+        (pickle.dumps({"keys": 1}), "is neither"),
+    ],
+)
+def test_files_of_another_kind(data, message, tmp_path):
+    (tmp_path / "file").write_bytes(data)
+    refused(tmp_path / "file", message)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil was here",)
+
+
+def hostile():
+    state = make().state_dict()
+    big = torch.zeros(1).expand(1 << 40)
+    name = "3.values"
+    yield Evil(), "Weights only load failed"
+    yield {**state, name: Evil()}, "Weights only load failed"
+    yield [1, 2], "expected a state_dict, got list"
+    yield {**state, 3: torch.zeros(1)}, "expected names of tensors, got int"
+    yield {**state, name: "text"}, "expected dense tensors, got a str as '3.values'"
+    yield {**state, name: state[name].to_sparse()}, "expected dense tensors, got a tensor of layout torch.sparse_coo"
+    yield {**state, name: state[name].to("meta")}, "expected dense tensors, got a tensor of another kind .*meta"
+    yield {**state, name: {"deep": {"deeper": torch.zeros(1)}}}, "expected dense tensors, got a dict as '3.values.deep'"
+    yield {**state, name: big}, r"'3.values': expected shape \(2, 9, 4\), got \(1099511627776,\)"
+    yield {**state, "3.kvb_state": torch.zeros(1, dtype=torch.uint8).expand(1 << 40)}, "kvb_state has version 0"
+    yield {**state, name: state[name].to(torch.complex64)}, "'3.values': expected torch.float32, got torch.complex64"
+    yield {**state, "3.keys": torch.full((2, 9, 3), torch.nan)}, "keys contains NaN or Inf in 18 of 18 pairs"
+    yield {**state, "3.kvb_state": torch.full((8,), 9, dtype=torch.uint8)}, "kvb_state has version 9"
+    yield {**state, "0.weight": torch.ones(6, 6), "3.cluster_size": -torch.ones(2, 9)}, "negative or NaN counts"
+    yield {**state, "surplus": torch.zeros(1)}, "unexpected 'surplus'"
+    yield {name: value for name, value in state.items() if name != "3.keys"}, "missing '3.keys'"
+    yield {}, "missing '0.weight'"
+    kvb_file = {"kvb_checkpoint": 1, "sha256": "0" * 64, "state_dict": state}
+    yield kvb_file, "the tensors do not match their SHA-256"
+    yield {**kvb_file, "state_dict": {**state, name: big}}, "'3.values' claims more elements than it holds"
+    yield {**kvb_file, "kvb_checkpoint": 2}, "version 2, but this kvb reads version 1: upgrade kvb"
+    yield {**kvb_file, "kvb_checkpoint": torch.ones(1)}, "this kvb reads version 1"
+    yield {**kvb_file, "sha256": None}, "expected a sha256, got None"
+    yield {"kvb_checkpoint": 1, "sha256": "0"}, "expected a state_dict, got NoneType"
+
+
+@pytest.mark.parametrize(("content", "message"), list(hostile()))
+def test_hostile_contents(content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "file")
+    refused("file", message)
+    assert os.listdir() == ["file"]
+
+
+def test_zip_bombs_are_not_inflated(tmp_path):
+    torch.save(make().state_dict(), tmp_path / "plain")
+    with (
+        zipfile.ZipFile(tmp_path / "plain") as plain,
+        zipfile.ZipFile(tmp_path / "file", "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for entry in plain.namelist():
+            out.writestr(entry, plain.read(entry))
+        out.writestr("archive/data/99", bytes(1 << 24))
+    assert (tmp_path / "file").stat().st_size < 1 << 20
+    refused(tmp_path / "file", "compressed entries")
+
+
+@with_safetensors
+def test_safetensors_of_another_version_or_content(tmp_path):
+    state = make().state_dict()
+    digest = checkpoints._sha256(state)
+    for metadata, message in (
+        ({"kvb_checkpoint": "2", "sha256": digest}, "version 2, but this kvb reads version 1"),
+        ({"kvb_checkpoint": "x", "sha256": digest}, "invalid literal"),
+        ({"kvb_checkpoint": "1"}, "expected a sha256"),
+        ({"kvb_checkpoint": "1", "sha256": digest[::-1]}, "do not match their SHA-256"),
+    ):
+        safetensors.save_file(state, tmp_path / "file", metadata)
+        refused(tmp_path / "file", message)
+    header = json.dumps({"values": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header)
+    refused(tmp_path / "file", "is damaged or no checkpoint")
+
+
+def test_a_module_that_fails_halfway_is_put_back(tmp_path):
+    class Late(nn.Module):
+        """Loads after everything else, and refuses."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("last", torch.zeros(1))
+
+        def _load_from_state_dict(self, *arguments):
+            raise OverflowError("not today")
+
+    kvb.save(nn.Sequential(*make(), nn.Module()), tmp_path / "first")
+    state = torch.load(tmp_path / "first", weights_only=True)["state_dict"]
+    torch.save({**state, "4.last": torch.ones(1)}, tmp_path / "file")
+    module = nn.Sequential(*trained(), Late())
+    before, learning, buffers = snapshot(module), module[3].update_keys, dict(module[3]._buffers)
+    with pytest.raises(OverflowError, match="not today"):
+        kvb.load(module, tmp_path / "file")
+    assert same(snapshot(module), before)
+    assert module[3].update_keys == learning
+    assert all(module[3]._buffers[name] is buffer for name, buffer in buffers.items())
+    assert not module[3].update_keys
+    x = torch.randn(50, 2, 3)
+    exact = (x[..., None, :] - module[3].keys).square().sum(-1)
+    exact[:, ~module[3].pair_mask] = torch.inf
+    assert torch.equal(module[3].encode(x), exact.argmin(-1))
+
+
+def damaged(data, chance):
+    """A truncation, or one to three flipped bits."""
+    if chance.random() < 0.5:
+        return data[: chance.randrange(len(data))]
+    bent = bytearray(data)
+    for _ in range(chance.randint(1, 3)):
+        bent[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    return bytes(bent)
+
+
+@pytest.mark.parametrize("kind", ["kvb.pt", "plain.pt", pytest.param("kvb.safetensors", marks=with_safetensors)])
+def test_a_thousand_damaged_files(kind, tmp_path):
+    """A typed error and the module as it was, or the very tensors that were saved."""
+    source, target = trained(), trained()
+    path = tmp_path / kind
+    torch.save(source.state_dict(), path) if kind == "plain.pt" else kvb.save(source, path)
+    data, saved, before = path.read_bytes(), snapshot(source), snapshot(target)
+    chance, outcomes = random.Random(0), collections.Counter()
+    for _ in range(1000):
+        path.write_bytes(damaged(data, chance))
+        try:
+            kvb.load(target, path)
+        except CheckpointError:
+            assert same(snapshot(target), before)
+            outcomes["refused"] += 1
+        else:
+            assert same(snapshot(target), saved)
+            target.load_state_dict(before)
+            outcomes["equal"] += 1
+    assert outcomes["refused"] > 700
+    assert outcomes.total() == 1000
+
+
+# --- published checkpoints, there and back ----------------------------------------------------------------------------
+
+
+def through_a_file(state, path):
+    torch.save(state, path)
+    return torch.load(path, weights_only=True)
+
+
+def bitwise(state, other):
+    return same(state, other) and all(value.dtype == other[name].dtype for name, value in state.items())
+
+
+def test_the_authors_bottleneck(tmp_path):
+    published = core.KeyValueBottleneck(2, 9, 3, 4)
+    published.freeze_keys()(torch.randn(20, 2, 5, 3))
+    state = through_a_file(published.state_dict(), tmp_path / "file")
+    module = kvb.compat.module_from(state)
+    assert type(module) is KeyValueBottleneck
+    back = kvb.compat.to_published(module.state_dict(), "key_value_bottleneck")
+    assert bitwise(back, state)
+    core.KeyValueBottleneck(2, 9, 3, 4).load_state_dict(back, strict=True)
+
+
+@pytest.mark.parametrize("mode", ["chunk", "random_projection", "learned_projection"])
+def test_the_authors_encoder(mode, tmp_path):
+    sizes = (nn.Linear(3, 12), 12, 4, 16, 3, 6)
+    published = core.BottleneckedEncoder(*sizes, splitting_mode=mode)
+    published(torch.randn(20, 3))
+    state = through_a_file(published.state_dict(), tmp_path / "file")
+    module = kvb.BottleneckedEncoder(*sizes, splitting_mode=mode)
+    module.load_state_dict(kvb.compat.from_published(state), strict=True)
+    assert bitwise(kvb.compat.to_published(module.state_dict(), "key_value_bottleneck"), state)
+    published.save(tmp_path / "saved")
+    saved = kvb.compat.from_published(torch.load(tmp_path / "saved", weights_only=True))
+    assert bitwise(saved, {name: value for name, value in state.items() if not name.startswith("encoder.")})
+    assert bitwise(saved, checkpoints.read_state(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("package", ["discrete_key_value_bottleneck_pytorch", "discrete_key_value_bottleneck"])
+@pytest.mark.parametrize("old_initted", [False, True])
+@pytest.mark.parametrize("projections", [False, True])
+@pytest.mark.parametrize("encoder", [False, True])
+def test_the_discrete_bottleneck(package, old_initted, projections, encoder, tmp_path):
+    def make(**options):
+        options |= {} if projections else {"codebook_dim": 4}
+        options |= {"encoder": nn.Linear(7, 6)} if encoder else {}
+        return lucidrains.DiscreteKeyValueBottleneck(
+            4, num_memories=9, dim_embed=6, num_memory_codebooks=3, dim_memory=5, **options
+        )
+
+    published = make()
+    published(torch.randn(20, 8, 7 if encoder else 6))
+    state = published.state_dict()
+    assert ("vq.project_in.weight" in state) == projections
+    if old_initted:
+        state["vq._codebook.initted"] = torch.ones(1)
+    state = through_a_file(state, tmp_path / "file")
+    module = kvb.compat.module_from(state, **({"encoder": nn.Linear(7, 6)} if encoder else {}))
+    assert type(module) is DiscreteKeyValueBottleneck
+    back = kvb.compat.to_published(module.state_dict(), package, old_initted=old_initted)
+    assert bitwise(back, state)
+    twin = make()
+    twin.load_state_dict(back, strict=True)
+    x = torch.randn(20, 8, 7 if encoder else 6)
+    torch.testing.assert_close(module.eval()(x), twin.eval()(x))
+    torch.testing.assert_close(module(x), published.eval()(x))
+    assert torch.equal(module.encode(x), twin(x, return_intermediates=True)[1][1].movedim(-1, 1))
+
+
+def test_an_uninitialised_checkpoint_still_waits(tmp_path):
+    published = lucidrains.DiscreteKeyValueBottleneck(4, num_memories=9, kmeans_init=True)
+    for old in (False, True):
+        state = published.state_dict()
+        if old:
+            state["vq._codebook.initted"] = torch.zeros(1)
+        module = kvb.compat.module_from(state, init_mode="kmeans")
+        assert "not initialised" in repr(module)
+        assert bitwise(
+            kvb.compat.to_published(module.state_dict(), kvb.compat.convert.PACKAGES[1], old_initted=old), state
+        )
+        module(torch.randn(50, 4))
+        assert "not initialised" not in repr(module)
+
+
+def test_converters_say_what_they_take():
+    with pytest.raises(ValueError, match="expected a state_dict with keys_avg, .*, got the names bias, weight"):
+        kvb.compat.from_published(nn.Linear(2, 2).state_dict())
+    with pytest.raises(ValueError, match="got the names of an empty one"):
+        kvb.compat.module_from({})
+    with pytest.raises(ValueError, match="'vq.project_in.0.weight' is no tensor of a checkpoint that kvb can convert"):
+        kvb.compat.from_published({"vq._codebook.embed": torch.zeros(1), "vq.project_in.0.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="package must be one of 'key_value_bottleneck', .*; got 'dkvb'"):
+        kvb.compat.to_published({}, "dkvb")
+    with pytest.raises(
+        ValueError, match="expected the state_dict of a kvb.DiscreteKeyValueBottleneck, got weight, bias"
+    ):
+        kvb.compat.to_published(nn.Linear(2, 2).state_dict(), "discrete_key_value_bottleneck")
+    with pytest.raises(ValueError, match="build a BottleneckedEncoder yourself"):
+        kvb.compat.module_from(core.BottleneckedEncoder(nn.Identity(), 12, 4, 16, 3, 6).state_dict())
