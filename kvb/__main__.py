@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import kvb
+
+STUDIES = {"digits": "digits", "mnist": "mnist", "20ng": "newsgroups"}  # and their modules in kvb.experiments
 
 
 def _seed(text: str) -> int:
@@ -21,19 +24,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kvb", description=kvb.__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}")
     demo = commands.add_parser(
-        "demo", help="learn handwritten digits two classes at a time: the bottleneck against a linear and an MLP head"
+        "demo", help="learn real data a few classes at a time: the bottleneck against a linear and an MLP head"
     )
     demo.add_argument(
-        "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="gets digits.png, digits.json (%(default)s)"
+        "--data",
+        choices=STUDIES,
+        default="digits",
+        help="digits come with scikit-learn; the others need `make data-mnist` or `make data-20ng` (%(default)s)",
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="gets a figure and its numbers (%(default)s)"
     )
     demo.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
     commands.add_parser("info", help="versions, and which backend answers on each device")
     return parser
 
 
-def _demo(out: Path, seed: int) -> None:
+def _demo(data: str, out: Path, seed: int) -> None:
     try:
-        from kvb.experiments import digits
+        from kvb.experiments import demo
+        from kvb.experiments.packages import MissingPackageError
+
+        study = importlib.import_module(f"kvb.experiments.{STUDIES[data]}").STUDY
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("numpy", "sklearn", "matplotlib"):
             raise
@@ -42,7 +54,10 @@ def _demo(out: Path, seed: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"--out must be a folder that can be written to, got {out} ({error.strerror}). Choose another one.")
-    digits.main(out, seed)
+    try:
+        demo.main(study, out, seed)
+    except MissingPackageError as error:
+        sys.exit(f"{error}\nOr get all that this demo reads with: make data-{data}")
 
 
 def _info() -> None:
@@ -55,7 +70,7 @@ def _info() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     chosen = _parser().parse_args(arguments)
     if chosen.command == "demo":
-        _demo(chosen.out, chosen.seed)
+        _demo(chosen.data, chosen.out, chosen.seed)
     else:
         _info()
 

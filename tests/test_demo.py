@@ -1,5 +1,6 @@
 """The demo: what it promises, its protocol on tiny cases, its command line."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from kvb.decoders import CodebookVoting
 from kvb.experiments import class_incremental as protocol
 from kvb.splitters import RandomProjection
 
-digits = pytest.importorskip("kvb.experiments.digits", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
+demo = pytest.importorskip("kvb.experiments.demo", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
+DIGITS = importlib.import_module("kvb.experiments.digits").STUDY
 
 
 @pytest.fixture(scope="module")
 def demos():
-    return {seed: digits.run(seed) for seed in (0, 1, 2)}
+    return {seed: demo.run(DIGITS, seed) for seed in (0, 1, 2)}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -36,8 +38,8 @@ def test_baselines_that_start_at_zero_stay_below_the_bottleneck(demos, seed, mon
     """The most favourable start for the other heads that we know of; the header of the report says the same."""
 
     def from_zero(build):
-        def built(features):
-            head = build(features)
+        def built(study, features):
+            head = build(study, features)
             for parameter in list(head.parameters())[-2:]:
                 nn.init.zeros_(parameter)
             return head
@@ -45,8 +47,8 @@ def test_baselines_that_start_at_zero_stay_below_the_bottleneck(demos, seed, mon
         return built
 
     for name in ("linear", "MLP"):
-        monkeypatch.setitem(digits.HEADS, name, from_zero(digits.HEADS[name]))
-    results = digits.run(seed).results
+        monkeypatch.setitem(demo.HEADS, name, from_zero(demo.HEADS[name]))
+    results = demo.run(DIGITS, seed).results
     assert results["bottleneck"] == demos[seed].results["bottleneck"]
     assert results["bottleneck"].final > max(results["linear"].final, results["MLP"].final) + 0.05
     assert results["MLP"].final > demos[seed].results["MLP"].final
@@ -55,14 +57,14 @@ def test_baselines_that_start_at_zero_stay_below_the_bottleneck(demos, seed, mon
 def test_one_seed_gives_one_result(demos):
     torch.manual_seed(123)  # the caller's generator neither matters nor moves
     before = torch.get_rng_state()
-    assert digits.run(1) == demos[1]
+    assert demo.run(DIGITS, 1) == demos[1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_baselines_best_rates_lie_inside_the_grid(demos):
-    for demo in demos.values():
+    for result in demos.values():
         for name in ("linear", "MLP"):
-            assert min(digits.RATES) < demo.rates[name] < max(digits.RATES)
+            assert min(DIGITS.rates) < result.rates[name] < max(DIGITS.rates)
 
 
 def test_splits_share_no_image_and_keep_the_classes_balanced():
@@ -113,10 +115,10 @@ def test_cached_codes_give_what_the_modules_give():
 
 
 def test_only_the_values_learn():
-    problem = digits.load(0)
-    head = digits.bottleneck_head(problem.train.features)
+    problem = demo.load(DIGITS, 0)
+    head = demo.bottleneck_head(DIGITS, problem.train.features)
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
-    list(protocol.learn(head, problem.train, problem.test, problem.tasks[:1], rate=0.3, budget=digits.BUDGET, seed=0))
+    list(protocol.learn(head, problem.train, problem.test, problem.tasks[:1], rate=0.3, budget=demo.BUDGET, seed=0))
     changed = [name for name, tensor in head.state_dict().items() if not torch.equal(tensor, before[name])]
     assert changed == ["bottleneck.values"]
 

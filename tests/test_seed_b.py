@@ -5,27 +5,23 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-import kvb
+import kvb.compat
 
 DOCUMENT = (Path(__file__).parent / "data" / "seed_b.md").read_text()
 BLOCK, ENCODERS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 
 
 @pytest.fixture
-def seed_names(monkeypatch):
+def seed_names():
     """``key_value_bottleneck.core`` as the document imports it."""
-    core = types.ModuleType("key_value_bottleneck.core")
-    for name in ("KeyValueBottleneck", "BottleneckedEncoder", "DinoBottleneckedEncoder"):
-        setattr(core, name, getattr(kvb, name))
-    monkeypatch.setitem(sys.modules, "key_value_bottleneck", types.ModuleType("key_value_bottleneck"))
-    monkeypatch.setitem(sys.modules, "key_value_bottleneck.core", core)
+    kvb.compat.alias("seed")
+    yield
+    kvb.compat.unalias()
 
 
 def check(block: str, batch: int) -> None:

@@ -1,6 +1,7 @@
-"""Protocols that train heads on fixed features and measure what they keep: ``class_incremental``; ``digits`` runs it.
+"""Protocols that train heads on fixed features and measure what they keep: ``class_incremental``; ``demo`` runs it.
 
-``digits`` and ``plots`` need the packages of ``kvb[demo]``; this module does not.
+On ``digits``, ``mnist`` (with the encoder ``lite0``) or ``newsgroups`` (with ``minilm``). ``demo``, these and ``plots``
+need the packages of ``kvb[demo]``; this module does not.
 """
 
 from kvb.experiments.class_incremental import (

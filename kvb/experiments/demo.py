@@ -1,4 +1,4 @@
-"""The demo: scikit-learn's handwritten digits arrive two classes at a time, and three heads try not to forget.
+"""The demos: classes of real data arrive a few at a time, and three heads on fixed features try not to forget.
 
 The linear and the MLP head start from PyTorch's default initialisation. With output layers that start at zero, and a
 small learning rate, they come close to nearest-mean classifiers and forget less, yet more than the bottleneck.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import sklearn
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import kvb
@@ -37,33 +37,62 @@ from kvb.experiments.class_incremental import (
 )
 from kvb.splitters import RandomProjection
 
-CHANNELS, CLASSES, CLASSES_PER_TASK = 64, 10, 2
-TEST_SHARE, VALIDATION_SHARE = 0.2, 0.25  # of all images; of the training images
-CODEBOOKS, PAIRS, DIM_KEYS, INIT_MODE = 64, 256, 8, "sample"
+VALIDATION_SHARE = 0.25  # of the training examples
+CODEBOOKS, INIT_MODE = 64, "sample"
 HIDDEN = 128
 BUDGET = Budget(epochs=3, batch_size=32, label_smoothing=0.1, clip_norm=1.0)
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a demo is about.
+
+    name: of its files; data: "Digits: {count} real images …", said first; title: of the figure; features: what they
+    are, and how they were made, in one line each; classes: what each is called; split: training and test examples of a
+    random split, with a folder to keep slowly computed features in; pairs, dim_keys: K and D of the bottleneck; rates:
+    learning rates to choose from.
+    """
+
+    name: str
+    data: str
+    title: str
+    features: tuple[str, ...]
+    classes: tuple[str, ...]
+    classes_per_task: int
+    split: Callable[[torch.Generator, Path | None], tuple[Examples, Examples]]
+    pairs: int = 256
+    dim_keys: int = 8
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+
+    def chance(self, tasks_seen: int) -> float:
+        """The accuracy of guessing among the classes seen so far."""
+        return 1 / (self.classes_per_task * tasks_seen)
 
 
 # --- the three heads; each is built from the training features, of which only the bottleneck makes use ----------------
 
 
-def bottleneck_head(features: Tensor) -> Head:
-    splitter = RandomProjection(CHANNELS, CODEBOOKS, DIM_KEYS)
-    bottleneck = KeyValueBottleneck(CODEBOOKS, PAIRS, DIM_KEYS, CLASSES, init_mode=INIT_MODE)
+def bottleneck_head(study: Study, features: Tensor) -> Head:
+    splitter = RandomProjection(features.shape[1], CODEBOOKS, study.dim_keys)
+    bottleneck = KeyValueBottleneck(CODEBOOKS, study.pairs, study.dim_keys, len(study.classes), init_mode=INIT_MODE)
     bottleneck.init_keys(splitter(features), epochs=0, progress=False)
     return BottleneckHead(splitter, bottleneck)
 
 
-def linear_head(features: Tensor) -> Head:
-    return NetworkHead(nn.Linear(CHANNELS, CLASSES))
+def linear_head(study: Study, features: Tensor) -> Head:
+    return NetworkHead(nn.Linear(features.shape[1], len(study.classes)))
 
 
-def mlp_head(features: Tensor) -> Head:
-    return NetworkHead(nn.Sequential(nn.Linear(CHANNELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES)))
+def mlp_head(study: Study, features: Tensor) -> Head:
+    hidden = nn.Linear(features.shape[1], HIDDEN)
+    return NetworkHead(nn.Sequential(hidden, nn.ReLU(), nn.Linear(HIDDEN, len(study.classes))))
 
 
-HEADS: dict[str, Callable[[Tensor], Head]] = {"bottleneck": bottleneck_head, "linear": linear_head, "MLP": mlp_head}
+HEADS: dict[str, Callable[[Study, Tensor], Head]] = {
+    "bottleneck": bottleneck_head,
+    "linear": linear_head,
+    "MLP": mlp_head,
+}
 
 
 @contextmanager
@@ -74,21 +103,21 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _build(name: str, seed: int, features: Tensor) -> Head:
+def _build(study: Study, name: str, seed: int, features: Tensor) -> Head:
     with _seeded(seed):
-        return HEADS[name](features)
+        return HEADS[name](study, features)
 
 
-# --- the data ---------------------------------------------------------------------------------------------------------
+# --- the data of one seed ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The images of one seed, split, and the order in which their classes arrive."""
+    """The examples of one seed, split, and the order in which their classes arrive."""
 
     train: Examples
     test: Examples
-    fit: Examples  # the training images without those of ``validation``
+    fit: Examples  # the training examples without those of ``validation``
     validation: Examples
     tasks: tuple[Tensor, ...]
 
@@ -99,17 +128,14 @@ def _centred(train: Examples, test: Examples) -> tuple[Examples, Examples]:
     return train._replace(features=train.features - mean), test._replace(features=test.features - mean)
 
 
-def load(seed: int) -> Problem:
-    raw = load_digits()
-    images = Examples(torch.from_numpy(raw.data).float() / 16, torch.from_numpy(raw.target).long())
+def load(study: Study, seed: int, folder: Path | None = None) -> Problem:
     generator = torch.Generator().manual_seed(seed)
-    rest, held = stratified_split(images.labels, TEST_SHARE, generator)
-    train = images.take(rest)
+    train, test = study.split(generator, folder)
     fit, validation = stratified_split(train.labels, VALIDATION_SHARE, generator)
     return Problem(
-        *_centred(train, images.take(held)),
+        *_centred(train, test),
         *_centred(train.take(fit), train.take(validation)),
-        draw_tasks(CLASSES, CLASSES_PER_TASK, generator),
+        draw_tasks(len(study.classes), study.classes_per_task, generator),
     )
 
 
@@ -123,39 +149,37 @@ class Demo:
     seed: int
     tasks: list[list[int]]
     rates: dict[str, float]
-    validation: dict[str, list[float]]  # final accuracy for each of RATES
+    validation: dict[str, list[float]]  # final accuracy for each rate of the study
     results: dict[str, Result]
 
 
-def chance(tasks_seen: int) -> float:
-    """The accuracy of guessing among the classes seen so far."""
-    return 1 / (CLASSES_PER_TASK * tasks_seen)
-
-
-def run(seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Demo:
+def run(
+    study: Study, seed: int = 0, say: Callable[[str], None] = lambda line: None, folder: Path | None = None
+) -> Demo:
     """The whole experiment; ``say`` gets every line of the report as soon as it is known."""
-    problem = load(seed)
+    problem = load(study, seed, folder)
     tasks = problem.tasks
-    for line in _header(seed, problem):
+    for line in _header(study, seed, problem):
         say(line)
     rates, validation = {}, {}
     for name in HEADS:
         rates[name], validation[name] = choose_rate(
-            partial(_build, name, seed),
+            partial(_build, study, name, seed),
             problem.fit,
             problem.validation,
             tasks,
-            rates=RATES,
+            rates=study.rates,
             budget=BUDGET,
             seed=seed,
         )
         say(f"{name:>13}" + "".join(f"{accuracy:8.3f}" for accuracy in validation[name]) + f"{rates[name]:10g}")
 
-    say("\nTest accuracy over the classes seen so far, out of all ten outputs")
-    say(f"{'after task':>13}{'classes':>9}" + "".join(f"{name:>12}" for name in HEADS) + f"{'chance':>12}")
+    say(f"\nTest accuracy over the classes seen so far, out of all {len(study.classes)} outputs")
+    width = 3 + max(len("classes") - 1, *(len(_classes(task.tolist())) for task in tasks))
+    say(f"{'after task':>13}{'classes':>{width}}" + "".join(f"{name:>12}" for name in HEADS) + f"{'chance':>12}")
     learning = [
         learn(
-            _build(name, seed, problem.train.features),
+            _build(study, name, seed, problem.train.features),
             problem.train,
             problem.test,
             tasks,
@@ -168,18 +192,18 @@ def run(seed: int = 0, say: Callable[[str], None] = lambda line: None) -> Demo:
     rounds = []
     for number, scores in enumerate(zip(*learning, strict=True), start=1):
         rounds.append(scores)
-        seen = "".join(f"{accuracy:12.3f}" for accuracy in (*(score.seen for score in scores), chance(number)))
-        say(f"{number:>13}{_classes(tasks[number - 1].tolist()):>9}{seen}")
+        seen = "".join(f"{accuracy:12.3f}" for accuracy in (*(score.seen for score in scores), study.chance(number)))
+        say(f"{number:>13}{_classes(tasks[number - 1].tolist()):>{width}}{seen}")
     results = {name: Result(list(scores)) for name, scores in zip(HEADS, zip(*rounds, strict=True), strict=True)}
     demo = Demo(seed, [task.tolist() for task in tasks], rates, validation, results)
-    for line in _footer(demo):
+    for line in _footer(study, demo):
         say(line)
     return demo
 
 
-def save(demo: Demo, out: Path) -> tuple[Path, Path]:
-    """Write ``digits.png`` and ``digits.json`` into the existing folder ``out``; returns their paths."""
-    chances = [chance(number) for number in range(1, len(demo.tasks) + 1)]
+def save(study: Study, demo: Demo, out: Path) -> tuple[Path, Path]:
+    """Write ``NAME.png`` and ``NAME.json`` into the existing folder ``out``; returns their paths."""
+    chances = [study.chance(number) for number in range(1, len(demo.tasks) + 1)]
     record = {
         "seed": demo.seed,
         "versions": {
@@ -189,16 +213,16 @@ def save(demo: Demo, out: Path) -> tuple[Path, Path]:
             "python": platform.python_version(),
         },
         "configuration": {
-            "test_share": TEST_SHARE,
             "validation_share": VALIDATION_SHARE,
             "codebooks": CODEBOOKS,
-            "pairs": PAIRS,
-            "dim_keys": DIM_KEYS,
+            "pairs": study.pairs,
+            "dim_keys": study.dim_keys,
             "init_mode": INIT_MODE,
             "hidden": HIDDEN,
             "budget": asdict(BUDGET),
-            "rates": RATES,
+            "rates": study.rates,
         },
+        "classes": study.classes,
         "tasks": demo.tasks,
         "chance": chances,
         "heads": {
@@ -214,26 +238,26 @@ def save(demo: Demo, out: Path) -> tuple[Path, Path]:
             for name, result in demo.results.items()
         },
     }
-    numbers, figure = out / "digits.json", out / "digits.png"
+    numbers, figure = out / f"{study.name}.json", out / f"{study.name}.png"
     numbers.write_text(json.dumps(record, indent=2) + "\n")
     plots.class_incremental(
         demo.results,
         tasks=[_classes(task) for task in demo.tasks],
         chance=chances,
-        title="Handwritten digits, two classes at a time, no replay",
+        title=study.title,
         path=figure,
     )
     return figure, numbers
 
 
-def main(out: Path, seed: int) -> None:
+def main(study: Study, out: Path, seed: int) -> None:
     """Run, print the report line by line, and save the figure and the numbers."""
     begun = time.perf_counter()
 
     def say(line: str) -> None:
         print(line, flush=True)
 
-    figure, numbers = save(run(seed, say), out)
+    figure, numbers = save(study, run(study, seed, say, out), out)
     say(f"\nFigure:  {figure}\nNumbers: {numbers}\nTook {time.perf_counter() - begun:.1f} s.")
 
 
@@ -244,14 +268,16 @@ def _classes(task: Sequence[int]) -> str:
     return ", ".join(map(str, task))
 
 
-def _header(seed: int, problem: Problem) -> list[str]:
+def _header(study: Study, seed: int, problem: Problem) -> list[str]:
     train, test, validation = (len(part.labels) for part in (problem.train, problem.test, problem.validation))
     tasks = " | ".join(_classes(task.tolist()) for task in problem.tasks)
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(study.classes) if name != str(number))
     return [
-        f"Digits: {train + test:,} real images of 8x8 pixels, {train:,} to train and {test} to test on; seed {seed}",
-        "  features  pixels / 16, centred on the mean training image (changes nothing for the bottleneck)",
+        f"{study.data.format(count=train + test)}, {train:,} to train and {test:,} to test on; seed {seed}",
+        *(f"  {'' if number else 'features':<10}{line}" for number, line in enumerate(study.features)),
+        *textwrap.wrap(names, 112, initial_indent="  classes   ", subsequent_indent=" " * 12),
         f"  tasks     {tasks}   one after the other: no replay, no task id, one pass over the tasks",
-        f"  keys      {CODEBOOKS} codebooks of {PAIRS}, {DIM_KEYS}-d random projections: sampled from the training "
+        f"  keys      {CODEBOOKS} codebooks of {study.pairs}, {study.dim_keys}-d random projections: sampled from the training "
         "features",
         "            of ALL classes, without their labels, then frozen; values start at zero and alone learn",
         "  others    linear, and an MLP with one hidden layer of "
@@ -261,13 +287,13 @@ def _header(seed: int, problem: Problem) -> list[str]:
         "order, SGD without momentum,",
         f"            gradients clipped to norm {BUDGET.clip_norm:g}, label smoothing {BUDGET.label_smoothing:g}",
         "",
-        f"Choosing each learning rate: the whole protocol on {train - validation:,} training images, final accuracy "
-        f"on the other {validation}",
-        " " * 13 + "".join(f"{rate:8g}" for rate in RATES) + f"{'chosen':>10}",
+        f"Choosing each learning rate: the whole protocol on {train - validation:,} training examples, final "
+        f"accuracy on the other {validation:,}",
+        " " * 13 + "".join(f"{rate:8g}" for rate in study.rates) + f"{'chosen':>10}",
     ]
 
 
-def _footer(demo: Demo) -> list[str]:
+def _footer(study: Study, demo: Demo) -> list[str]:
     lines = ["", "Accuracy matrices: row = after task, column = test accuracy on the classes of task"]
     columns = range(1, len(demo.tasks) + 1)
     gap = " " * 3
@@ -279,7 +305,7 @@ def _footer(demo: Demo) -> list[str]:
     for name, result in demo.results.items():
         lines.append(f"{name:>13}{result.final:13.3f}{result.average:13.3f}{result.forgetting:13.3f}")
     lines += [
-        f"{'chance':>13}{chance(len(demo.tasks)):13.3f}",
+        f"{'chance':>13}{study.chance(len(demo.tasks)):13.3f}",
         "  average     mean over the tasks of the accuracy over the classes seen so far",
         "  forgetting  mean over all tasks but the last of the best earlier minus the final accuracy",
     ]

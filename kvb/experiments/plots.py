@@ -15,6 +15,7 @@ from kvb.experiments.class_incremental import Result
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; the markers tell them apart in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+SHORT = 6  # letters of a label that fits below a column of a heat map
 INK, FAINT = "#222222", "#767676"
 
 
@@ -34,10 +35,12 @@ def class_incremental(
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.02))[:, 0]
     _curves(above.subplots(), results, tasks, chance)
     row = below.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    short = max(map(len, tasks)) <= SHORT
+    labels = tasks if short else [str(number) for number in range(1, len(tasks) + 1)]
     for axes, (name, result), (colour, _) in zip(row, results.items(), STYLES, strict=False):
-        image = _heat_map(axes, name, colour, result, tasks)
-    row[0].set_ylabel("after learning", fontsize=11)
-    below.supxlabel("tested on the classes", fontsize=11)
+        image = _heat_map(axes, name, colour, result, labels)
+    row[0].set_ylabel("after learning" if short else "after task", fontsize=11)
+    below.supxlabel("tested on the classes" if short else "tested on the classes of task", fontsize=11)
     below.suptitle("(b) Accuracy on the classes of each task", fontsize=12.5, color=INK)
     below.colorbar(image, ax=list(row), shrink=0.82, label="test accuracy")
     figure.savefig(path)

