@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import torch
 
+import kvb
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_runs_and_both_ways_agree(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    first, second = block.split("codes = ")
+    first, second = BLOCKS[0].split("codes = ")
     names: dict = {}
     exec(first, names)
     searched = names["logits"]
@@ -23,6 +26,23 @@ def test_the_example_runs_and_both_ways_agree(capsys):
     names["logits"].sum().backward()
     assert names["bottleneck"].values.grad.abs().sum() > 0
     assert "kmeans: 1000 rows a codebook (0 skipped)" in capsys.readouterr().out
+
+
+def test_the_example_of_embeddings_runs(tmp_path, monkeypatch):
+    (block,) = (block for block in BLOCKS if "DiscreteKeyValueBottleneck" in block)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"torch": torch, "kvb": kvb}
+    exec(block, names)
+    assert names["output"].shape == (2, 64, 128)
+    assert names["each"].shape == (2, 4, 64, 128)
+    torch.testing.assert_close(names["each"].mean(1), names["output"])
+    assert names["quantized"].shape == (2, 64, 512)
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.pt"]
+
+
+def test_the_published_packages_are_where_it_says():
+    for module in re.findall(r"^\| `([\w.]+) import …`", README, re.MULTILINE):
+        assert importlib.import_module(f"kvb.compat.{module}")
 
 
 def test_every_file_it_names_exists():
