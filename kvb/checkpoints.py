@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 VERSION = 1
 _PIECE = 1 << 24  # bytes hashed at a time
+_SHOWN = 10  # problems named in one message
 _VERSION, _DIGEST, _STATE = "kvb_checkpoint", "sha256", "state_dict"
 STATE_NAME = "kvb_state"  # flags and mask of a bottleneck: may be absent, and its length varies
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -96,7 +97,8 @@ def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
         raise TypeError(f"load(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
     state = read_state(path)
     if problems := _misfits(module.state_dict(), state):
-        raise CheckpointError(f"{path} does not fit {type(module).__name__}:\n\t" + "\n\t".join(problems))
+        shown = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
+        raise CheckpointError(f"{path} does not fit {type(module).__name__}:\n\t" + "\n\t".join(shown))
     try:
         with _all_or_nothing(module):
             module.load_state_dict(state)

@@ -173,7 +173,12 @@ class DiscreteKeyValueBottleneck(nn.Module):
         return self.bottleneck.encode(self._heads(x, encoder_arguments), dtype=dtype)
 
     def _heads(self, x: Any, encoder_arguments: dict[str, Any]) -> Tensor:
-        """The embeddings of x, one head a codebook: [B, C, *shape, D]."""
+        """The projected embeddings of x, one head a codebook: [B, C, *shape, D]."""
+        heads: Tensor = self.splitter(self._embeddings(x, encoder_arguments))
+        return heads
+
+    def _embeddings(self, x: Any, encoder_arguments: dict[str, Any]) -> Tensor:
+        """x itself, or what the encoder makes of it: [B, *shape, dim_embed]."""
         owner, what = type(self).__name__, "x"
         if self.encoder is not None:
             what = "output of the encoder"
@@ -189,7 +194,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
                 f"expected {what} of shape (B, *shape, dim_embed) = (B, *shape, {self.dim_embed}), "
                 f"got {tuple(x.shape)}; dim_embed defaults to dim"
             )
-        return self.splitter(x if self.encoder is None else x.detach())
+        return x if self.encoder is None else x.detach()
 
     # --- keys ---------------------------------------------------------------------------------------------------------
 
@@ -217,15 +222,31 @@ class DiscreteKeyValueBottleneck(nn.Module):
         if isinstance(data, Tensor):
             data = data.split(max(1, learning.Stream.BATCH // max(1, data[:1].numel())))
             inputs_extractor = None
-        extract, device = inputs_extractor or learning.first, self.bottleneck.keys.device
+        extract, bottleneck = inputs_extractor or learning.first, self.bottleneck
+        device = bottleneck.keys.device
 
-        def heads(item: Any) -> Tensor:
+        def embedded(item: Any) -> Tensor:
             inputs = extract(item)
-            return self._heads(inputs.to(device) if isinstance(inputs, Tensor) else inputs, {})
+            return self._embeddings(inputs.to(device) if isinstance(inputs, Tensor) else inputs, {})
 
-        return self.bottleneck.init_keys(
-            data, method, epochs=epochs, inputs_extractor=heads, generator=generator, progress=progress
-        )
+        def initialise(source: Iterable[Any], take: Callable[[Any], Tensor], how: str, passes: int) -> Any:
+            return bottleneck.init_keys(
+                source, how, epochs=passes, inputs_extractor=take, generator=generator, progress=progress
+            )
+
+        method = method or bottleneck.init_mode
+        if method not in ("kmeans", "kmeans++"):
+            return initialise(data, lambda item: self.splitter(embedded(item)), method, epochs)
+        # k-means passes many times over its rows: the encoder sees them once.
+        rows = learning.ROWS_PER_KEY * bottleneck.key_value_pairs_per_codebook
+        kept = learning.first_rows(data, embedded, rows, progress=progress, passes=1 + epochs)
+        report = initialise(kept, lambda embeddings: self.splitter(embeddings.to(device)), method, 0)
+        if epochs == 0:
+            return report
+        learnt = initialise(
+            data, lambda item: self.splitter(embedded(item)), "random", epochs
+        )  # from the keys there are
+        return learnt._replace(method=method)
 
     def freeze_keys(self: _Self) -> _Self:
         """Keys stop learning; see ``KeyValueBottleneck.freeze_keys``. Returns self."""

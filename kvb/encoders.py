@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from kvb import backbones, checkpoints, checks, splitters
 from kvb import keys as learning
@@ -258,31 +257,14 @@ class BottleneckedEncoder(nn.Module):
             )
 
         if bottleneck.init_mode in ("kmeans", "kmeans++"):
-            if isinstance(data, Iterator) and epochs:
-                raise ValueError(
-                    f"loader can be iterated only once, but {1 + epochs} passes are needed: give a DataLoader or a list"
-                )
             rows = learning.ROWS_PER_KEY * bottleneck.key_value_pairs_per_codebook
-            kept = self._first_rows(data, encoded, rows, progress)
+            kept = learning.first_rows(data, encoded, rows, progress=progress, passes=1 + epochs)
             initialise(kept, lambda features: self._split(features.to(bottleneck.keys.device)), None, 0)
             if epochs:
                 initialise(data, lambda item: self._split(encoded(item)), "random", epochs)  # from the keys there are
         elif epochs or bottleneck.init_mode == "sample":
             initialise(data, lambda item: self._split(encoded(item)), None, epochs)
         return self
-
-    def _first_rows(
-        self, data: Iterable[Any], encoded: Callable[[Any], Tensor], limit: int, progress: bool
-    ) -> list[Tensor]:
-        """Batches of features with at least ``limit`` rows, or all there are, on the host."""
-        kept: list[Tensor] = []
-        rows = 0
-        for item in tqdm(data, desc="keys: encoding", disable=not progress, leave=False, delay=learning.PATIENCE):
-            kept.append(encoded(item).cpu())
-            rows += kept[-1].shape[:-1].numel()
-            if rows >= limit:
-                break
-        return kept
 
     def freeze_encoder(self: _Self) -> _Self:
         """The encoder gets no gradients."""

@@ -163,10 +163,7 @@ class Stream:
     ) -> None:
         if not isinstance(data, (Tensor, Iterable)):
             raise TypeError(f"data must be a Tensor or an iterable of batches, not {type(data).__name__}")
-        if isinstance(data, Iterator) and passes > 1:
-            raise ValueError(
-                f"data can be iterated only once, but {passes} passes are needed: give a DataLoader, a list or a tensor"
-            )
+        _require_passes(data, passes)
         self.data, self.to_queries, self.extract = data, to_queries, inputs_extractor or first
         self.passes, self.progress = passes, progress
         self._begun = 0
@@ -196,9 +193,37 @@ class Stream:
             raise ValueError("data yielded no rows")
 
 
+def _require_passes(data: Any, passes: int) -> None:
+    if isinstance(data, Iterator) and passes > 1:
+        raise ValueError(
+            f"data can be iterated only once, but {passes} passes are needed: give a DataLoader, a list or a tensor"
+        )
+
+
 def first(item: Any) -> Any:
     """The inputs in one item of a loader: its first element, or itself."""
     return item[0] if isinstance(item, (tuple, list)) else item
+
+
+@torch.no_grad()
+def first_rows(
+    data: Iterable[Any], features: Callable[[Any], Tensor], limit: int, *, progress: bool, passes: int
+) -> list[Tensor]:
+    """Batches of features [B, *shape, d] with at least ``limit`` rows, or all there are, kept on the host.
+
+    Args:
+        data: an iterable of items. features: makes features of an item.
+        passes: how often the data will be read, this time included.
+    """
+    _require_passes(data, passes)
+    kept: list[Tensor] = []
+    rows = 0
+    for item in tqdm(data, desc="keys: encoding", disable=not progress, leave=False, delay=PATIENCE):
+        kept.append(features(item).cpu())
+        rows += kept[-1].shape[:-1].numel()
+        if rows >= limit:
+            break
+    return kept
 
 
 def _rows(queries: Tensor) -> Tensor:

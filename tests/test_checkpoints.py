@@ -194,7 +194,7 @@ def hostile():
     yield {**state, "0.weight": torch.ones(6, 6), "3.cluster_size": -torch.ones(2, 9)}, "negative or NaN counts"
     yield {**state, "surplus": torch.zeros(1)}, "unexpected 'surplus'"
     yield {name: value for name, value in state.items() if name != "3.keys"}, "missing '3.keys'"
-    yield {}, "missing '0.weight'"
+    yield {}, r"missing '0.weight'(\n.*){9}\n\tand 3 more"
     kvb_file = {"kvb_checkpoint": 1, "sha256": "0" * 64, "state_dict": state}
     yield kvb_file, "the tensors do not match their SHA-256"
     yield {**kvb_file, "state_dict": {**state, name: big}}, "'3.values' claims more elements than it holds"

@@ -154,13 +154,23 @@ def loader():
 
 
 @pytest.mark.parametrize("data", [loader(), torch.randn(300, 7, 2), [torch.randn(50, 7, 2)] * 6], ids=type)
-def test_init_keys_runs_through_encoder_and_projection(data):
-    module = make(encoder=Encoder(), init_mode="kmeans")
-    report = module.init_keys(data, epochs=0, progress=False)
-    assert report.rows == 2100
-    assert report.dead_codes == 0
+@pytest.mark.parametrize("method", ["sample", "kmeans"])
+def test_init_keys_runs_through_encoder_and_projection(data, method):
+    module = make(encoder=Encoder(), init_mode=method)
+    report = module.init_keys(data, epochs=1, progress=False)
+    assert (report.method, report.rows) == (method, 2100)
     found = module.freeze_keys().eval()(torch.randn(300, 7, 2), return_intermediates=True)[1]
     assert len(found.memory_indices.unique()) == 9
+
+
+def test_kmeans_encodes_its_rows_once():
+    module, calls = make(encoder=Encoder()), []
+    module.encoder.register_forward_hook(lambda *_: calls.append(1))
+    module.init_keys(loader(), "kmeans", epochs=0, progress=False)
+    assert len(calls) == 2  # of 350 rows each: 64 for each of 9 keys, rounded up
+    assert module.init_keys(iter(loader()), "kmeans", epochs=0, progress=False).rows == 700
+    with pytest.raises(ValueError, match="data can be iterated only once, but 2 passes are needed"):
+        module.init_keys(iter(loader()), "kmeans", epochs=1, progress=False)
 
 
 def test_init_keys_takes_an_extractor():

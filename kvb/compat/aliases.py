@@ -59,7 +59,7 @@ def _own(name: str, published: ModuleType) -> ModuleType:
     for label, value in vars(published).items():
         for room in (bottleneck, encoders, discrete):
             value = getattr(room, label, value)
-        if isinstance(value, type):
+        if isinstance(value, type) and value.__module__.startswith("kvb."):
             setattr(module, label, value)
     module.__path__ = []  # a package, so that submodules are looked for in sys.modules
     return module
