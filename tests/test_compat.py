@@ -356,6 +356,27 @@ def test_discrete_replaces_dead_codes():
     assert (module.vq._codebook.cluster_size == 50).all()
 
 
+def test_discrete_keys_learn_from_the_loss_instead():
+    module = lucidrains.DiscreteKeyValueBottleneck(4, num_memories=9, learnable_codebook=True, ema_update=False)
+    assert [name for name, _ in module.vq.named_parameters()] == ["_codebook.embed"]
+    x = torch.randn(5, 6, 4)
+    _, (_, indices, loss) = module(x, return_intermediates=True)
+    before = module.vq.codebook.detach().clone()
+    loss.backward()
+    assert torch.equal(module.vq.codebook, before)
+    hit = module.vq.codebook.grad.abs().sum(-1)[0] > 0
+    assert torch.equal(hit.nonzero()[:, 0], indices.unique())
+
+
+def test_discrete_without_moving_averages_still_replaces_dead_codes():
+    module = lucidrains.DiscreteKeyValueBottleneck(4, num_memories=9, ema_update=False, threshold_ema_dead_code=0.9)
+    x = torch.randn(5, 1, 4)
+    before = module.vq.codebook.clone()
+    indices = module(x, return_intermediates=True)[1][1]
+    kept = torch.zeros(9, dtype=torch.bool).scatter(0, indices.flatten(), True)
+    assert torch.equal((module.vq.codebook == before).all(-1)[0], kept)
+
+
 def test_discrete_gradients_through_the_quantised_output():
     """The rotation trick: as a rotation keeps lengths, so does the gradient, up to the keys' and queries' lengths."""
     module = lucidrains.DiscreteKeyValueBottleneck(4, num_memories=9, commitment_weight=0.0)
@@ -387,7 +408,8 @@ def test_discrete_with_an_encoder_and_its_arguments():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"learnable_codebook": True}, ValueError, "learnable_codebook=True is not part of this replica"),
+        ({"stochastic_sample_codes": True}, ValueError, "stochastic_sample_codes=True is not part of this replica"),
+        ({"learnable_codebook": True}, ValueError, "learnable_codebook=True needs ema_update=False"),
         ({"typo": 1}, TypeError, "unexpected keyword argument 'typo'"),
         ({"num_memory_codebooks": 0}, ValueError, "num_memory_codebooks must be a positive integer, got 0"),
     ],

@@ -33,11 +33,9 @@ FIXED: dict[str, Any] = {
     "straight_through": False,
     "directional_reparam": False,
     "directional_reparam_variance": 5e-3,
-    "sync_codebook": None,
     "sync_affine_param": False,
     "vq_bridge": None,
     "manual_ema_update": False,
-    "learnable_codebook": None,
     "in_place_codebook_optimizer": None,
     "manual_in_place_optimizer_update": False,
     "affine_param": False,
@@ -51,6 +49,8 @@ FIXED: dict[str, Any] = {
 
 class Codebook(nn.Module):
     """C codebooks of K keys that learn from every batch in training mode, also those without a hit.
+
+    With ``learnable`` the keys are a parameter instead, and learn from the gradients of the loss.
 
     State: initted [] bool, cluster_size [C, K], embed_avg and embed [C, K, D]. A state with initted [1] float, of
     vector-quantize-pytorch up to 1.21, loads too.
@@ -74,6 +74,8 @@ class Codebook(nn.Module):
         threshold_ema_dead_code: float,
         use_cosine_sim: bool,
         ema_update: bool,
+        sync: bool,
+        learnable: bool,
     ) -> None:
         super().__init__()
         self.kmeans_iters = checks.positive_int("kmeans_iters", kmeans_iters)
@@ -82,26 +84,32 @@ class Codebook(nn.Module):
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.use_cosine_sim = use_cosine_sim
         self.ema_update = ema_update
+        self.sync = sync
+        self.learnable = learnable
         keys = torch.zeros(C, K, D) if kmeans_init else nn.init.kaiming_uniform_(torch.empty(C, K, D))
         if use_cosine_sim:
             keys = _unit(keys)
         self.register_buffer("initted", torch.tensor(not kmeans_init))
         self.register_buffer("cluster_size", torch.ones(C, K))
         self.register_buffer("embed_avg", keys.clone())
-        self.register_buffer("embed", keys)
+        if learnable:
+            self.embed = nn.Parameter(keys)
+        else:
+            self.register_buffer("embed", keys)
         self._waiting = kmeans_init  # the host's copy of ``initted``
 
     def forward(self, queries: Tensor, *, learn: bool) -> tuple[Tensor, Tensor]:
-        """queries [b, n, C, D] float32 -> the nearest keys [b, n, C, D] without a gradient, indices [b, n, C]."""
+        """queries [b, n, C, D] float32 -> the nearest keys [b, n, C, D], indices [b, n, C]; no gradient for queries."""
         queries = queries.detach()
         if self._waiting:
             self._initialise(queries)
-        indices, _ = functional.nearest(queries, self.embed)
+        indices, _ = functional.nearest(queries, self.embed.detach())
         found = functional.gather(self.embed, indices)
         if learn:
             self._learn(queries, indices)
         return found, indices
 
+    @torch.no_grad()
     def _initialise(self, queries: Tensor) -> None:
         """k-means on the first batch, in every mode."""
         K = self.embed.shape[1]
@@ -114,13 +122,18 @@ class Codebook(nn.Module):
         self.initted.fill_(True)
         self._waiting = False
 
+    @torch.no_grad()
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
-        hits, sums = learning.sync_statistics(*torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1]))
-        state = (self.embed, self.embed_avg, self.cluster_size)
-        if self.ema_update:
-            learning.ema_update(*state, hits, sums, decay=self.decay, eps=self.eps, rescale_all=True)
-            if self.use_cosine_sim:
-                self.embed.copy_(_unit(self.embed))
+        if not self.ema_update and self.threshold_ema_dead_code <= 0:
+            return
+        statistics = torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1])
+        synced = learning.sync_statistics(*statistics) if self.sync else statistics
+        state = (self.embed.detach(), self.embed_avg, self.cluster_size)
+        # Without ema_update the statistics still tell which codes are dead.
+        moved = (state if self.ema_update else (state[0].clone(), *state[1:])) + synced
+        learning.ema_update(*moved, decay=self.decay, eps=self.eps, rescale_all=True)
+        if self.ema_update and self.use_cosine_sim:
+            self.embed.copy_(_unit(self.embed))
         if self.threshold_ema_dead_code > 0:
             threshold = self.threshold_ema_dead_code
             learning.replace_dead(*state, queries, threshold=threshold, start=threshold)
@@ -142,10 +155,12 @@ class VectorQuantize(nn.Module):
 
     Args:
         dim, codebook_size, codebook_dim, heads, decay, eps, freeze_codebook, kmeans_init, kmeans_iters, use_cosine_sim,
-            threshold_ema_dead_code, commitment_weight, rotation_trick, ema_update: as published.
+            threshold_ema_dead_code, commitment_weight, rotation_trick, sync_codebook, ema_update, learnable_codebook:
+            as published; ``sync_codebook=None`` looks at every step whether there is more than one process.
         others: the published arguments in ``FIXED``, at their default only.
     Raises:
-        ValueError: one of ``FIXED`` at another value. TypeError: an unknown one.
+        ValueError: one of ``FIXED`` at another value; ``learnable_codebook`` with moving averages or cosine
+        similarity. TypeError: an unknown one.
     """
 
     def __init__(
@@ -163,7 +178,9 @@ class VectorQuantize(nn.Module):
         threshold_ema_dead_code: float = 0,
         commitment_weight: float = 1.0,
         rotation_trick: bool | None = None,
+        sync_codebook: bool | None = None,
         ema_update: bool | None = None,
+        learnable_codebook: bool | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
@@ -175,6 +192,10 @@ class VectorQuantize(nn.Module):
                     f"{name}={value!r} is not part of this replica, which has {name}={FIXED[name]!r} only; "
                     "vector-quantize-pytorch has it"
                 )
+        learnable = bool(learnable_codebook)
+        ema_update = True if ema_update is None else ema_update
+        if learnable and (ema_update or use_cosine_sim):
+            raise ValueError("learnable_codebook=True needs ema_update=False and use_cosine_sim=False")
         self.dim = checks.positive_int("dim", dim)
         self.heads = checks.positive_int("heads", heads)
         self.codebook_size = checks.positive_int("codebook_size", codebook_size)
@@ -195,7 +216,9 @@ class VectorQuantize(nn.Module):
             eps=eps,
             threshold_ema_dead_code=threshold_ema_dead_code,
             use_cosine_sim=use_cosine_sim,
-            ema_update=True if ema_update is None else ema_update,
+            ema_update=ema_update,
+            sync=sync_codebook is not False,
+            learnable=learnable,
         )
 
     @property
@@ -217,7 +240,8 @@ class VectorQuantize(nn.Module):
         loss = heads.new_zeros((), requires_grad=self.training)
         if self.training:
             if self.commitment_weight > 0:
-                loss = loss + F.mse_loss(quantized, heads) * self.commitment_weight
+                found = quantized.detach() if self.freeze_codebook else quantized
+                loss = loss + F.mse_loss(found, heads) * self.commitment_weight
             if x.requires_grad:
                 quantized = _rotated(heads, quantized) if self.rotation_trick else heads + (quantized - heads).detach()
         joined = self.project_out(quantized.to(x.dtype).flatten(-2))
@@ -238,6 +262,7 @@ def _rotated(source: Tensor, target: Tensor) -> Tensor:
     Source: Fifty et al., Restructuring Vector Quantization with the Rotation Trick (arXiv:2410.06424), section 4.2.
     """
     long = source.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    target = target.detach()
     wide = target.norm(dim=-1, keepdim=True)
     start, end = source.detach() / long, target / wide.clamp(min=1e-6)
     middle = _unit(start + end)
