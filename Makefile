@@ -45,7 +45,7 @@ test: lint ## run the linters, the tests, and those of operators and modules onc
 	@$(ON_CPU) $(BIN)/pytest -q
 	@$(ON_REFERENCE) $(BIN)/pytest -q $(BOTH:%=tests/test_%.py)
 
-test-all: test sanitize ## the same, then the extension under sanitizers and the slow tests
+test-all: test data-mnist sanitize ## the same, then the extension under sanitizers and the slow tests
 	@$(ON_CPU) $(BIN)/pytest -q -m slow -s
 	@$(ON_REFERENCE) $(BIN)/pytest -q -m slow -s
 

@@ -1,7 +1,7 @@
 """The demos: classes of real data arrive a few at a time, and three heads on fixed features try not to forget.
 
 The linear and the MLP head start from PyTorch's default initialisation. With output layers that start at zero, and a
-small learning rate, they come close to nearest-mean classifiers and forget less, yet more than the bottleneck.
+small learning rate, they come close to nearest-mean classifiers: they forget less, and still end below the bottleneck.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from kvb.experiments.class_incremental import (
 from kvb.splitters import RandomProjection
 
 VALIDATION_SHARE = 0.25  # of the training examples
-CODEBOOKS, INIT_MODE = 64, "sample"
+INIT_MODE = "sample"
 HIDDEN = 128
 BUDGET = Budget(epochs=3, batch_size=32, label_smoothing=0.1, clip_norm=1.0)
 
@@ -49,8 +49,8 @@ class Study:
 
     name: of its files; data: "Digits: {count} real images …", said first; title: of the figure; features: what they
     are, and how they were made, in one line each; classes: what each is called; split: training and test examples of a
-    random split, with a folder to keep slowly computed features in; pairs, dim_keys: K and D of the bottleneck; rates:
-    learning rates to choose from.
+    random split, with a folder to keep slowly computed features in; codebooks, pairs, dim_keys: C, K and D of the
+    bottleneck; rates: learning rates to choose from.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Study:
     classes: tuple[str, ...]
     classes_per_task: int
     split: Callable[[torch.Generator, Path | None], tuple[Examples, Examples]]
+    codebooks: int = 64
     pairs: int = 256
     dim_keys: int = 8
     rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -73,8 +74,9 @@ class Study:
 
 
 def bottleneck_head(study: Study, features: Tensor) -> Head:
-    splitter = RandomProjection(features.shape[1], CODEBOOKS, study.dim_keys)
-    bottleneck = KeyValueBottleneck(CODEBOOKS, study.pairs, study.dim_keys, len(study.classes), init_mode=INIT_MODE)
+    C, D = study.codebooks, study.dim_keys
+    splitter = RandomProjection(features.shape[1], C, D)
+    bottleneck = KeyValueBottleneck(C, study.pairs, D, len(study.classes), init_mode=INIT_MODE)
     bottleneck.init_keys(splitter(features), epochs=0, progress=False)
     return BottleneckHead(splitter, bottleneck)
 
@@ -214,7 +216,7 @@ def save(study: Study, demo: Demo, out: Path) -> tuple[Path, Path]:
         },
         "configuration": {
             "validation_share": VALIDATION_SHARE,
-            "codebooks": CODEBOOKS,
+            "codebooks": study.codebooks,
             "pairs": study.pairs,
             "dim_keys": study.dim_keys,
             "init_mode": INIT_MODE,
@@ -276,13 +278,14 @@ def _header(study: Study, seed: int, problem: Problem) -> list[str]:
         f"{study.data.format(count=train + test)}, {train:,} to train and {test:,} to test on; seed {seed}",
         *(f"  {'' if number else 'features':<10}{line}" for number, line in enumerate(study.features)),
         *textwrap.wrap(names, 112, initial_indent="  classes   ", subsequent_indent=" " * 12),
-        f"  tasks     {tasks}   one after the other: no replay, no task id, one pass over the tasks",
-        f"  keys      {CODEBOOKS} codebooks of {study.pairs}, {study.dim_keys}-d random projections: sampled from the training "
-        "features",
+        f"  tasks     {tasks}",
+        "            one after the other: no replay, no task id, one pass over the tasks",
+        f"  keys      {study.codebooks} codebooks of {study.pairs}, {study.dim_keys}-d random projections: sampled "
+        "from the training features",
         "            of ALL classes, without their labels, then frozen; values start at zero and alone learn",
         "  others    linear, and an MLP with one hidden layer of "
         f"{HIDDEN} (ReLU); both start as PyTorch initialises them",
-        "            (with output layers that start at zero they forget less, yet more than the bottleneck)",
+        "            (with output layers that start at zero they forget less, and still end below the bottleneck)",
         f"  budget    each head: {BUDGET.epochs} epochs a task, the same batches of {BUDGET.batch_size} in the same "
         "order, SGD without momentum,",
         f"            gradients clipped to norm {BUDGET.clip_norm:g}, label smoothing {BUDGET.label_smoothing:g}",

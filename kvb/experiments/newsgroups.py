@@ -25,15 +25,17 @@ GROUPS = (
 
 
 def posts(part: str, each: int) -> tuple[list[str], Tensor]:
-    """The first ``each`` posts of every group of the "train" or "test" part, and their groups' numbers."""
+    """``each`` random posts of every group of the "train" or "test" part, the same ones always, and their groups."""
     found: list[list[str]] = [[] for _ in GROUPS]
     with packages.find(PACKAGE, f"20newsgroups-{part}.tab").open(encoding="utf-8") as file:
         for line in list(file)[3:]:
             group, _, text = line.rstrip("\n").partition("\t")
-            if text and len(found[GROUPS.index(group)]) < each:
+            if text:
                 found[GROUPS.index(group)].append(text)
-    labels = [number for number, texts in enumerate(found) for _ in texts]
-    return [text for texts in found for text in texts], torch.tensor(labels)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randperm(len(texts), generator=generator)[:each].tolist() for texts in found]
+    chosen = [texts[row] for texts, rows in zip(found, drawn, strict=True) for row in rows]
+    return chosen, torch.arange(len(GROUPS)).repeat_interleave(each)
 
 
 def _compute() -> dict[str, Tensor]:
@@ -55,10 +57,13 @@ STUDY = Study(
     title="20 Newsgroups, four groups at a time, no replay",
     features=(
         f"all-MiniLM-L6-v2 (frozen) on the first {TOKENS} tokens: 384 numbers, centred (changes nothing for the",
-        f"bottleneck); the first {TRAIN} and {TEST} posts of every group in the training and the test part",
+        f"bottleneck); {TRAIN} and {TEST} random posts of every group, of the earlier training and the later test part",
     ),
     classes=GROUPS,
     classes_per_task=4,
     split=_split,
-    rates=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    codebooks=256,
+    pairs=512,
+    dim_keys=16,
+    rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
 )
