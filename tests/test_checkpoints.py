@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import sys
 import zipfile
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_file_is_a_safetensors_file(tmp_path):
 
 
 def test_without_safetensors_its_name_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(RuntimeError, match="safetensors is not installed: pip install safetensors, or use a name"):
         kvb.save(trained(), tmp_path / "file.safetensors")
     assert not os.listdir(tmp_path)
@@ -105,6 +106,18 @@ def test_tensors_that_share_memory_and_other_dtypes(tmp_path):
     kvb.save(source, tmp_path / "file.pt")
     assert (tmp_path / "file.pt").stat().st_size < 4000
     assert same(snapshot(kvb.load(target, tmp_path / "file.pt")), snapshot(source))
+
+
+def test_replicas_take_files_of_kvb_and_the_other_way_round(tmp_path):
+    source, replica = KeyValueBottleneck(2, 9, 3, 4).freeze_keys(), core.KeyValueBottleneck(2, 9, 3, 4)
+    kvb.save(source, tmp_path / "file.pt")
+    kvb.load(replica, tmp_path / "file.pt")
+    assert torch.equal(replica.values, source.values)
+    kvb.save(core.KeyValueBottleneck(2, 9, 3, 4), tmp_path / "file.pt")
+    kvb.load(source, tmp_path / "file.pt")
+    assert not torch.equal(replica.values, source.values)
+    with pytest.raises(CheckpointError, match="missing 'weight'"):
+        kvb.load(nn.Linear(2, 2), tmp_path / "file.pt")
 
 
 def test_dtypes_follow_the_module(tmp_path):
@@ -223,6 +236,9 @@ def test_zip_bombs_are_not_inflated(tmp_path):
         out.writestr("archive/data/99", bytes(1 << 24))
     assert (tmp_path / "file").stat().st_size < 1 << 20
     refused(tmp_path / "file", "compressed entries")
+    with zipfile.ZipFile(tmp_path / "plain", "a") as twice, pytest.warns(UserWarning, match="Duplicate name"):
+        twice.writestr("plain/data/0", b"")
+    refused(tmp_path / "plain", "entries that overlap")
 
 
 @with_safetensors
@@ -271,10 +287,14 @@ def test_a_module_that_fails_halfway_is_put_back(tmp_path):
 
 
 def damaged(data, chance):
-    """A truncation, or one to three flipped bits."""
-    if chance.random() < 0.5:
+    """A truncation, one to three flipped bits, or a block of noise."""
+    kind, bent = chance.choice(("cut", "flip", "flip", "noise")), bytearray(data)
+    if kind == "cut":
         return data[: chance.randrange(len(data))]
-    bent = bytearray(data)
+    if kind == "noise":
+        start = chance.randrange(len(data))
+        bent[start : start + 64] = chance.randbytes(len(bent[start : start + 64]))
+        return bytes(bent)
     for _ in range(chance.randint(1, 3)):
         bent[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     return bytes(bent)
