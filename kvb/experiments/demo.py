@@ -215,6 +215,7 @@ def save(study: Study, demo: Demo, out: Path) -> tuple[Path, Path]:
             "python": platform.python_version(),
         },
         "configuration": {
+            "features": " ".join(study.features),
             "validation_share": VALIDATION_SHARE,
             "codebooks": study.codebooks,
             "pairs": study.pairs,

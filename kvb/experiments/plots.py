@@ -15,6 +15,7 @@ from kvb.experiments.class_incremental import Result
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; the markers tell them apart in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+LINE = 0.07  # the height of a label, in accuracy
 SHORT = 6  # letters of a label that fits below a column of a heat map
 INK, FAINT = "#222222", "#767676"
 
@@ -54,10 +55,12 @@ def _curves(axes: Axes, results: Mapping[str, Result], tasks: Sequence[str], cha
         seen = [score.seen for score in result.scores]
         axes.plot(steps, seen, color=colour, marker=marker, markersize=7, linewidth=2.4, clip_on=False, zorder=3)
         labels.append((f"{name}  {seen[-1]:.2f}", seen[-1], colour))
-    for text, height, colour in labels:
+    lowest = -1.0
+    for text, height, colour in sorted(labels, key=lambda label: label[1]):
+        lowest = max(height, lowest + LINE)  # labels of equal heights stand above each other
         axes.annotate(
             text,
-            (steps[-1], height),
+            (steps[-1], lowest),
             xytext=(11, 0),
             textcoords="offset points",
             va="center",
