@@ -28,6 +28,15 @@ def test_the_example_runs_and_both_ways_agree(capsys):
     assert "kmeans: 1000 rows a codebook (0 skipped)" in capsys.readouterr().out
 
 
+def test_the_example_of_an_encoder_runs():
+    (block,) = (block for block in BLOCKS if "BottleneckedEncoder" in block)
+    names: dict = {"torch": torch, "kvb": kvb}
+    exec(block, names)
+    assert names["values"].shape == (100, 16, 10, 4, 4)
+    assert names["logits"].shape == (100, 10)
+    assert not names["model"].bottleneck.update_keys
+
+
 def test_the_example_of_embeddings_runs(tmp_path, monkeypatch):
     (block,) = (block for block in BLOCKS if "DiscreteKeyValueBottleneck" in block)
     monkeypatch.chdir(tmp_path)
