@@ -107,10 +107,6 @@ class BottleneckedEncoder(nn.Module):
             topk,
         )
 
-    @property
-    def return_values_only(self) -> bool:
-        return self.bottleneck.return_values_only
-
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Any, **encoder_options: Any) -> Tensor | BottleneckOutput:
@@ -123,7 +119,7 @@ class BottleneckedEncoder(nn.Module):
             TypeError: the encoder returned something without features, or not floating-point ones. ValueError: their
             shape does not fit. RuntimeError: keys that still wait for data in eval mode.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.return_values_only):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.bottleneck.return_values_only):
             heads = self.forward_splitter(x, **encoder_options)
         output = self.bottleneck(heads)
         if isinstance(output, Tensor):

@@ -549,7 +549,7 @@ def test_defaults_of_the_named_ones(hub):
         assert model.splitting_mode == "chunk"
         assert model.concat_values_from_all_codebooks
         assert not model.encoder_is_channel_last
-        assert model.return_values_only
+        assert model.bottleneck.return_values_only
         assert (model.bottleneck.init_mode, model.bottleneck.decay) == ("random", 0.95)
 
 
