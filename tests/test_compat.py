@@ -430,7 +430,9 @@ def test_discrete_bad_inputs():
 
 
 @pytest.fixture
-def aliased():
+def aliased(monkeypatch):
+    for name in kvb.compat.aliases.NAMES:  # where a package is installed, another test may have imported it
+        monkeypatch.delitem(sys.modules, name, raising=False)
     yield kvb.compat.alias
     kvb.compat.unalias()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ SCRIPTS = sorted((HERE / "scripts").glob("*.py"))
 
 
 @pytest.fixture
-def aliased():
+def aliased(monkeypatch):
+    for name in kvb.compat.aliases.NAMES:  # where a package is installed, another test may have imported it
+        monkeypatch.delitem(sys.modules, name, raising=False)
     yield kvb.compat.alias
     kvb.compat.unalias()
 
