@@ -39,7 +39,7 @@ data-mnist data-20ng: data-%:
 # Every run says which backend it expects: tests/conftest.py stops it where another one answers.
 ON_CPU := KVB_EXPECT_BACKEND=$(patsubst 0,reference,$(patsubst 1,csrc,$(EXT_test:auto=)))
 ON_REFERENCE := KVB_CPU_CAPABILITY=reference KVB_EXPECT_BACKEND=reference
-BOTH := tables exactness operators golden bottleneck keys state discrete compat
+BOTH := tables exactness operators golden bottleneck keys state discrete compat encoders
 
 test: lint ## run the linters, the tests, and those of operators and modules once more on the reference
 	@$(ON_CPU) $(BIN)/pytest -q
