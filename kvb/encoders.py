@@ -139,6 +139,8 @@ class BottleneckedEncoder(nn.Module):
             else:
                 output = self.encoder(x, **encoder_options)
         features = self._features(output)
+        if not torch.compiler.is_compiling() and features.is_inference() and torch.is_grad_enabled():
+            features = features.clone()  # autograd refuses what an encoder made in inference mode
         first = not self.encoder_is_channel_last
         if features.dim() < 2 or features.shape[1 if first else -1] != self.num_channels:
             letters, sizes = (

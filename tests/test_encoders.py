@@ -182,6 +182,22 @@ def test_distances_reach_what_is_not_frozen(frozen_encoder, frozen_splitter):
     assert model.encoder.linear.weight.grad.any()
 
 
+@pytest.mark.parametrize("mode", kvb.splitters.MODES)
+def test_an_encoder_in_inference_mode(mode):
+    encoder = Recorder()
+    encoder.forward = torch.inference_mode()(encoder.forward)
+    model = build(encoder, splitting_mode=mode, return_values_only=False, threshold_ema_dead_code=0.5)
+    for _ in range(2):
+        output = model(torch.randn(9, 6))
+        (output.values.sum() + output.distances.sum()).backward()
+        assert model.bottleneck.values.grad.any()
+        model.freeze_keys()
+    learned = getattr(model.splitter, "proj", None)
+    assert learned is None or learned.weight.grad.any()
+    with torch.inference_mode():
+        assert not model(torch.randn(9, 6)).values.requires_grad
+
+
 def test_every_mode_of_the_bottleneck_is_at_hand():
     model = build().freeze_keys()
     assert model.fraction_of_unused_keys() == 1
