@@ -37,6 +37,18 @@ def check(block: str, batch: int) -> None:
     torch.testing.assert_close(distances[-1], (x[-1] - keys[-1]).square().sum(-1))
     assert (bottleneck.cluster_size.sum(-1) > 200).all()  # keys learn: the module is in training mode
 
+    frozen = bottleneck.freeze_keys().keys.clone()
+    optimizer = torch.optim.SGD(bottleneck.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = bottleneck(x[:2]).values.square().mean()
+        optimizer.zero_grad()
+        (1e4 * loss).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]  # values learn
+    assert torch.equal(bottleneck.keys, frozen)
+
 
 def test_scaled_twin(seed_names):
     twin, changes = re.subn(r"batch_size = 256", "batch_size = 2", BLOCK)
