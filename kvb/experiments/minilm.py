@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from kvb.experiments import packages
 
@@ -142,7 +143,7 @@ def embed(texts: Sequence[str], *, limit: int = 128, batch_size: int = 32) -> Te
     tokens = [pieces(text, limit) for text in texts]
     order = sorted(range(len(texts)), key=lambda number: len(tokens[number]))
     out = torch.empty(len(texts), DIM)
-    for start in range(0, len(order), batch_size):
+    for start in tqdm(range(0, len(order), batch_size), desc="encoding texts", leave=False, delay=1):
         rows = order[start : start + batch_size]
         batch = [torch.tensor(tokens[row]) for row in rows]
         out[rows] = network(nn.utils.rnn.pad_sequence(batch, batch_first=True))
