@@ -335,8 +335,7 @@ class KeyValueBottleneck(nn.Module):
             passes are needed.
         """
         method = checks.choice("method", method or self.init_mode, learning.METHODS)
-        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
-            raise ValueError(f"epochs must be an integer >= 0, got {epochs!r}")
+        checks.epochs(epochs)
         if not self.update_keys:
             raise RuntimeError("keys are frozen: call unfreeze_keys() before init_keys(...)")
         stream = learning.Stream(

@@ -20,6 +20,12 @@ def positive_int(name: str, value: Any) -> int:
     return value
 
 
+def epochs(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"epochs must be an integer >= 0, got {value!r}")
+    return value
+
+
 def number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
     """A number in [low, high), or in (low, high) with ``open_low``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

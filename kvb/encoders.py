@@ -241,6 +241,7 @@ class BottleneckedEncoder(nn.Module):
             RuntimeError: the keys are frozen. ValueError: no rows, none finite, or a one-shot iterator where several
             passes are needed.
         """
+        checks.epochs(epochs)
         bottleneck = self.bottleneck
         data = loader.split(BATCH) if isinstance(loader, Tensor) else loader
         extract = inputs_extractor or learning.first

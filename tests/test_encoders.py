@@ -313,6 +313,11 @@ def test_inputs_are_extracted():
 def test_frozen_keys_and_no_data_are_refused():
     with pytest.raises(RuntimeError, match="keys are frozen"):
         build().freeze_keys().initialize_keys([torch.randn(3, 6)])
+    for mode in ("random", "kmeans"):
+        model = build(init_mode=mode)
+        with pytest.raises(ValueError, match="epochs must be an integer >= 0, got -1"):
+            model.initialize_keys([torch.randn(3, 6)], -1)
+        assert model.encoder.calls == 0
     with pytest.raises(ValueError, match="data yielded no rows"):
         build(init_mode="kmeans").initialize_keys([], 0)
     with pytest.raises(RuntimeError, match="keys are not initialised"):
