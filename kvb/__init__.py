@@ -4,6 +4,7 @@ from kvb import compat, decoders, functional, splitters
 from kvb.about import __version__, info
 from kvb.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.checkpoints import CheckpointError, load, save
+from kvb.data import CodeDataset
 from kvb.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
 from kvb.encoders import (
     BottleneckedEncoder,
@@ -21,6 +22,7 @@ __all__ = [
     "BottleneckedEncoder",
     "CLIPBottleneckedEncoder",
     "CheckpointError",
+    "CodeDataset",
     "ConvMixerBottleneckedEncoder",
     "DinoBottleneckedEncoder",
     "DiscreteKeyValueBottleneck",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,6 +13,7 @@ from torch.utils import _pytree
 from kvb import checks, functional, ops
 from kvb import keys as learning
 from kvb.checkpoints import STATE_NAME
+from kvb.data import CodeDataset, encode
 
 STATE_VERSION = 1
 _HEADER = 8  # bytes of kvb_state before the mask bits: version, initialised, learning, counting, has a mask, 3 unused
@@ -182,6 +184,43 @@ class KeyValueBottleneck(nn.Module):
         queries = self._queries(x)
         self._require_keys()
         return self._unfold(self._search(queries)[0].to(storage), x.shape[2:-1])
+
+    def encode_dataset(
+        self,
+        data: Tensor | Iterable[Any],
+        *,
+        dtype: torch.dtype | str = "auto",
+        out: str | os.PathLike[str] | None = None,
+        inputs_extractor: Callable[[Any], Any] | None = None,
+        progress: bool = True,
+    ) -> CodeDataset:
+        """The codes of a whole data set, searched once: read in batches, kept as small integers on the host.
+
+        Equivalent to ``CodeDataset(torch.cat([encode(x, dtype=dtype) for x, y in data]), torch.cat([y ...]))``.
+
+        Args:
+            data: a tensor [N, C, *shape, D], or an iterable (a DataLoader, say) of [B, C, *shape, D] or of
+                (x, labels, ...) items, read once; the labels are kept where they are tensors of length B.
+            dtype: as for ``encode``; "auto" is int16 up to K = 32768, int32 above.
+            out: a file (.npy) to write the codes to as they come; the result is then a map of it. None keeps them in
+                memory. ``CodeDataset.open`` maps the file again.
+            inputs_extractor: takes x out of an item of ``data``; its first element by default.
+            progress: show a progress bar.
+        Returns:
+            a ``CodeDataset``: codes [N, C, *shape] (topk axis after C), labels [N, ...] or None.
+        Raises:
+            as ``encode``; TypeError: data that is no tensor and cannot be iterated. ValueError: no samples, samples of
+            different shapes, or labels in some items only.
+        """
+        storage = checks.code_dtype(dtype, self.key_value_pairs_per_codebook)
+
+        def search(x: Any) -> Tensor:
+            return self.encode(x.to(self.keys.device) if isinstance(x, Tensor) else x, dtype=storage)
+
+        batch = learning.Stream.BATCH // max(1, data[:1].numel()) if isinstance(data, Tensor) and data.dim() else 1
+        return encode(
+            data, search, batch_size=max(1, batch), out=out, inputs_extractor=inputs_extractor, progress=progress
+        )
 
     def decode(self, indices: Tensor, pool: str = "none") -> Tensor:
         """The values of cached indices: [B, C, *shape] -> [B, C, *shape, V], pooled over codebooks [B, *shape, V].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +14,7 @@ from torch.utils import _pytree
 from kvb import checks, splitters
 from kvb import keys as learning
 from kvb.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.data import CodeDataset, encode
 
 _Self = TypeVar("_Self", bound="DiscreteKeyValueBottleneck")
 
@@ -171,6 +173,39 @@ class DiscreteKeyValueBottleneck(nn.Module):
         ``bottleneck.decode(indices, "mean")`` gives the pooled memories back, as often as you train on them.
         """
         return self.bottleneck.encode(self._heads(x, encoder_arguments), dtype=dtype)
+
+    def encode_dataset(
+        self,
+        data: Tensor | Iterable[Any],
+        *,
+        dtype: torch.dtype | str = "auto",
+        out: str | os.PathLike[str] | None = None,
+        inputs_extractor: Callable[[Any], Any] | None = None,
+        progress: bool = True,
+    ) -> CodeDataset:
+        """The codes of a whole data set: an encoder, the projection and the search run once for every sample.
+
+        Equivalent to ``CodeDataset(torch.cat([encode(x, dtype=dtype) for x, y in data]), torch.cat([y ...]))``.
+
+        Args:
+            data: a tensor such as ``forward`` takes, or an iterable (a DataLoader, say) of inputs or of
+                (inputs, labels, ...) items, read once.
+            dtype, out, inputs_extractor, progress: as for ``KeyValueBottleneck.encode_dataset``.
+        Returns:
+            a ``CodeDataset``: codes [N, C, *shape], labels [N, ...] or None.
+        Raises:
+            as ``forward`` and ``KeyValueBottleneck.encode_dataset``.
+        """
+        storage = checks.code_dtype(dtype, self.bottleneck.key_value_pairs_per_codebook)
+        device = self.bottleneck.keys.device
+
+        def search(x: Any) -> Tensor:
+            return self.encode(x.to(device) if isinstance(x, Tensor) else x, dtype=storage)
+
+        batch = learning.Stream.BATCH // max(1, data[:1].numel()) if isinstance(data, Tensor) and data.dim() else 1
+        return encode(
+            data, search, batch_size=max(1, batch), out=out, inputs_extractor=inputs_extractor, progress=progress
+        )
 
     def _heads(self, x: Any, encoder_arguments: dict[str, Any]) -> Tensor:
         """The projected embeddings of x, one head a codebook: [B, C, *shape, D]."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kvb import backbones, checkpoints, checks, splitters
 from kvb import keys as learning
 from kvb.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.data import CodeDataset, encode
 
 BATCH = 256  # samples of one batch cut from a tensor
 _Self = TypeVar("_Self", bound="BottleneckedEncoder")
@@ -126,6 +127,58 @@ class BottleneckedEncoder(nn.Module):
             return self._arranged(output, self.concat_values_from_all_codebooks)
         values = self._arranged(output.values, self.concat_values_from_all_codebooks)
         return output._replace(values=values, keys=self._arranged(output.keys, False))
+
+    def encode(self, x: Any, *, dtype: torch.dtype | str = torch.int64, **encoder_options: Any) -> Tensor:
+        """The indices [B, C, *spatial] that ``forward`` would fetch; see ``KeyValueBottleneck.encode``."""
+        with torch.no_grad():
+            return self.bottleneck.encode(self.forward_splitter(x, **encoder_options), dtype=dtype)
+
+    def encode_dataset(
+        self,
+        data: Tensor | Iterable[Any],
+        *,
+        dtype: torch.dtype | str = "auto",
+        out: str | os.PathLike[str] | None = None,
+        inputs_extractor: Callable[[Any], Any] | None = None,
+        progress: bool = True,
+    ) -> CodeDataset:
+        """The codes of a whole data set of raw inputs: the encoder and the search run once for every sample.
+
+        Equivalent to ``CodeDataset(torch.cat([encode(x, dtype=dtype) for x, y in data]), torch.cat([y ...]))``.
+        Train on the result with ``decode``.
+
+        Args:
+            data: an iterable (a DataLoader, say) of inputs or of (inputs, labels, ...) items, read once; or a tensor
+                of inputs.
+            dtype, out, inputs_extractor, progress: as for ``KeyValueBottleneck.encode_dataset``.
+        Returns:
+            a ``CodeDataset``: codes [N, C, *spatial] (topk axis after C), labels [N, ...] or None.
+        Raises:
+            as ``forward`` and ``KeyValueBottleneck.encode_dataset``.
+        """
+        storage = checks.code_dtype(dtype, self.bottleneck.key_value_pairs_per_codebook)
+
+        def search(x: Any) -> Tensor:
+            return self.encode(self._moved(x), dtype=storage)
+
+        return encode(data, search, batch_size=BATCH, out=out, inputs_extractor=inputs_extractor, progress=progress)
+
+    def decode(self, codes: Tensor, pool: str = "none") -> Tensor:
+        """The values of codes [B, C, *spatial], in the layout of ``forward``; pooled over codebooks, without C.
+
+        Equivalent to ``forward`` on the inputs that the codes were made from, without encoder and search;
+        differentiable for the values.
+
+        Args:
+            codes: of ``encode`` or ``encode_dataset``.
+            pool: "none", or "mean" or "sum" over codebooks: [B, *spatial, V], channel-first [B, V, *spatial].
+        Raises:
+            as ``KeyValueBottleneck.decode``.
+        """
+        fetched = self.bottleneck.decode(codes, pool)
+        if pool == "none":
+            return self._arranged(fetched, self.concat_values_from_all_codebooks)
+        return (fetched if self.encoder_is_channel_last else fetched.movedim(-1, 1)).contiguous()
 
     def forward_encoder(self, x: Any, **encoder_options: Any) -> Tensor:
         """x -> features [B, *spatial, d], channels last; without gradients from a frozen encoder."""

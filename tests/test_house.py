@@ -18,6 +18,7 @@ FLOORS = {
     "discrete": 6,
     "encoders": 6,
     "bottleneck": 5,
+    "data": 4,
     "keys": 4,
     "splitters": 4,
     "decoders": 4,
