@@ -57,7 +57,9 @@ class KeyValueBottleneck(nn.Module):
         sample_codebook_temperature: > 0 draws keys from softmax(-distance / temperature) instead of the nearest.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
         topk: fetch so many nearest pairs; > 1 adds an axis after C.
-        sparse_grad: reserved; only False for now.
+        sparse_grad: give ``values`` a sparse gradient: the rows fetched, merged, never a dense [C, K, V]. For the
+            optimizers and ``clip_grad_norm_`` of ``kvb.optim``, ``torch.optim.SGD`` and ``SparseAdam``; one graph break
+            under ``torch.compile``.
         check_finite: raise ValueError when an input holds NaN or Inf. Reads the data: the host waits for the device.
     Shape:
         x [B, C, *shape, D] -> values [B, C, *shape, V].
@@ -115,9 +117,8 @@ class KeyValueBottleneck(nn.Module):
         self.topk = checks.topk(topk, K)
         if topk > 1 and sample_codebook_temperature > 0:
             raise ValueError("topk > 1 cannot be combined with sample_codebook_temperature > 0: one key is drawn")
-        if sparse_grad:
-            raise ValueError("sparse_grad=True is not supported yet; gradients of values are dense")
         self.return_values_only = return_values_only
+        self.sparse_grad = sparse_grad
         self.check_finite = check_finite
         self.update_keys = True
         self.count_cluster_size = True
@@ -160,7 +161,7 @@ class KeyValueBottleneck(nn.Module):
         if pool == "none":
             values = self._fetch(self.values, indices, shape)
         else:
-            pooled = torch.ops.kvb.gather(self.values, indices[..., 0], pool, "bscv")
+            pooled = self._gather(self.values, indices[..., 0], pool, "bscv")
             values = pooled.view(x.shape[0], *shape, self.dim_values)
         output: Tensor | BottleneckOutput = values
         if not values_only:
@@ -236,7 +237,7 @@ class KeyValueBottleneck(nn.Module):
         checks.same_device("indices", indices, "values", self.values)
         shape = indices.shape[2:]
         flat = indices.reshape(*indices.shape[:2], shape.numel()).transpose(1, 2)
-        out = torch.ops.kvb.gather(self.values, flat, pool, "bcsv")
+        out = self._gather(self.values, flat, pool, "bcsv")
         return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), self.dim_values)
 
     def _queries(self, x: Tensor) -> Tensor:
@@ -258,11 +259,15 @@ class KeyValueBottleneck(nn.Module):
             return torch.ops.kvb.sample(queries, self.keys, mask, self.sample_codebook_temperature, seed)
         return torch.ops.kvb.nearest(queries, self.keys, self._packed_keys(), mask, self.topk)
 
+    def _gather(self, table: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
+        fetch = ops.gather_row_grad if self.sparse_grad else torch.ops.kvb.gather
+        return fetch(table, indices, pool, layout)
+
     def _fetch(self, table: Tensor, indices: Tensor, shape: Iterable[int]) -> Tensor:
         """Rows of table [C, K, *] at indices [B, S, C, T], as [B, C, (T), *shape, *]."""
         B, S, C, T = indices.shape
         positions = indices.permute(0, 3, 1, 2).reshape(B, T * S, C)
-        fetched = torch.ops.kvb.gather(table, positions, "none", "bcsv")
+        fetched = self._gather(table, positions, "none", "bcsv")
         return fetched.view(B, C, *self._ranks(), *shape, table.shape[-1])
 
     def _unfold(self, found: Tensor, shape: Iterable[int]) -> Tensor:

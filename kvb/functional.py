@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvb import checks, ops  # noqa: F401  (importing ops registers the operators)
+from kvb import checks, ops
 
 POOLS = ("none", "mean", "sum")
 LAYOUTS = ("bscv", "bcsv")
@@ -114,7 +114,9 @@ def sample(
     return indices[..., 0], distances[..., 0]
 
 
-def gather(values: Tensor, indices: Tensor, *, pool: str = "none", layout: str = "bscv") -> Tensor:
+def gather(
+    values: Tensor, indices: Tensor, *, pool: str = "none", layout: str = "bscv", sparse_grad: bool = False
+) -> Tensor:
     """Fetch the values that indices name, and pool them over codebooks if asked.
 
     Equivalent to ``values[arange(C), indices]`` followed by nothing, ``.mean(2)`` or ``.sum(2)``.
@@ -124,6 +126,7 @@ def gather(values: Tensor, indices: Tensor, *, pool: str = "none", layout: str =
         indices: [B, S, C] of any integer dtype, same device.
         pool: "none", "mean" or "sum" over codebooks.
         layout: "bscv", or "bcsv" to have the codebooks before the positions; both are written directly.
+        sparse_grad: make the gradient a coalesced sparse tensor of the rows fetched, never a dense [C, K, V].
     Returns:
         [B, S, C, V] or [B, C, S, V], pooled [B, S, V]; dtype of ``values``, differentiable with respect to them.
     Raises:
@@ -137,7 +140,8 @@ def gather(values: Tensor, indices: Tensor, *, pool: str = "none", layout: str =
     checks.same_device("indices", indices, "values", values)
     checks.choice("pool", pool, POOLS)
     checks.choice("layout", layout, LAYOUTS)
-    return torch.ops.kvb.gather(values, indices, pool, layout)
+    fetch = ops.gather_row_grad if sparse_grad else torch.ops.kvb.gather
+    return fetch(values, indices, pool, layout)
 
 
 def lookup(

@@ -250,6 +250,41 @@ class _Gather(torch.autograd.Function):
         return torch.ops.kvb.gather_backward(grad, indices, ctx.K, ctx.pool), None, None, None
 
 
+class _GatherRows(torch.autograd.Function):
+    """``gather`` with a row-sparse gradient: merged rows from the kernel, never a dense [C, K, V]."""
+
+    forward = _Gather.forward
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Gather.setup_context(ctx, inputs, output)
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        transposed = ctx.pool == "none" and ctx.layout == "bcsv"
+        grad = grads[0].transpose(1, 2) if transposed else grads[0]
+        rows, merged, count = torch.ops.kvb.gather_backward_rows(grad, indices, ctx.K, ctx.pool)
+        n = int(count)  # on another device the host waits here: a sparse tensor knows its size
+        rows = rows[:n]
+        places = torch.stack([rows // ctx.K, rows % ctx.K])
+        sparse = torch.sparse_coo_tensor(places, merged[:n], ctx.shape, check_invariants=False, is_coalesced=True)
+        return sparse, None, None, None
+
+
+def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
+    """``torch.ops.kvb.gather`` whose gradient for ``values`` is a coalesced sparse tensor, C and K its sparse axes.
+
+    Sparse tensors cannot be traced: under ``torch.compile`` this breaks the graph once.
+    """
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return torch.ops.kvb.gather(values, indices, pool, layout)
+    apply = torch.compiler.disable(_GatherRows.apply) if torch.compiler.is_compiling() else _GatherRows.apply
+    return apply(values, indices, pool, layout)
+
+
 class _GatherBackward(torch.autograd.Function):
     """Linear in its input, so its own gradient is a gather: second derivatives come for free."""
 

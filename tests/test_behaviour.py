@@ -56,7 +56,6 @@ def test_sizes(name):
             ValueError,
             r"init_mode must be one of 'random', 'sample', 'kmeans', 'kmeans\+\+'; got 'kmean'",
         ),
-        ({"sparse_grad": True}, ValueError, "sparse_grad=True is not supported yet"),
     ],
 )
 def test_options(options, error, message):
