@@ -1,6 +1,6 @@
 """kvb: the fast, exact Discrete Key-Value Bottleneck for PyTorch."""
 
-from kvb import compat, decoders, functional, splitters
+from kvb import compat, decoders, functional, optim, splitters
 from kvb.about import __version__, info
 from kvb.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.checkpoints import CheckpointError, load, save
@@ -38,6 +38,7 @@ __all__ = [
     "functional",
     "info",
     "load",
+    "optim",
     "save",
     "splitters",
 ]

@@ -1,0 +1,148 @@
+"""What an optimizer does to rows of a value table that get no gradient: found by a rehearsal, told in numbers."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+BEFORE, AFTER = 20, 200  # steps of the rehearsal on one task, and then on another
+_WIDTH = 8  # numbers in a rehearsed row
+_UNKNOWN = float("nan")
+# What the state of an optimizer is called by those that know it.
+_MEMORIES = {
+    "momentum_buffer": "momentum",
+    "exp_avg": "Adam's averages",
+    "exp_inf": "Adam's averages",
+    "acc_delta": "Adadelta's averages",
+}
+_warned: weakref.WeakKeyDictionary[Any, set[Finding]] = weakref.WeakKeyDictionary()
+
+
+class Finding(NamedTuple):
+    """One reason why an optimizer moves rows of a value table that get no gradient.
+
+    table: its name in the model. optimizer: the class. cause: "momentum", "weight decay", "Adam's averages" or the
+    like. drift: how far 200 steps on other rows move a row, relative to what the row learned before (in 20 steps), or,
+    for weight decay, to its size; NaN where the optimizer could not be tried.
+    """
+
+    table: str
+    optimizer: str
+    cause: str
+    drift: float
+
+    def __str__(self) -> str:
+        if self.drift != self.drift:
+            return f"{self.table}: {self.optimizer} is unknown here and may move rows that get no gradient"
+        what = "its size" if self.cause == "weight decay" else f"what it learned in {BEFORE} steps"
+        return (
+            f"{self.table}: {self.cause} of {self.optimizer} moves a row by {self.drift:.2g} of {what} "
+            f"during {AFTER} steps on other rows"
+        )
+
+
+def value_tables(model: nn.Module) -> dict[str, Tensor]:
+    """The value tables in a model by name: parameters ``values`` [C, K, V], kvb's and the published packages' name.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    named = model.named_parameters()
+    return {name: param for name, param in named if name.rpartition(".")[2] == "values" and param.dim() == 3}
+
+
+def audit(optimizer: torch.optim.Optimizer, model: nn.Module, *, warn: bool = True) -> list[Finding]:
+    """Find what in an optimizer moves rows that get no gradient: momentum, weight decay, averages of Adam's kind.
+
+    Equivalent to training some rows of a small table for 20 steps with the optimizer's class and options, then others
+    for 200, and looking at the former; neither ``optimizer`` nor ``model`` is touched. Rows that move so are forgotten
+    although nothing fetches them; ``kvb.optim.RowwiseSGD``, ``RowwiseAdagrad`` and ``RowwiseAdam`` keep them bit for
+    bit.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``; one from elsewhere than ``torch.optim`` and kvb is not tried.
+        model: the module that holds the tables, as ``KeyValueBottleneck``s somewhere in it. Tables that
+            ``optimizer`` does not train are passed over.
+        warn: tell by one ``UserWarning`` what was found; the same finding of an optimizer once only.
+    Returns:
+        a list of ``Finding``s, empty where all is well.
+    Raises:
+        TypeError: not an optimizer, or not a module.
+    Source: how far each moves such rows was first measured for this: PyTorch holds it to be by design (pytorch #18404).
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
+    findings: list[Finding] = []
+    for name, table in value_tables(model).items():
+        if id(table) in groups:
+            findings += _judge(name, optimizer, groups[id(table)])
+    told = _warned.setdefault(optimizer, set())
+    fresh = [finding for finding in findings if finding not in told]
+    if warn and fresh:
+        told.update(fresh)
+        lines = "\n  ".join(map(str, fresh))
+        warnings.warn(
+            f"this optimizer forgets rows that nothing fetches any more:\n  {lines}\n"
+            "use kvb.optim.RowwiseSGD, RowwiseAdagrad or RowwiseAdam, or SGD without momentum and weight decay",
+            stacklevel=2,
+        )
+    return findings
+
+
+def _judge(name: str, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Finding]:
+    kind = type(optimizer)
+    # An optimizer from elsewhere may keep parameters of its own, which a rehearsal would move.
+    if not kind.__module__.startswith(("torch.optim", "kvb.")) or kind is torch.optim.LBFGS:
+        return [Finding(name, kind.__name__, "unknown", _UNKNOWN)]
+    findings = []
+    still = {**group, "weight_decay": 0.0} if "weight_decay" in group else group
+    moved, shrunk, state = _rehearse(optimizer, still)
+    if moved > 0 or shrunk > 0:
+        cause = next((_MEMORIES[key] for key in _MEMORIES if isinstance(state.get(key), Tensor)), "other state")
+        findings.append(Finding(name, kind.__name__, cause, max(moved, shrunk)))
+    if group.get("weight_decay", 0.0):
+        decayed = _rehearse(optimizer, group)[1]
+        if decayed != shrunk:
+            findings.append(Finding(name, kind.__name__, "weight decay", decayed))
+    return findings
+
+
+@torch.no_grad()
+def _rehearse(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[float, float, dict[str, Any]]:
+    """Train rows of a table of its own: how far a row moves after its last gradient, relative to what it had learned;
+    how far a row that never had one moves meanwhile, relative to its size; and the optimizer's state."""
+    table = torch.zeros(1, 3, _WIDTH)
+    table[0, 2] = 1
+    table.requires_grad_()
+    # As a pickle would restore it: the options, and nothing that was learned.
+    copy = type(optimizer).__new__(type(optimizer))
+    options = {**group, "params": [table]} | {name: False for name in ("capturable", "fused") if name in group}
+    copy.__setstate__({"defaults": optimizer.defaults, "state": defaultdict(dict), "param_groups": [options]})
+    directions = torch.randn(3, _WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def train(row: int, steps: int) -> None:
+        for _ in range(steps):
+            if isinstance(optimizer, torch.optim.SparseAdam):
+                places = torch.tensor([[0], [row]])
+                table.grad = torch.sparse_coo_tensor(
+                    places, directions[row : row + 1], table.shape, check_invariants=False, is_coalesced=True
+                )
+            else:
+                table.grad = torch.zeros_like(table)
+                table.grad[0, row] = directions[row]
+            copy.step()
+
+    train(0, BEFORE)
+    before = table.detach().clone()
+    train(1, AFTER)
+    after = (table - before)[0].norm(dim=-1)
+    learned = float(before[0, 0].norm())
+    return float(after[0]) / learned if learned else 0.0, float(after[2] / before[0, 2].norm()), copy.state[table]

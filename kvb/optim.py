@@ -1,0 +1,353 @@
+"""Optimizers that move a row of a value table only when it has a gradient, and clipping for sparse gradients.
+
+A dense optimizer with momentum, weight decay or Adam's averages goes on moving rows that nothing fetches any more, and
+so forgets what they learned; ``audit`` finds such optimizers.
+
+Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3: an update is local to
+the pairs that were fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvb import checks
+from kvb.drift import Finding, audit, value_tables
+
+__all__ = ["Finding", "RowwiseAdagrad", "RowwiseAdam", "RowwiseSGD", "audit", "clip_grad_norm_", "param_groups"]
+
+
+# --- gradients as rows ------------------------------------------------------------------------------------------------
+
+
+def _merged(grad: Tensor) -> Tensor:
+    """A sparse gradient without repeated rows."""
+    if grad.is_coalesced():
+        return grad
+    # autograd forgets that rows came merged and in order; looking is cheaper than sorting them again.
+    rows = _flat(grad._indices(), grad.shape)
+    return grad._coalesced_(True) if bool((rows[1:] > rows[:-1]).all()) else grad.coalesce()
+
+
+def _flat(places: Tensor, shape: torch.Size) -> Tensor:
+    """Places [axes, M] in a table of this shape as row numbers [M]."""
+    rows = places[0]
+    for axis in range(1, len(places)):
+        rows = rows * shape[axis] + places[axis]
+    return rows
+
+
+def _sparse_rows(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Row numbers in the flattened table, and their gradients [M, V]."""
+    if grad.sparse_dim() != param.dim() - 1:
+        raise ValueError(
+            f"expected a sparse gradient with the last axis of {tuple(param.shape)} dense, sparse_dim = "
+            f"{param.dim() - 1}, got sparse_dim = {grad.sparse_dim()}: a row is learned as a whole"
+        )
+    merged = _merged(grad)
+    return _flat(merged.indices(), param.shape), merged.values()
+
+
+def _touched_rows(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows with a gradient that is not zero, the same ones for a dense and a sparse gradient."""
+    if grad.is_sparse:
+        rows, each = _sparse_rows(param, grad)
+        moving = (each != 0).any(-1)
+        return (rows, each) if bool(moving.all()) else (rows[moving], each[moving])
+    table = grad.reshape(-1, grad.shape[-1])
+    rows = (table != 0).any(-1).nonzero()[:, 0]
+    return rows, table.index_select(0, rows)
+
+
+# --- the optimizers ---------------------------------------------------------------------------------------------------
+
+
+class _Rowwise(torch.optim.Optimizer):
+    """What the row-wise optimizers share: which rows move, their state, and weight decay.
+
+    ``_move`` is one definition for a table's touched rows and for an ordinary parameter.
+    """
+
+    def __init__(self, params: Any, rowwise: bool | None, **defaults: Any) -> None:
+        if not (rowwise is None or isinstance(rowwise, bool)):
+            raise TypeError(f"rowwise must be True, False or None, got {rowwise!r}")
+        super().__init__(params, {**defaults, "rowwise": rowwise})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.add_param_group``; the options of the group are checked."""
+        self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        infinity = float("inf")
+        for name in ("lr", "weight_decay"):
+            if not isinstance(group[name], Tensor):
+                checks.number(name, group[name], 0.0, infinity)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; a closure computes the loss and its gradients first, and its loss is returned.
+
+        Raises:
+            ValueError: a sparse gradient whose rows are not whole, or a table that is not contiguous.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step(param, param.grad, group)
+        return loss
+
+    def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        by_row = param.dim() == 3 if group["rowwise"] is None else group["rowwise"]
+        if not ((by_row or grad.is_sparse) and param.dim() > 1):
+            self._move(param, grad, self._memory(param, group, rows=False), group)
+            return
+        if not param.is_contiguous():
+            raise ValueError(f"expected a contiguous table of values, got strides {param.stride()}; call contiguous()")
+        memory = self._memory(param, group, rows=True)
+        rows, grads = _touched_rows(param, grad)
+        tables = [param.view(-1, param.shape[-1]), *(kept.view(-1, kept.shape[-1]) for kept in memory.values())]
+        parts = [table.index_select(0, rows) for table in tables]
+        self._move(parts[0], grads, dict(zip(memory, parts[1:], strict=True)), group)
+        for table, part in zip(tables, parts, strict=True):
+            table.index_copy_(0, rows, part)
+
+    def _memory(self, param: Tensor, group: dict[str, Any], *, rows: bool) -> dict[str, Tensor]:
+        """The state of a parameter, made at its first step; ``step`` counts each row's own steps."""
+        state = self.state[param]
+        if not state:
+            state.update(self._fresh(param, group))
+            if "step" in state:
+                shape = (*param.shape[:-1], 1) if rows else ()
+                state["step"] = torch.zeros(shape, dtype=torch.int32, device=param.device)
+        elif "step" in state and state["step"].device != param.device:
+            state["step"] = state["step"].to(param.device)  # load_state_dict leaves it where it was saved
+        return dict(state)
+
+    def _fresh(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _move(self, param: Tensor, grad: Tensor, memory: dict[str, Tensor], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def _decay(param: Tensor, group: dict[str, Any]) -> None:
+    if group["weight_decay"] != 0:
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+class RowwiseSGD(_Rowwise):
+    """Stochastic gradient descent: the optimizer of the paper, for dense and row-sparse gradients.
+
+    Equivalent to ``rows.mul_(1 - lr * weight_decay).sub_(lr * grad)`` for the rows whose gradient is not zero, and to
+    ``torch.optim.SGD(lr=lr, weight_decay=weight_decay)`` for ordinary parameters. There is no momentum: it would move
+    rows after their last gradient.
+
+    Args:
+        params: parameters or groups, as ``torch.optim`` takes them; ``param_groups`` makes groups of a model.
+        lr: the learning rate, >= 0; the paper's is 0.3.
+        weight_decay: decoupled, >= 0, for touched rows only: a decay of all rows would forget.
+        rowwise: whether the parameters are tables [..., V] of rows. None takes those of three axes, [C, K, V], for
+            tables and all others for ordinary parameters; a Conv1d weight, three axes too, wants a group of its own
+            with ``rowwise=False``. A sparse gradient always moves single rows.
+    State:
+        none.
+    Raises:
+        TypeError, ValueError: an option out of its range.
+    Source: Träuble et al., ICML 2023 (arXiv:2207.11240), appendix on training.
+    """
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 0.3, *, weight_decay: float = 0.0, rowwise: bool | None = None
+    ) -> None:
+        super().__init__(params, rowwise, lr=lr, weight_decay=weight_decay)
+
+    def _fresh(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def _move(self, param: Tensor, grad: Tensor, memory: dict[str, Tensor], group: dict[str, Any]) -> None:
+        _decay(param, group)
+        param.sub_(grad * group["lr"])
+
+
+class RowwiseAdagrad(_Rowwise):
+    """Adagrad, whose sums of squares grow for touched rows only.
+
+    Equivalent to ``torch.optim.Adagrad(lr=lr, eps=eps)`` on the rows whose gradient is not zero, with decoupled weight
+    decay for them. Every number has a sum of its own, as there.
+
+    Args:
+        params, lr, weight_decay, rowwise: as for ``RowwiseSGD``.
+        initial_accumulator_value: what the sums start from, >= 0.
+        eps: added to their roots, > 0.
+    State:
+        ``sum``, the shape of the parameter.
+    Raises:
+        TypeError, ValueError: an option out of its range.
+    Source: Duchi et al., Adaptive Subgradient Methods, JMLR 12, 2011.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        *,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        rowwise: bool | None = None,
+    ) -> None:
+        options = {"initial_accumulator_value": initial_accumulator_value, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, rowwise, lr=lr, **options)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        checks.number("initial_accumulator_value", group["initial_accumulator_value"], 0.0, float("inf"))
+        checks.number("eps", group["eps"], 0.0, float("inf"), open_low=True)
+
+    def _fresh(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        start = group["initial_accumulator_value"]
+        # Pages of zeros cost nothing until a row is touched.
+        return {"sum": torch.full_like(param, start) if start else torch.zeros_like(param)}
+
+    def _move(self, param: Tensor, grad: Tensor, memory: dict[str, Tensor], group: dict[str, Any]) -> None:
+        _decay(param, group)
+        memory["sum"].addcmul_(grad, grad)
+        param.sub_(grad / memory["sum"].sqrt().add_(group["eps"]) * group["lr"])
+
+
+class RowwiseAdam(_Rowwise):
+    """Adam, whose averages and step counts belong to single rows: only a gradient moves them.
+
+    Equivalent to a ``torch.optim.AdamW`` for every row, which steps when the gradient of its row is not zero; and to
+    ``torch.optim.AdamW`` for ordinary parameters. Other than ``torch.optim.SparseAdam`` it takes dense gradients, too,
+    and corrects a row's bias by its own steps: a row first touched late begins with a step of ``lr``, not of 3 ``lr``.
+
+    Args:
+        params, lr, weight_decay, rowwise: as for ``RowwiseSGD``.
+        betas: of the averages of the gradient and of its square, both in [0, 1).
+        eps: added to the root of the latter, > 0.
+    State:
+        ``exp_avg``, ``exp_avg_sq`` of the shape of the parameter; ``step`` int32 [..., 1], or [] if ordinary.
+    Raises:
+        TypeError, ValueError: an option out of its range.
+    Source: Kingma and Ba, Adam, ICLR 2015 (arXiv:1412.6980); Loshchilov and Hutter, Decoupled Weight Decay
+    Regularization, ICLR 2019 (arXiv:1711.05101).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        rowwise: bool | None = None,
+    ) -> None:
+        super().__init__(params, rowwise, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        checks.number("eps", group["eps"], 0.0, float("inf"), open_low=True)
+        if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
+        for i, beta in enumerate(group["betas"]):
+            checks.number(f"betas[{i}]", beta, 0.0, 1.0)
+
+    def _fresh(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return {"step": None, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+
+    def _move(self, param: Tensor, grad: Tensor, memory: dict[str, Tensor], group: dict[str, Any]) -> None:
+        _decay(param, group)
+        first, second = group["betas"]
+        step = memory["step"].add_(1).double()
+        average = memory["exp_avg"].lerp_(grad, 1 - first)
+        square = memory["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
+        root = square.sqrt().div_((1 - second**step).sqrt_().to(param.dtype)).add_(group["eps"])
+        param.sub_(average / root * (group["lr"] / (1 - first**step)).to(param.dtype))
+
+
+# --- clipping and groups ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` for dense and sparse gradients together: one norm over all of them.
+
+    Equivalent to the same on ``grad.to_dense()``, without the dense table: gradients are scaled in place by
+    ``min(1, max_norm / (norm + 1e-6))``. Sparse ones are merged first, and stay so.
+
+    Args:
+        parameters: one or many; those without a gradient are passed over.
+        max_norm: the largest norm allowed.
+        norm_type: p of the norm, float("inf") for the largest absolute value.
+        error_if_nonfinite: raise if the norm is NaN or Inf.
+        foreach: as there.
+    Returns:
+        the norm before clipping, [].
+    Raises:
+        RuntimeError: the norm is not finite, with ``error_if_nonfinite``; gradients on different devices.
+    """
+    owners = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    numbers = []
+    for owner in owners:
+        if owner.grad is None:
+            continue
+        if owner.grad.is_sparse:
+            owner.grad = _merged(owner.grad)
+            numbers.append(owner.grad.values())
+        else:
+            numbers.append(owner.grad)
+    norm = nn.utils.get_total_norm(numbers, norm_type, error_if_nonfinite, foreach)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in numbers:
+        grad.mul_(factor.to(grad.device))
+    return norm
+
+
+def param_groups(model: nn.Module, lr: float, values_lr: float | None = None) -> list[dict[str, Any]]:
+    """The parameters of a model in two groups for an optimizer: value tables, and the rest, where there is any.
+
+    Value tables come with ``rowwise=True`` and without weight decay and momentum, whatever the optimizer's defaults
+    are; so the groups suit ``torch.optim`` as well, but Adam's averages need ``RowwiseAdam``.
+
+    Equivalent to ``[{"params": rest, "lr": lr}, {"params": [bottleneck.values], "lr": values_lr, "rowwise": True,
+    "weight_decay": 0.0, "momentum": 0.0}]``.
+
+    Args:
+        model: any module with a ``KeyValueBottleneck`` somewhere in it, or more of them.
+        lr: of the rest.
+        values_lr: of the value tables; ``lr`` by default.
+    Returns:
+        one or two groups. Parameters that require no gradient are left out.
+    Raises:
+        TypeError: not a module. ValueError: a rate below 0, or a model without a value table that learns.
+    """
+    checks.number("lr", lr, 0.0, float("inf"))
+    rate = lr if values_lr is None else checks.number("values_lr", values_lr, 0.0, float("inf"))
+    tables = [table for table in value_tables(model).values() if table.requires_grad]
+    if not tables:
+        raise ValueError(
+            f"expected a model with a KeyValueBottleneck whose values require a gradient, got {type(model).__name__} "
+            "without one; its parameters need no groups"
+        )
+    known = set(map(id, tables))
+    rest = [param for param in model.parameters() if param.requires_grad and id(param) not in known]
+    still = {"rowwise": True, "weight_decay": 0.0, "momentum": 0.0}
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": lr}] if rest else []
+    return [*groups, {"params": tables, "lr": rate, **still}]
