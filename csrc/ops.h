@@ -21,6 +21,10 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
 Tensor gather_backward(Tensor grad, Tensor indices, int64_t K, std::string pool);
 std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indices, int64_t K, std::string pool);
 
+// training.cpp
+std::tuple<Tensor, Tensor, Tensor> sgd_step_(
+    Tensor values, Tensor indices, Tensor targets, double lr, double max_norm, double label_smoothing);
+
 // statistics.cpp
 std::tuple<Tensor, Tensor> accumulate(Tensor queries, Tensor indices, int64_t K);
 Tensor count(Tensor queries, Tensor indices, int64_t K);

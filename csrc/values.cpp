@@ -1,6 +1,6 @@
 // Values fetched by index, and the gradient of that: gather, gather_backward, gather_backward_rows.
 #include "ops.h"
-#include "rows.h"
+#include "pooled.h"
 
 #include <bit>
 #include <memory>
@@ -97,55 +97,6 @@ void gather_each(const char* table, const Walk& order, int64_t row_bytes, char* 
 #ifdef __SSE2__
     if (streaming) _mm_sfence();
 #endif
-  });
-}
-
-constexpr int64_t kBooks = 8; // codebooks summed before the total is touched: a cache line of int64 indices
-
-template <class T, class Sum>
-inline void add_rows(Sum* __restrict total, const T* table, const Row* rows, int64_t books, int64_t width) {
-  if (books < kBooks) {
-    for (int64_t c = 0; c < books; ++c) add_row(total, table + rows[c].target, width);
-    return;
-  }
-  const T* row[kBooks];
-  for (int64_t c = 0; c < kBooks; ++c) row[c] = table + rows[c].target;
-  const auto at = [&](int64_t c, int64_t v) { return widen<Sum>(row[c][v]); };
-  for (int64_t v = 0; v < width; ++v)
-    total[v] += ((at(0, v) + at(1, v)) + (at(2, v) + at(3, v))) + ((at(4, v) + at(5, v)) + (at(6, v) + at(7, v)));
-}
-
-// Sums over codebooks at positions [begin, end), a few codebooks at a time: their tables share pages and cache lines.
-template <class T, class Sum>
-void sum_codebooks(const T* table, const Walk& all, int64_t begin, int64_t end, int64_t width, Row* rows, Sum* totals) {
-  std::fill_n(totals, (end - begin) * width, Sum{0});
-  for (int64_t c = 0; c < all.size[2]; c += kBooks) {
-    const int64_t books = std::min(kBooks, all.size[2] - c);
-    const Walk order = with_long_runs(codebooks(all, c, c + books));
-    const int64_t listed = list_rows(order, begin * books, end * books, UINT64_MAX, rows);
-    Sum* total = totals;
-    for (int64_t i = 0; i < listed; i += books, total += width) {
-      const int64_t ahead = std::min(listed, i + 5 * books);
-      for (int64_t next = i + 4 * books; next < ahead; ++next) prefetch(table + rows[next].target, width * sizeof(T));
-      add_rows(total, table, rows + i, books, width);
-    }
-  }
-}
-
-template <class T>
-void gather_pooled(const T* table, const Walk& all, int64_t width, bool mean, T* out) {
-  using Sum = Accumulator<T>;
-  const int64_t C = all.size[2], positions = all.size[0] * all.size[1];
-  const int64_t tile = std::clamp<int64_t>(kListed * 4 / std::max<int64_t>(width, 1), 1, kListed / kBooks);
-  const Sum divisor = static_cast<Sum>(mean ? C : 1);
-  parallel(positions, kSerial / std::max<int64_t>(C * width, 1), [&](int64_t begin, int64_t end) {
-    std::array<Row, kListed> rows;
-    std::vector<Sum> totals(tile * width);
-    for (int64_t n = begin; n < end; n += tile) {
-      const int64_t last = std::min(end, n + tile);
-      sum_codebooks(table, all, n, last, width, rows.data(), totals.data());
-      for (int64_t v = 0; v < (last - n) * width; ++v) out[n * width + v] = static_cast<T>(totals[v] / divisor);
-    }
   });
 }
 

@@ -12,6 +12,7 @@ Shapes:
     ``nearest`` and ``sample`` return indices int64 and squared distances, both [B, S, C, T] (T = 1 for ``sample``).
     A query with NaN or Inf gets the indices 0..T-1 at distance NaN; where fewer than T keys are usable, the lowest
     unused indices follow at distance +inf.
+    ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ SCHEMAS = (
     "gather(Tensor values, Tensor indices, str pool, str layout) -> Tensor",
     "gather_backward(Tensor grad, Tensor indices, SymInt K, str pool) -> Tensor",
     "gather_backward_rows(Tensor grad, Tensor indices, SymInt K, str pool) -> (Tensor, Tensor, Tensor)",
+    "sgd_step_(Tensor(a!) values, Tensor indices, Tensor targets, float lr, float max_norm, float label_smoothing)"
+    " -> (Tensor, Tensor, Tensor)",
     "accumulate(Tensor queries, Tensor indices, SymInt K) -> (Tensor, Tensor)",
     "count(Tensor queries, Tensor indices, SymInt K) -> Tensor",
     "lookup(Tensor queries, Tensor keys, Tensor packed, Tensor values, Tensor? mask, str pool) -> (Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))  # they write their first argument
 
 _library = torch.library.Library("kvb", "DEF")
 
@@ -155,6 +159,14 @@ def _fake_gather_backward_rows(grad: Tensor, indices: Tensor, K: int, pool: str)
     size = torch.sym_min(indices.numel(), indices.shape[2] * K)
     rows = grad.new_empty((size,), dtype=torch.int64)
     return rows, grad.new_empty((size, grad.shape[-1])), grad.new_empty((1,), dtype=torch.int64)
+
+
+def _fake_sgd_step_(
+    values: Tensor, indices: Tensor, targets: Tensor, lr: float, max_norm: float, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, shape = _sum_dtype(values), (indices.shape[0], values.shape[2])
+    loss, norm = (values.new_empty((), dtype=dtype) for _ in range(2))
+    return loss, norm, values.new_empty(shape, dtype=dtype)
 
 
 def _fake_accumulate(queries: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -345,6 +357,25 @@ _register_autograd("gather_backward", _GatherBackward, learns=0)
 _register_autograd("lookup", _Lookup, learns=3)
 
 
+# --- operators that write ---------------------------------------------------------------------------------------------
+
+
+def _register_write(name: str) -> None:
+    """Tell autograd that the first argument changed: what was saved of it for a backward pass is stale."""
+    operator = getattr(torch.ops.kvb, name).default
+
+    def run(keyset: Any, *args: Any) -> Any:
+        torch.autograd.graph.increment_version(args[0])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _library.impl(name, run, "ADInplaceOrView", with_keyset=True)
+
+
+for _name in IN_PLACE:
+    _register_write(_name)
+
+
 # --- torch.vmap -------------------------------------------------------------------------------------------------------
 
 
@@ -377,5 +408,5 @@ def _register_vmap(name: str, batch: int | None) -> None:
 
 for _name, _batch in (("nearest", 0), ("lookup", 0), ("gather", 1)):
     _register_vmap(_name, _batch)
-for _name in set(NAMES) - {"nearest", "lookup", "gather"}:
+for _name in set(NAMES) - {"nearest", "lookup", "gather", *IN_PLACE}:
     _register_vmap(_name, None)

@@ -446,6 +446,55 @@ def gather_backward_rows(grad: Tensor, indices: Tensor, K: int, pool: str) -> tu
     return rows, grads.to(grad.dtype), starts.sum().view(1)
 
 
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def sgd_step_(
+    values: Tensor, indices: Tensor, targets: Tensor, lr: float, max_norm: float, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of clipped SGD on values [C, K, V], in place; loss [], gradient norm [] and logits [B, V] before it.
+
+    The logits are the mean value over the S positions and C codebooks of indices [B, S, C]; the loss is the mean
+    cross entropy with the classes targets [B]. Rows that no index names are neither read nor written.
+    """
+    (C, K, V), (B, S, _) = values.shape, indices.shape
+    _require(values.is_contiguous(), f"expected contiguous values, got strides {values.stride()}")
+    _require_codes(indices, C, K)
+    _require(
+        targets.shape == (B,) and targets.dtype == torch.int64,
+        f"expected targets torch.int64 {(B,)}, got {targets.dtype} {tuple(targets.shape)}",
+    )
+    _require_classes(targets, V)
+    exact = _accumulator(values.dtype)
+    logits = gather(values, indices, "mean", "bscv").to(exact).mean(1)
+    shares = logits.log_softmax(-1)
+    fit = torch.full_like(shares, label_smoothing / V)
+    fit.scatter_add_(1, targets[:, None], fit.new_full((B, 1), 1 - label_smoothing))
+    loss = -(fit * shares).sum(-1).mean()
+    grad = (shares.exp() - fit) / B / S
+    rows, grads, count = gather_backward_rows(grad[:, None].expand(B, S, V), indices, K, "mean")
+    norm = grads.double().square().sum().sqrt()
+    step = lr * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # The tail names no row: let it repeat the last one, which then is written several times with the same numbers.
+    last = torch.arange(len(rows), device=rows.device).clamp(max=(count - 1).clamp(min=0))
+    rows, grads = rows[last], grads[last]
+    table = values.view(C * K, V)
+    moved = table.index_select(0, rows).to(exact) - step.to(exact) * grads
+    table.index_copy_(0, rows, moved.to(values.dtype))
+    return loss, norm.to(exact), logits
+
+
+def _require_classes(targets: Tensor, V: int) -> None:
+    """Raise IndexError on the CPU; elsewhere assert on the device, without making the host wait."""
+    if targets.numel() == 0:
+        return
+    low, high = targets.aminmax()
+    if targets.device.type != "cpu":
+        torch._assert_async((low >= 0) & (high < V), f"a target is out of bounds for {V} classes")
+    elif low < 0 or high >= V:
+        raise IndexError(f"target {int(low) if low < 0 else int(high)} is out of bounds for {V} classes")
+
+
 # --- key statistics ---------------------------------------------------------------------------------------------------
 
 
