@@ -1,7 +1,7 @@
 // One step of training on codes, of which nothing but the touched rows of the table is ever written: sgd_step_.
 //
 // Every codebook gets the same gradient row for a position. So a row's gradient is a sum of few rows that stay in
-// cache, and is summed twice, for the norm and for the update, rather than kept.
+// cache: it is never kept, and most of them, those of one position alone, need no sum at all.
 #include "ops.h"
 #include "pooled.h"
 
@@ -36,9 +36,47 @@ void require_classes(const Tensor& targets, int64_t V) {
   }
 }
 
-// Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets [B, V], and the loss.
+// --- logits ----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kParts = 1 << 20; // numbers of partial sums that stay in cache
+
+int64_t groups_of(int64_t C) {
+  return (C + kBooks - 1) / kBooks;
+}
+
+// A thread's groups of codebooks must be the same in every pass: the caches that it filled are its own.
+template <class F>
+void for_groups(int64_t C, int64_t work, const F& visit) {
+  parallel(groups_of(C), kSerial / std::max<int64_t>(work * kBooks, 1), visit);
+}
+
+// Means over codebooks [N, V], rounded as gather rounds them.
 template <class T, class Sum>
-double losses(const T* means, const int64_t* targets, int64_t B, int64_t S, int64_t C, int64_t V, Sum smoothing,
+void mean_values(const T* table, const Walk& all, int64_t V, Sum* means) {
+  const int64_t C = all.size[2], N = all.size[0] * all.size[1], groups = groups_of(C), tile = kListed / kBooks;
+  if (groups * N * V > kParts) {
+    std::vector<T> rounded(N * V);
+    gather_pooled(table, all, V, true, rounded.data());
+    std::transform(rounded.begin(), rounded.end(), means, [](T mean) { return widen<Sum>(mean); });
+    return;
+  }
+  std::vector<Sum> parts(groups * N * V);
+  for_groups(C, N * V, [&](int64_t begin, int64_t end) {
+    std::array<Row, kListed> rows;
+    for (int64_t g = begin; g < end; ++g) {
+      const Walk part = codebooks(all, g * kBooks, std::min(C, (g + 1) * kBooks));
+      for (int64_t n = 0; n < N; n += tile)
+        sum_codebooks(table, part, n, std::min(N, n + tile), V, rows.data(), &parts[(g * N + n) * V]);
+    }
+  });
+  std::fill_n(means, N * V, Sum{0});
+  for (int64_t g = 0; g < groups; ++g) add_row(means, &parts[g * N * V], N * V);
+  for (int64_t i = 0; i < N * V; ++i) means[i] = widen<Sum>(static_cast<T>(means[i] / static_cast<Sum>(C)));
+}
+
+// Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets [B, V], and the loss.
+template <class Sum>
+double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t S, int64_t C, int64_t V, Sum smoothing,
               Sum* logits, Sum* grads) {
   std::vector<Sum> loss(B);
   const Sum scale = static_cast<Sum>(1.0 / (static_cast<double>(B) * S * C));
@@ -58,41 +96,21 @@ double losses(const T* means, const int64_t* targets, int64_t B, int64_t S, int6
 
 // --- touched rows ----------------------------------------------------------------------------------------------------
 
-// The positions of every codebook, chained where they fetch the same row, in batch order.
-struct Chains {
-  int64_t positions; // N = B * S
-  std::vector<int32_t> row; // [C, N]: what a position fetches, or -1 where an earlier one fetches the same
-  std::vector<int32_t> next; // [C, N]: the next position with the same row, or -1
-};
+constexpr int64_t kKept = 1 << 22; // codes whose chains are kept between the passes: 32 MB
 
-constexpr int64_t kCodebooks = 16; // read together: their codes share cache lines
-
-template <class Index>
-void read_codes(const Tensor& indices, int64_t c0, int64_t c1, Chains& chains) {
-  const Index* code = static_cast<const Index*>(indices.const_data_ptr());
-  const int64_t B = indices.size(0), S = indices.size(1), step = indices.stride(2);
-  for (int64_t b = 0, n = 0; b < B; ++b) {
-    for (int64_t s = 0; s < S; ++s, ++n) {
-      const Index* at = code + b * indices.stride(0) + s * indices.stride(1);
-      for (int64_t c = c0; c < c1; ++c) chains.row[c * chains.positions + n] = static_cast<int32_t>(at[c * step]);
-    }
-  }
-}
-
-// The gradient rows of a fetched value: [B, V], the same one for all positions of a sample.
+// The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.
 template <class Sum>
 struct Gradient {
   const Sum* rows;
   int64_t width, positions; // V, S
 
   const Sum* at(int64_t position) const {
-    return rows + position / positions * width;
+    return rows + (positions == 1 ? position : position / positions) * width;
   }
-  // The sum over a chain of more than one position.
-  const Sum* chained(int64_t position, const int32_t* next, Sum* sum) const {
-    std::copy_n(at(position), width, sum);
-    for (position = next[position]; position >= 0; position = next[position]) add_row(sum, at(position), width);
-    return sum;
+  // The sum over a chain of positions.
+  void add(int32_t position, const int32_t* next, Sum* sum) const {
+    std::fill_n(sum, width, Sum{0});
+    for (; position >= 0; position = next[position]) add_row(sum, at(position), width);
   }
 };
 
@@ -103,71 +121,142 @@ double square(const Sum* row, int64_t width) {
   return total;
 }
 
-// Chain one codebook, whose rows were read; ``head`` [K] is -1 before and after. The squared norm of its gradient.
-template <class Sum>
-double chain(int32_t* row, int32_t* next, int64_t N, int32_t* head, const Gradient<Sum>& grad, const double* squares,
-             Sum* sum) {
-  for (int64_t n = N - 1; n >= 0; --n) {
-    next[n] = head[row[n]];
-    head[row[n]] = static_cast<int32_t>(n);
-  }
-  double total = 0;
-  for (int64_t n = 0; n < N; ++n) {
-    const bool first = head[row[n]] == n;
-    if (first) {
-      head[row[n]] = -1;
-      total += next[n] < 0 ? squares[n / grad.positions] : square(grad.chained(n, next, sum), grad.width);
+// What one thread needs to chain codebooks, one after the other.
+struct Heads {
+  std::vector<int32_t> first; // [K]: where each row's chain begins so far, plus ``origin``; below it: nowhere
+  std::vector<int32_t> joined; // positions that a later one fetches the same row as
+  int32_t origin = 0;
+
+  explicit Heads(int64_t K) : first(K, -1) {}
+
+  // Forget all chains, without a pass over K.
+  void clear(int64_t N) {
+    joined.clear();
+    if (origin < INT32_MAX - 2 * N) {
+      origin += static_cast<int32_t>(N);
     } else {
-      row[n] = -1;
+      std::fill(first.begin(), first.end(), -1);
+      origin = 0;
     }
   }
-  return total;
-}
+};
 
-// All chains, and the norm of the gradient; one codebook's share is summed by one thread, and the shares in order.
+// The positions of some codebooks [c, N], in batch order, chained where they fetch the same row.
+struct Chains {
+  static constexpr int32_t kLater = -1; // the row of a position that is not the first of its chain
+  static constexpr int32_t kEnd = -1; // the next position after the last
+
+  int64_t positions; // N
+  std::vector<int32_t> row; // the row of a position alone; -2 - row where a longer chain begins
+  std::vector<int32_t> next; // of a chain
+
+  Chains(int64_t positions, int64_t codebooks)
+      : positions(positions), row(codebooks * positions), next(codebooks * positions) {}
+
+  // Chain codebooks [c0, c1) of ``indices``, kept from codebook ``c0 - origin`` on: visit(codebook, first position,
+  // next) for every chain longer than one.
+  template <class F>
+  void build(const Tensor& indices, int64_t c0, int64_t c1, int64_t origin, Heads& heads, const F& visit) {
+    with_integer(indices.scalar_type(), [&](auto index) { read<decltype(index)>(indices, c0, c1, origin); });
+    for (int64_t c = c0; c < c1; ++c) {
+      int32_t *const rows = &row[(c - origin) * positions], *const nexts = &next[(c - origin) * positions];
+      heads.clear(positions);
+      for (int32_t n = static_cast<int32_t>(positions) - 1; n >= 0; --n) {
+        int32_t& first = heads.first[rows[n]];
+        const int32_t later = first - heads.origin;
+        first = heads.origin + n;
+        nexts[n] = std::max(later, kEnd);
+        if (later < 0) continue;
+        rows[later] = kLater;
+        heads.joined.push_back(n);
+      }
+      for (int32_t n : heads.joined) {
+        if (rows[n] == kLater) continue;
+        rows[n] = -2 - rows[n];
+        visit(c, n, nexts);
+      }
+    }
+  }
+
+private:
+  // Codebooks are read together: their codes share cache lines.
+  template <class Index>
+  void read(const Tensor& indices, int64_t c0, int64_t c1, int64_t origin) {
+    const Index* const codes = static_cast<const Index*>(indices.const_data_ptr());
+    const int64_t B = indices.size(0), S = indices.size(1), step = indices.stride(2);
+    for (int64_t b = 0, n = 0; b < B; ++b) {
+      for (int64_t s = 0; s < S; ++s, ++n) {
+        const Index* code = codes + b * indices.stride(0) + s * indices.stride(1);
+        for (int64_t c = c0; c < c1; ++c) row[(c - origin) * positions + n] = static_cast<int32_t>(code[c * step]);
+      }
+    }
+  }
+};
+
+// All chains, and the norm of the gradient: rows of one position alone are counted in one sum for all codebooks, and
+// chains correct it. One thread sums the corrections of a codebook; they are added in order.
 template <class Sum>
-double chain_all(const Tensor& indices, int64_t K, const Gradient<Sum>& grad, Chains& chains) {
+double chain_all(const Tensor& indices, int64_t K, const Gradient<Sum>& grad, bool kept, Chains& chains) {
   const int64_t C = indices.size(2), N = chains.positions, V = grad.width;
-  std::vector<double> squares(indices.size(0)), shares(C);
-  for (size_t b = 0; b < squares.size(); ++b) squares[b] = square(grad.rows + b * V, V);
-  const int64_t groups = (C + kCodebooks - 1) / kCodebooks;
-  parallel(groups, kSerial / std::max<int64_t>(N * kCodebooks, 1), [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> head(K, -1);
+  std::vector<double> squares(indices.size(0)), corrections(C);
+  double total = 0;
+  for (size_t b = 0; b < squares.size(); ++b) total += squares[b] = square(grad.rows + b * V, V);
+  total *= static_cast<double>(grad.positions) * C;
+  for_groups(C, N, [&](int64_t begin, int64_t end) {
+    Heads heads(K);
+    Chains own(N, kept ? 0 : kBooks);
     std::vector<Sum> sum(V);
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t c0 = g * kCodebooks, c1 = std::min(C, c0 + kCodebooks);
-      with_integer(indices.scalar_type(), [&](auto index) { read_codes<decltype(index)>(indices, c0, c1, chains); });
-      for (int64_t c = c0; c < c1; ++c)
-        shares[c] = chain(&chains.row[c * N], &chains.next[c * N], N, head.data(), grad, squares.data(), sum.data());
+      const int64_t c0 = g * kBooks, c1 = std::min(C, c0 + kBooks);
+      (kept ? chains : own).build(indices, c0, c1, kept ? 0 : c0, heads, [&](int64_t c, int32_t n, const int32_t* next) {
+        grad.add(n, next, sum.data());
+        double apart = 0;
+        for (int32_t at = n; at >= 0; at = next[at]) apart += squares[at / grad.positions];
+        corrections[c] += square(sum.data(), V) - apart;
+      });
     }
   });
-  double total = 0;
-  for (double share : shares) total += share;
-  return std::sqrt(total);
+  for (double correction : corrections) total += correction;
+  return std::sqrt(std::max(total, 0.0));
 }
 
 template <class T, class Sum>
-void move_row(T* __restrict row, const Sum* __restrict grad, int64_t width, Sum step) {
+inline void move_row(T* __restrict row, const Sum* __restrict grad, int64_t width, Sum step) {
   for (int64_t v = 0; v < width; ++v) row[v] = static_cast<T>(widen<Sum>(row[v]) - step * grad[v]);
 }
 
+// Subtract ``step`` times the gradient from the touched rows of one codebook.
 template <class T, class Sum>
-void move_rows(T* table, int64_t C, int64_t K, const Gradient<Sum>& grad, const Chains& chains, Sum step) {
-  const int64_t N = chains.positions, V = grad.width;
-  parallel(C, kSerial / std::max<int64_t>(N * V, 1), [&](int64_t begin, int64_t end) {
+void move_rows(T* table, const int32_t* row, const int32_t* next, int64_t N, const Gradient<Sum>& grad, Sum step,
+               Sum* sum) {
+  const int64_t V = grad.width;
+  const auto place = [&](int64_t n) { return table + (row[n] >= 0 ? row[n] : -2 - row[n]) * V; };
+  for (int64_t n = 0; n < N; ++n) {
+    if (n + kAhead < N && row[n + kAhead] != Chains::kLater) prefetch(place(n + kAhead), V * sizeof(T));
+    if (row[n] >= 0) {
+      move_row(place(n), grad.at(n), V, step);
+    } else if (row[n] != Chains::kLater) {
+      grad.add(static_cast<int32_t>(n), next, sum);
+      move_row(place(n), sum, V, step);
+    }
+  }
+}
+
+// Last codebooks first: the rows that the pass over the logits fetched last are still in cache.
+template <class T, class Sum>
+void move_all(T* table, const Tensor& indices, int64_t K, const Gradient<Sum>& grad, bool kept, Chains& chains, Sum step) {
+  const int64_t C = indices.size(2), N = chains.positions, V = grad.width;
+  for_groups(C, N * V, [&](int64_t begin, int64_t end) {
+    Heads heads(kept ? 0 : K);
+    Chains own(N, kept ? 0 : kBooks);
     std::vector<Sum> sum(V);
-    // The chains lie one after the other, so that rows are fetched ahead into the next codebook.
-    const int64_t last = end * N;
-    const auto fetch = [&](int64_t at) {
-      if (at < last && chains.row[at] >= 0) prefetch(table + (at / N * K + chains.row[at]) * V, V * sizeof(T));
-    };
-    for (int64_t c = begin; c < end; ++c) {
-      const int32_t *row = &chains.row[c * N], *next = &chains.next[c * N];
-      for (int64_t n = 0; n < N; ++n) {
-        fetch(c * N + n + kAhead);
-        if (row[n] < 0) continue;
-        const Sum* moved = next[n] < 0 ? grad.at(n) : grad.chained(n, next, sum.data());
-        move_row(table + (c * K + row[n]) * V, moved, V, step);
+    for (int64_t g = end - 1; g >= begin; --g) {
+      const int64_t c0 = g * kBooks, c1 = std::min(C, c0 + kBooks);
+      if (!kept) own.build(indices, c0, c1, c0, heads, [](int64_t, int32_t, const int32_t*) {});
+      for (int64_t c = c1 - 1; c >= c0; --c) {
+        const Chains& of = kept ? chains : own;
+        const int64_t at = (kept ? c : c - c0) * N;
+        move_rows(table + c * K * V, &of.row[at], &of.next[at], N, grad, step, sum.data());
       }
     }
   });
@@ -183,10 +272,11 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
   const int64_t C = values.size(0), K = values.size(1), V = values.size(2);
   require_codes(indices, C, K);
   const int64_t B = indices.size(0), S = indices.size(1), N = B * S;
-  require(N < INT32_MAX && K < INT32_MAX, "expected fewer than 2^31 positions and pairs, got ", N, " and ", K);
+  require(N < INT32_MAX / 2 && K < INT32_MAX, "expected fewer than 2^30 positions and 2^31 pairs, got ", N, " and ", K);
   require_cpu(targets, "targets");
-  require(targets.scalar_type() == ScalarType::Long, "expected targets torch.int64, got ",
-          dtype_name(targets.scalar_type()));
+  require(
+      targets.scalar_type() == ScalarType::Long, "expected targets torch.int64, got ",
+      dtype_name(targets.scalar_type()));
   require_shape(targets, "targets", {B});
   targets = torch::stable::contiguous(targets);
   require_classes(targets, V);
@@ -198,18 +288,18 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
     using T = decltype(value);
     using Sum = Accumulator<T>;
     T* const table = values.mutable_data_ptr<T>();
-    std::vector<T> means(N * V);
-    gather_pooled(static_cast<const T*>(table), walk(indices, {}, K * V, V), V, true, means.data());
-    std::vector<Sum> rows(B * V);
+    std::vector<Sum> means(N * V), rows(B * V);
+    mean_values<T>(table, walk(indices, {}, K * V, V), V, means.data());
     *loss.mutable_data_ptr<Sum>() = static_cast<Sum>(losses(
         means.data(), targets.const_data_ptr<int64_t>(), B, S, C, V, static_cast<Sum>(label_smoothing),
         logits.mutable_data_ptr<Sum>(), rows.data()));
-    Chains chains{N, std::vector<int32_t>(C * N), std::vector<int32_t>(C * N)};
     const Gradient<Sum> grad{rows.data(), V, S};
-    const double length = chain_all(indices, K, grad, chains);
+    const bool kept = C * N <= kKept;
+    Chains chains(N, kept ? C : 0);
+    const double length = chain_all(indices, K, grad, kept, chains);
     *norm.mutable_data_ptr<Sum>() = static_cast<Sum>(length);
     const double share = max_norm / (length + 1e-6);
-    move_rows(table, C, K, grad, chains, static_cast<Sum>(lr * (share < 1 ? share : 1.0)));
+    move_all(table, indices, K, grad, kept, chains, static_cast<Sum>(lr * (share < 1 ? share : 1.0)));
   });
   return {loss, norm, logits};
 }
