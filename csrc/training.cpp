@@ -96,6 +96,7 @@ double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t S, in
 
 // --- touched rows ----------------------------------------------------------------------------------------------------
 
+constexpr int64_t kFetched = 32; // rows between a fetch and its use: all of them come from far away
 constexpr int64_t kKept = 1 << 22; // codes whose chains are kept between the passes: 32 MB
 
 // The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.
@@ -123,6 +124,8 @@ double square(const Sum* row, int64_t width) {
 
 // What one thread needs to chain codebooks, one after the other.
 struct Heads {
+  static constexpr int64_t kOrigins = 1 << 24; // far from overflow, and seldom reached
+
   std::vector<int32_t> first; // [K]: where each row's chain begins so far, plus ``origin``; below it: nowhere
   std::vector<int32_t> joined; // positions that a later one fetches the same row as
   int32_t origin = 0;
@@ -132,7 +135,7 @@ struct Heads {
   // Forget all chains, without a pass over K.
   void clear(int64_t N) {
     joined.clear();
-    if (origin < INT32_MAX - 2 * N) {
+    if (origin + 2 * N <= kOrigins) {
       origin += static_cast<int32_t>(N);
     } else {
       std::fill(first.begin(), first.end(), -1);
@@ -220,24 +223,42 @@ double chain_all(const Tensor& indices, int64_t K, const Gradient<Sum>& grad, bo
   return std::sqrt(std::max(total, 0.0));
 }
 
+constexpr int64_t kLanes = 4; // floats of a vector that every machine has
+
+// Subtract ``step`` times the gradient from one row. Rows are short: a vector that overlaps the one before ends a row of
+// floats, instead of single numbers.
 template <class T, class Sum>
 inline void move_row(T* __restrict row, const Sum* __restrict grad, int64_t width, Sum step) {
-  for (int64_t v = 0; v < width; ++v) row[v] = static_cast<T>(widen<Sum>(row[v]) - step * grad[v]);
+  const auto moved = [&](int64_t v) { return static_cast<T>(widen<Sum>(row[v]) - step * grad[v]); };
+  if (std::is_same_v<T, float> && width >= kLanes) {
+    T last[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) last[i] = moved(width - kLanes + i);
+    for (int64_t v = 0; v + kLanes <= width; v += kLanes)
+      for (int64_t i = 0; i < kLanes; ++i) row[v + i] = moved(v + i);
+    for (int64_t i = 0; i < kLanes; ++i) row[width - kLanes + i] = last[i];
+  } else {
+    for (int64_t v = 0; v < width; ++v) row[v] = moved(v);
+  }
 }
 
-// Subtract ``step`` times the gradient from the touched rows of one codebook.
+// Subtract ``step`` times the gradient from the touched rows of some codebooks that lie one after the other.
 template <class T, class Sum>
-void move_rows(T* table, const int32_t* row, const int32_t* next, int64_t N, const Gradient<Sum>& grad, Sum step,
-               Sum* sum) {
-  const int64_t V = grad.width;
-  const auto place = [&](int64_t n) { return table + (row[n] >= 0 ? row[n] : -2 - row[n]) * V; };
-  for (int64_t n = 0; n < N; ++n) {
-    if (n + kAhead < N && row[n + kAhead] != Chains::kLater) prefetch(place(n + kAhead), V * sizeof(T));
-    if (row[n] >= 0) {
-      move_row(place(n), grad.at(n), V, step);
-    } else if (row[n] != Chains::kLater) {
-      grad.add(static_cast<int32_t>(n), next, sum);
-      move_row(place(n), sum, V, step);
+void move_rows(T* table, int64_t codebooks, int64_t K, const int32_t* row, const int32_t* next,
+               const Gradient<Sum>& grad, int64_t N, Sum step, Sum* sum) {
+  const int64_t V = grad.width, book = K * V;
+  const int32_t* const end = row + codebooks * N;
+  const auto place = [&](T* of, int32_t at) { return of + (at >= 0 ? at : -2 - at) * V; };
+  for (int64_t c = 0; c < codebooks; ++c, table += book, next += N) {
+    for (int64_t n = 0; n < N; ++n, ++row) {
+      // Beyond this codebook it is a guess at best where a codebook is shorter than that.
+      if (row + kFetched < end && row[kFetched] != Chains::kLater)
+        prefetch(place(n + kFetched < N ? table : table + book, row[kFetched]), V * sizeof(T));
+      if (*row >= 0) {
+        move_row(place(table, *row), grad.at(n), V, step);
+      } else if (*row != Chains::kLater) {
+        grad.add(static_cast<int32_t>(n), next, sum);
+        move_row(place(table, *row), sum, V, step);
+      }
     }
   }
 }
@@ -253,11 +274,10 @@ void move_all(T* table, const Tensor& indices, int64_t K, const Gradient<Sum>& g
     for (int64_t g = end - 1; g >= begin; --g) {
       const int64_t c0 = g * kBooks, c1 = std::min(C, c0 + kBooks);
       if (!kept) own.build(indices, c0, c1, c0, heads, [](int64_t, int32_t, const int32_t*) {});
-      for (int64_t c = c1 - 1; c >= c0; --c) {
-        const Chains& of = kept ? chains : own;
-        const int64_t at = (kept ? c : c - c0) * N;
-        move_rows(table + c * K * V, &of.row[at], &of.next[at], N, grad, step, sum.data());
-      }
+      const Chains& of = kept ? chains : own;
+      const int64_t at = kept ? c0 * N : 0;
+      move_rows(
+          table + c0 * K * V, c1 - c0, K, of.row.data() + at, of.next.data() + at, grad, N, step, sum.data());
     }
   });
 }

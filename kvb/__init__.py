@@ -1,6 +1,6 @@
 """kvb: the fast, exact Discrete Key-Value Bottleneck for PyTorch."""
 
-from kvb import compat, decoders, functional, optim, splitters
+from kvb import compat, decoders, functional, optim, splitters, training
 from kvb.about import __version__, info
 from kvb.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.checkpoints import CheckpointError, load, save
@@ -41,4 +41,5 @@ __all__ = [
     "optim",
     "save",
     "splitters",
+    "training",
 ]

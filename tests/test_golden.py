@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 from kvb import BottleneckedEncoder, KeyValueBottleneck
 from kvb.decoders import CodebookVoting
+from kvb.optim import RowwiseSGD, clip_grad_norm_
 from kvb.splitters import Chunk, LearnedProjection, RandomProjection
+from kvb.training import sgd_step
 
 GOLDEN = torch.load(Path(__file__).parent / "data" / "golden.pt", weights_only=True)
 
@@ -139,20 +141,26 @@ def test_encoder(mode):
     assert_distances(out.distances, neg_sq_dist.squeeze(3).squeeze(2), *compared)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_train_trajectory(cached):
-    """Forty steps of the paper's recipe, through the search or on cached codes."""
+@pytest.mark.parametrize("way", ["search", "codes", "sparse", "fused"])
+def test_train_trajectory(way):
+    """Forty steps of the paper's recipe: through the search, on cached codes, with row gradients, in one operator."""
     case = GOLDEN["train_trajectory"]
-    module = module_for(case["state"]).freeze_keys()
+    module = module_for(case["state"], sparse_grad=way == "sparse").freeze_keys()
     vote = CodebookVoting(module.dim_values)
-    optimizer = torch.optim.SGD(module.parameters(), lr=case["lr"])
+    recipe = {"lr": case["lr"], "max_norm": case["clip"], "label_smoothing": case["label_smoothing"]}
+    kind, clip = (RowwiseSGD, clip_grad_norm_) if way == "sparse" else (torch.optim.SGD, torch.nn.utils.clip_grad_norm_)
+    optimizer = kind(module.parameters(), lr=case["lr"])
     losses = []
     for x, y in zip(case["x"], case["y"], strict=True):
+        if way == "fused":
+            losses.append(sgd_step(module.values, module.encode(x, dtype="auto"), y, **recipe).loss)
+            continue
+        cached = way == "codes"
         logits = module.decode(module.encode(x, dtype="auto"), "mean")[:, 0] if cached else vote(module(x).values)
         loss = F.cross_entropy(logits, y, label_smoothing=case["label_smoothing"])
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), case["clip"])
+        clip(module.parameters(), case["clip"])
         optimizer.step()
         losses.append(loss.detach())
     torch.testing.assert_close(torch.stack(losses), case["loss"], rtol=1e-5, atol=1e-5)
