@@ -440,30 +440,38 @@ def _measure(row: Row, quick: bool) -> dict[str, Any]:
     return {"name": row.name, **dataclasses.asdict(measured), **bars}
 
 
-def _chosen(only: Sequence[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
+def _chosen(rows: Sequence[Row], only: Sequence[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
     if only is None:
-        return [row for row in ROWS if row.name != HIDDEN]
+        return [row for row in rows if row.name != HIDDEN]
     for name in only:
-        if not any(name in (row.name, row.name.partition(":")[0]) for row in ROWS):
-            parser.error(f"no row {name!r}; there are: {', '.join(row.name for row in ROWS)}")
-    return [row for row in ROWS if row.name in only or (row.name.partition(":")[0] in only and row.name != HIDDEN)]
+        if not any(name in (row.name, row.name.partition(":")[0]) for row in rows):
+            parser.error(f"no row {name!r}; there are: {', '.join(row.name for row in rows)}")
+    return [row for row in rows if row.name in only or (row.name.partition(":")[0] in only and row.name != HIDDEN)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split("\n")[0])
+    return run(ROWS, "benchmarks.cpu", __doc__, arguments, with_ceilings=True)
+
+
+def run(
+    table: Sequence[Row], module: str, about: str, arguments: Sequence[str] | None, *, with_ceilings: bool = False
+) -> int:
+    """The command line of a table of rows; the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller problems: a minute or so")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    one = table[0].name
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help='rows ("nearest:paper") or groups of them ("nearest")'
+        "--only", nargs="+", metavar="NAME", help=f'rows ("{one}") or groups of them ("{one.partition(":")[0]}")'
     )
     options = parser.parse_args(arguments)
-    chosen = _chosen(options.only, parser)
+    chosen = _chosen(table, options.only, parser)
     torch.set_num_threads(THREADS)
     machine = _machine()
     for name, fact in machine.items():
         print(f"{name:<20} {fact}")
     limits: dict[str, float] = {}
-    if options.only is None:
+    if options.only is None and with_ceilings:
         limits, absent = ceilings.measure(_effort(options.quick))
         for name, limit in limits.items():
             print(f"{name}: {limit:.4g}")

@@ -1,4 +1,4 @@
-"""The peak memory of one forward at the paper's step, measured in a fresh process (Linux with glibc)."""
+"""The peak memory of one forward and of training at the paper's step, each in a fresh process (Linux with glibc)."""
 
 from __future__ import annotations
 
@@ -46,15 +46,36 @@ def _forward() -> int:
     return extra
 
 
-def extra_bytes(threads: int) -> int:
-    """The same, from a process of its own.
+def _training() -> int:
+    """Bytes that an epoch of 50,000 samples needs beyond its values and codes."""
+    shape = PAPER
+    values, codes = torch.zeros(shape.C, shape.K, shape.V).fill_(0.0), torch.empty(50_000, shape.C, dtype=torch.int16)
+    data = kvb.CodeDataset(codes.random_(shape.K), torch.randint(shape.V, (50_000,)))
+    kvb.training.sgd_step(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.int16), torch.zeros(1).long())
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR.write_text("5")  # the peak starts anew
+    before = _resident("VmRSS")
+    for batch, labels in data.batches(shape.B):
+        kvb.training.sgd_step(values, batch, labels)
+    extra = _resident("VmHWM") - before
+    batch, labels = data[: shape.B]
+    start = values.clone()
+    verify.trained(start, batch, labels, values, kvb.training.sgd_step(values, batch, labels).loss)
+    return extra
+
+
+JOBS = {"forward": _forward, "training": _training}
+
+
+def extra_bytes(threads: int, job: str = "forward") -> int:
+    """The same of a job, from a process of its own.
 
     Raises:
-        Absent: no Linux with glibc. WrongResult: the forward's result is wrong.
+        Absent: no Linux with glibc. WrongResult: the job's result is wrong.
     """
     if not CLEAR.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         raise Absent("needs Linux with glibc")
-    command = [sys.executable, "-m", "benchmarks.memory", str(threads)]
+    command = [sys.executable, "-m", "benchmarks.memory", str(threads), job]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise WrongResult(f"peak memory: {done.stderr.strip()[-300:]}")
@@ -63,4 +84,4 @@ def extra_bytes(threads: int) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[1]))
-    print(json.dumps(_forward()))
+    print(json.dumps(JOBS[sys.argv[2]]()))

@@ -102,3 +102,17 @@ def sums(rows: Tensor, indices: Tensor, found: Tensor, hits: Tensor | None = Non
         size = torch.zeros(K, V, dtype=torch.float64).index_add_(0, index, row.abs_())
         off = (found[c] - exact).abs() > number[:, None] * UNIT * size
         _require(not off.any(), f"{int(off.sum())} of {K * V} sums of codebook {c} are off by more than rounding")
+
+
+def trained(start: Tensor, codes: Tensor, targets: Tensor, values: Tensor, loss: Tensor) -> None:
+    """values [C, K, V] are what one step of the paper's recipe makes of ``start``, and its loss is right.
+
+    The step is that of ``kvb.training.sgd_step`` with its defaults, in float64 here. A row may be off by the rounding
+    of its number and of its gradient, one that no code names not at all.
+    """
+    exact = start.double()
+    want, *_ = reference.sgd_step_(exact, codes[:, None], targets, 0.3, 1.0, 0.1)
+    _require(abs(float(loss) - float(want)) <= 64 * UNIT * float(want), f"loss {float(loss):.7g}, expected {want:.7g}")
+    moved, size = (exact - start).abs(), start.double().abs()
+    off = (values - exact).abs() > 2 * UNIT * (size + moved) + 64 * UNIT * moved
+    _require(not off.any(), f"{int(off.sum())} of {off.numel()} values are off by more than rounding")
