@@ -6,6 +6,7 @@
 #include "pooled.h"
 
 #include <cmath>
+#include <memory>
 
 namespace kvb {
 namespace {
@@ -105,8 +106,11 @@ struct Gradient {
   const Sum* rows;
   int64_t width, positions; // V, S
 
+  int64_t sample(int64_t position) const {
+    return positions == 1 ? position : position / positions; // a division takes longer than all else
+  }
   const Sum* at(int64_t position) const {
-    return rows + (positions == 1 ? position : position / positions) * width;
+    return rows + sample(position) * width;
   }
   // The sum over a chain of positions.
   void add(int32_t position, const int32_t* next, Sum* sum) const {
@@ -150,11 +154,12 @@ struct Chains {
   static constexpr int32_t kEnd = -1; // the next position after the last
 
   int64_t positions; // N
-  std::vector<int32_t> row; // the row of a position alone; -2 - row where a longer chain begins
-  std::vector<int32_t> next; // of a chain
+  // Left uninitialised: every row is read from the codes, and only chains have a next position.
+  std::unique_ptr<int32_t[]> row; // the row of a position alone; -2 - row where a longer chain begins
+  std::unique_ptr<int32_t[]> next; // of a chain
 
   Chains(int64_t positions, int64_t codebooks)
-      : positions(positions), row(codebooks * positions), next(codebooks * positions) {}
+      : positions(positions), row(new int32_t[codebooks * positions]), next(new int32_t[codebooks * positions]) {}
 
   // Chain codebooks [c0, c1) of ``indices``, kept from codebook ``c0 - origin`` on: visit(codebook, first position,
   // next) for every chain longer than one.
@@ -164,34 +169,34 @@ struct Chains {
     for (int64_t c = c0; c < c1; ++c) {
       int32_t *const rows = &row[(c - origin) * positions], *const nexts = &next[(c - origin) * positions];
       heads.clear(positions);
+      int32_t* const firsts = heads.first.data();
+      const int32_t origin = heads.origin; // in a register: the compiler cannot know that writing rows leaves it alone
       for (int32_t n = static_cast<int32_t>(positions) - 1; n >= 0; --n) {
-        int32_t& first = heads.first[rows[n]];
-        const int32_t later = first - heads.origin;
-        first = heads.origin + n;
-        nexts[n] = std::max(later, kEnd);
-        if (later < 0) continue;
+        const int32_t at = rows[n], later = firsts[at] - origin;
+        firsts[at] = origin + n;
+        if (later < 0) [[likely]] continue;
+        if (rows[later] >= 0) nexts[later] = kEnd;
         rows[later] = kLater;
+        nexts[n] = later;
+        rows[n] = -2 - at;
         heads.joined.push_back(n);
       }
-      for (int32_t n : heads.joined) {
-        if (rows[n] == kLater) continue;
-        rows[n] = -2 - rows[n];
-        visit(c, n, nexts);
-      }
+      for (int32_t n : heads.joined)
+        if (rows[n] != kLater) visit(c, n, nexts);
     }
   }
 
 private:
-  // Codebooks are read together: their codes share cache lines.
+  // Codebooks follow each other closely: their codes share cache lines.
   template <class Index>
   void read(const Tensor& indices, int64_t c0, int64_t c1, int64_t origin) {
     const Index* const codes = static_cast<const Index*>(indices.const_data_ptr());
-    const int64_t B = indices.size(0), S = indices.size(1), step = indices.stride(2);
-    for (int64_t b = 0, n = 0; b < B; ++b) {
-      for (int64_t s = 0; s < S; ++s, ++n) {
-        const Index* code = codes + b * indices.stride(0) + s * indices.stride(1);
-        for (int64_t c = c0; c < c1; ++c) row[(c - origin) * positions + n] = static_cast<int32_t>(code[c * step]);
-      }
+    const int64_t B = indices.size(0), S = indices.size(1), batch = indices.stride(0), position = indices.stride(1);
+    int32_t* rows = &row[(c0 - origin) * positions];
+    for (int64_t c = c0; c < c1; ++c) {
+      const Index* const code = codes + c * indices.stride(2);
+      for (int64_t b = 0; b < B; ++b)
+        for (int64_t s = 0; s < S; ++s) *rows++ = static_cast<int32_t>(code[b * batch + s * position]);
     }
   }
 };
@@ -214,7 +219,7 @@ double chain_all(const Tensor& indices, int64_t K, const Gradient<Sum>& grad, bo
       (kept ? chains : own).build(indices, c0, c1, kept ? 0 : c0, heads, [&](int64_t c, int32_t n, const int32_t* next) {
         grad.add(n, next, sum.data());
         double apart = 0;
-        for (int32_t at = n; at >= 0; at = next[at]) apart += squares[at / grad.positions];
+        for (int32_t at = n; at >= 0; at = next[at]) apart += squares[grad.sample(at)];
         corrections[c] += square(sum.data(), V) - apart;
       });
     }
@@ -277,7 +282,7 @@ void move_all(T* table, const Tensor& indices, int64_t K, const Gradient<Sum>& g
       const Chains& of = kept ? chains : own;
       const int64_t at = kept ? c0 * N : 0;
       move_rows(
-          table + c0 * K * V, c1 - c0, K, of.row.data() + at, of.next.data() + at, grad, N, step, sum.data());
+          table + c0 * K * V, c1 - c0, K, of.row.get() + at, of.next.get() + at, grad, N, step, sum.data());
     }
   });
 }

@@ -52,10 +52,15 @@ def _sparse_rows(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return _flat(merged.indices(), param.shape), merged.values()
 
 
-def _touched_rows(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows with a gradient that is not zero, the same ones for a dense and a sparse gradient."""
+def _touched_rows(param: Tensor, grad: Tensor, zeros_move: bool) -> tuple[Tensor, Tensor]:
+    """The rows with a gradient that is not zero, the same ones for a dense and a sparse gradient.
+
+    Listed rows of zeros may stay where an optimizer does not move them.
+    """
     if grad.is_sparse:
         rows, each = _sparse_rows(param, grad)
+        if not zeros_move:
+            return rows, each
         moving = (each != 0).any(-1)
         return (rows, each) if bool(moving.all()) else (rows[moving], each[moving])
     table = grad.reshape(-1, grad.shape[-1])
@@ -113,7 +118,7 @@ class _Rowwise(torch.optim.Optimizer):
         if not param.is_contiguous():
             raise ValueError(f"expected a contiguous table of values, got strides {param.stride()}; call contiguous()")
         memory = self._memory(param, group, rows=True)
-        rows, grads = _touched_rows(param, grad)
+        rows, grads = _touched_rows(param, grad, self._zeros_move(group))
         tables = [param.view(-1, param.shape[-1]), *(kept.view(-1, kept.shape[-1]) for kept in memory.values())]
         parts = [table.index_select(0, rows) for table in tables]
         self._move(parts[0], grads, dict(zip(memory, parts[1:], strict=True)), group)
@@ -131,6 +136,10 @@ class _Rowwise(torch.optim.Optimizer):
         elif "step" in state and state["step"].device != param.device:
             state["step"] = state["step"].to(param.device)  # load_state_dict leaves it where it was saved
         return dict(state)
+
+    def _zeros_move(self, group: dict[str, Any]) -> bool:
+        """Whether ``_move`` changes anything where the gradient is zero."""
+        return bool(group["weight_decay"] != 0)
 
     def _fresh(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
@@ -262,6 +271,9 @@ class RowwiseAdam(_Rowwise):
             raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
         for i, beta in enumerate(group["betas"]):
             checks.number(f"betas[{i}]", beta, 0.0, 1.0)
+
+    def _zeros_move(self, group: dict[str, Any]) -> bool:
+        return True
 
     def _fresh(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return {"step": None, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}

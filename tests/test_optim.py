@@ -27,6 +27,9 @@ OURS = {
     "sgd": (RowwiseSGD, {"weight_decay": 0.01}),
     "adagrad": (RowwiseAdagrad, {"weight_decay": 0.01}),
     "adam": (RowwiseAdam, {"weight_decay": 0.01}),
+    "sgd, no decay": (RowwiseSGD, {}),
+    "adagrad, no decay": (RowwiseAdagrad, {}),
+    "adam, no decay": (RowwiseAdam, {}),
 }
 CLOSE = {"rtol": 2e-6, "atol": 1e-6}
 
