@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import kvb
 from kvb import functional, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the benchmarks are not part of the package
 
-from benchmarks import ceilings, cpu, peers, verify  # noqa: E402
+from benchmarks import ceilings, cpu, peers, training, verify  # noqa: E402
 from benchmarks.timing import Absent, Contestant, Effort, Race, Ratio, WrongResult, race  # noqa: E402
 
 ONCE = Effort(rounds=1, seconds=0.0)
@@ -195,6 +196,35 @@ def test_unknown_row_names_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         cpu.main(["--only", "nothing"])
     assert "nearest:paper" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [1, 1 + 1e-5])
+def test_a_wrong_step_of_training_is_rejected(number):
+    start, codes, targets = torch.randn(3, 50, 4), torch.randint(50, (20, 3)), torch.randint(4, (20,))
+    values = start.clone()
+    loss = kvb.training.sgd_step(values, codes, targets).loss
+    if number == 1:
+        verify.trained(start, codes, targets, values, loss)
+        with pytest.raises(WrongResult, match="values are off"):
+            verify.trained(start, codes, targets, start, loss)
+        values[0, codes[0, 0]] += 1e-5
+        with pytest.raises(WrongResult, match="4 of 600 values are off"):
+            verify.trained(start, codes, targets, values, loss)
+    else:
+        with pytest.raises(WrongResult, match="loss .*, expected"):
+            verify.trained(start, codes, targets, values, loss * number)
+
+
+def test_the_steps_of_training_are_verified_as_they_are_raced(monkeypatch):
+    """Every contestant, on a small problem."""
+    monkeypatch.setattr(training, "PAPER", training.PAPER._replace(B=16, C=4, K=30))
+    batches = training._batches()
+    sgd = training.SPARSE(batches, lambda params: kvb.optim.RowwiseSGD(params, lr=0.3), check=True)
+    dense = training.DENSE(batches, lambda params: torch.optim.SGD(params, lr=0.3), check=True)
+    race({"fused": training._fused(batches), "row-sgd": sgd, "dense": dense}, ONCE)
+    wrong = training.DENSE(batches, lambda params: torch.optim.SGD(params, lr=0.31), check=True)
+    with pytest.raises(WrongResult, match="values are off"):
+        race({"wrong": wrong}, ONCE)
 
 
 def test_command_line():

@@ -6,6 +6,7 @@ import importlib
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import kvb
@@ -26,6 +27,22 @@ def test_the_example_runs_and_both_ways_agree(capsys):
     names["logits"].sum().backward()
     assert names["bottleneck"].values.grad.abs().sum() > 0
     assert "kmeans: 1000 rows a codebook (0 skipped)" in capsys.readouterr().out
+
+
+def test_the_examples_of_training_run():
+    names: dict = {}
+    fused, rows = (block for block in BLOCKS if "sgd_step" in block or "RowwiseAdam" in block)
+    exec(BLOCKS[0], names)
+    exec(fused, names)
+    learned = names["bottleneck"].values.detach().clone()
+    assert names["data"].codes.dtype == torch.int16
+    assert learned.any()
+    with pytest.warns(UserWarning, match="moves a row by 0.51 of what it learned"):
+        exec(rows, names)
+    moved = (names["bottleneck"].values != learned).any(-1)
+    touched = torch.zeros_like(moved)
+    touched[torch.arange(64), names["data"].codes[:256].long()] = True
+    assert torch.equal(moved, touched)
 
 
 def test_the_example_of_an_encoder_runs():
