@@ -39,7 +39,7 @@ data-mnist data-20ng: data-%:
 # Every run says which backend it expects: tests/conftest.py stops it where another one answers.
 ON_CPU := KVB_EXPECT_BACKEND=$(patsubst 0,reference,$(patsubst 1,csrc,$(EXT_test:auto=)))
 ON_REFERENCE := KVB_CPU_CAPABILITY=reference KVB_EXPECT_BACKEND=reference
-BOTH := tables exactness operators golden bottleneck keys state discrete compat encoders
+BOTH := tables exactness operators training sparse_grad golden bottleneck keys state discrete compat encoders
 
 test: lint ## run the linters, the tests, and those of operators and modules once more on the reference
 	@$(ON_CPU) $(BIN)/pytest -q
@@ -59,7 +59,7 @@ define sanitized
 endef
 
 sanitize: $(VENV)/.kvb-test ## search the extension for bad memory accesses, undefined behaviour and data races
-	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0,$(addprefix tests/test_,tables.py operators.py extension.py))
+	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0,$(addprefix tests/test_,tables.py operators.py training.py extension.py))
 	$(call sanitized,thread,tsan,tsan,TSAN_OPTIONS=ignore_noninstrumented_modules=1,tests/test_extension.py -k threads)
 
 lint: $(VENV)/.kvb-test ## check style, format and types

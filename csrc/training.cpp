@@ -67,11 +67,11 @@ void mean_values(const T* table, const Walk& all, int64_t V, Sum* means) {
     for (int64_t g = begin; g < end; ++g) {
       const Walk part = codebooks(all, g * kBooks, std::min(C, (g + 1) * kBooks));
       for (int64_t n = 0; n < N; n += tile)
-        sum_codebooks(table, part, n, std::min(N, n + tile), V, rows.data(), &parts[(g * N + n) * V]);
+        sum_codebooks(table, part, n, std::min(N, n + tile), V, rows.data(), parts.data() + (g * N + n) * V);
     }
   });
   std::fill_n(means, N * V, Sum{0});
-  for (int64_t g = 0; g < groups; ++g) add_row(means, &parts[g * N * V], N * V);
+  for (int64_t g = 0; g < groups; ++g) add_row(means, parts.data() + g * N * V, N * V);
   for (int64_t i = 0; i < N * V; ++i) means[i] = widen<Sum>(static_cast<T>(means[i] / static_cast<Sum>(C)));
 }
 
