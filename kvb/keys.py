@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from kvb import functional
 
@@ -166,7 +165,7 @@ class Stream:
         length = len(batches) if isinstance(batches, Sized) else None
         title = f"keys: {label} (pass {self._begun} of {self.passes})"
         rows = 0
-        for item in tqdm(batches, desc=title, total=length, disable=not self.progress, leave=False, delay=PATIENCE):
+        for item in _shown(batches, title, length) if self.progress else batches:
             queries = self.to_queries(item if isinstance(self.data, Tensor) else self.extract(item))
             if limit is not None:
                 queries = queries[: -(-(limit - rows) // max(1, queries.shape[1]))]
@@ -176,6 +175,12 @@ class Stream:
                 break
         if rows == 0:
             raise ValueError("data yielded no rows")
+
+
+def _shown(batches: Iterable[Any], title: str, length: int | None) -> Iterable[Any]:
+    from tqdm import tqdm  # here, so that searching and training do without it
+
+    return tqdm(batches, desc=title, total=length, leave=False, delay=PATIENCE)
 
 
 def _first(item: Any) -> Any:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvb import functional
+from kvb import functional, ops
 
-CI_QUERIES = 1_000_000
-ALL_QUERIES = 10_000_000
+# Triton's interpreter runs one program after the other.
+CI_QUERIES, ALL_QUERIES = (20_000, 200_000) if ops.backend("cpu") == "kernels" else (1_000_000, 10_000_000)
 
 
 def normal(n, C, K, D):
@@ -204,7 +204,7 @@ def test_no_violation(case):
 
 
 @pytest.mark.slow
-def test_no_violation_in_ten_million_queries():
+def test_no_violation_in_many_more_queries():
     judged = sum(run_case(*case, total=ALL_QUERIES) for case in CASES)
     print(f"\nexactness: 0 violations in {judged:,} queries over {len(CASES)} kinds of data")
     assert judged >= ALL_QUERIES
