@@ -349,6 +349,6 @@ def excesses(kernel: Compiled, code: Code) -> list[str]:
     if code.registers > limits.registers:
         found.append(f"{kernel}: {code.registers} registers a thread, {limits.registers} are there")
     spills = code.total().spills
-    if "cubin" in kernel.asm and (code.spilled or spills):
+    if "cubin" in kernel.asm and spills:  # a frame that nothing reads or writes costs nothing
         found.append(f"{kernel}: spills, {code.spilled} bytes a thread and {spills} accesses")
     return found

@@ -46,8 +46,16 @@ def _facts(active: Any, device: torch.device) -> tuple[str, int]:
     return column, active.utils.get_device_properties(index)["multiprocessor_count"]
 
 
-def run(kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, **constants: Any) -> None:
-    """Launch ``kernel`` on the device of its first argument."""
+def run(
+    kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, registers: int | None = None, **constants: Any
+) -> None:
+    """Launch ``kernel`` on the device of its first argument.
+
+    ``registers`` a thread may be used on NVIDIA: left to itself, its assembler would rather spill than have fewer
+    programs run side by side.
+    """
+    if registers is not None and target(first.device).startswith("sm_"):
+        constants["maxnreg"] = registers
     with torch.cuda.device_of(first):
         kernel[grid](first, *rest, **constants)
 

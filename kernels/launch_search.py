@@ -24,7 +24,7 @@ from kvb.kernels.launch_values import gather
 
 
 class Filter(NamedTuple):
-    """Block sizes of ``search``: BN rows times BK keys, in pieces of BD columns where that is not all of them."""
+    """Block sizes of ``search``: BN rows times BK keys."""
 
     BN: int
     BK: int
@@ -43,83 +43,101 @@ class Group(NamedTuple):
 LANES = Group(4, 4, 2)  # the accumulators of mma and wgmma
 ROWS = Group(1, 1, 8)  # a row a thread, as tcgen05 leaves them
 
-# By target: the layout of the scores, then ``search`` by the columns of a packed row (16, 32, 64, 128, more).
-# Large tiles feed the matrix units; registers and shared memory bound them, and sm_120 and gfx942 have little of those.
-SEARCH: dict[str, tuple[Group, tuple[Filter, ...]]] = {
-    "sm_80": (
+
+class Target(NamedTuple):
+    """A column of the table: the layout of scores, and ``search`` by the columns of a packed row.
+
+    Large tiles feed the matrix units; registers and shared memory bound them. ``resident`` is the largest key dim for
+    which ``resident`` keeps a whole small codebook on the chip: where products take both factors from registers, the
+    keys do not fit beside the scores.
+    """
+
+    group: Group
+    filters: dict[int, Filter]  # by DP; 0 for more than 128, which come in pieces
+    resident: int
+
+
+SEARCH = {
+    "sm_80": Target(
         LANES,
-        (
-            Filter(128, 128, 4, 3),
-            Filter(128, 128, 4, 3),
-            Filter(128, 64, 4, 3),
-            Filter(128, 64, 8, 2),
-            Filter(128, 64, 8, 2),
-        ),
+        {
+            16: Filter(128, 128, 4, 3),
+            32: Filter(128, 64, 4, 3),
+            64: Filter(128, 64, 4, 3),
+            128: Filter(128, 64, 8, 2),
+            0: Filter(128, 64, 8, 2),
+        },
+        resident=0,
     ),
-    "sm_90": (
+    "sm_90": Target(
         LANES,
-        (
-            Filter(128, 128, 4, 3),
-            Filter(128, 128, 4, 3),
-            Filter(256, 128, 8, 3),
-            Filter(128, 128, 8, 2),
-            Filter(128, 128, 8, 2),
-        ),
+        {
+            16: Filter(128, 128, 4, 3),
+            32: Filter(256, 128, 8, 3),
+            64: Filter(256, 128, 8, 3),
+            128: Filter(128, 128, 8, 2),
+            0: Filter(128, 128, 8, 2),
+        },
+        resident=32,
     ),
-    "sm_100": (
+    "sm_100": Target(
         ROWS,
-        (
-            Filter(128, 128, 4, 3),
-            Filter(128, 128, 4, 3),
-            Filter(128, 64, 4, 3),
-            Filter(128, 64, 4, 2),
-            Filter(128, 64, 8, 2),
-        ),
+        {
+            16: Filter(128, 128, 4, 3),
+            32: Filter(128, 64, 4, 3),
+            64: Filter(128, 64, 4, 3),
+            128: Filter(128, 64, 4, 2),
+            0: Filter(128, 64, 8, 2),
+        },
+        resident=0,
     ),
-    "sm_120": (
+    "sm_120": Target(
         LANES,
-        (
-            Filter(128, 128, 4, 3),
-            Filter(128, 128, 4, 2),
-            Filter(128, 64, 4, 2),
-            Filter(64, 64, 4, 2),
-            Filter(64, 64, 4, 2),
-        ),
+        {
+            16: Filter(128, 128, 4, 3),
+            32: Filter(128, 64, 4, 3),
+            64: Filter(128, 64, 4, 2),
+            128: Filter(64, 64, 4, 2),
+            0: Filter(64, 64, 4, 2),
+        },
+        resident=0,
     ),
-    "gfx942": (
+    "gfx942": Target(
         LANES,
-        (
-            Filter(128, 64, 4, 2),
-            Filter(128, 64, 4, 2),
-            Filter(64, 64, 4, 2),
-            Filter(64, 64, 4, 2),
-            Filter(64, 64, 4, 2),
-        ),
+        {
+            16: Filter(128, 64, 4, 2),
+            32: Filter(128, 64, 4, 2),
+            64: Filter(64, 64, 4, 2),
+            128: Filter(64, 64, 4, 2),
+            0: Filter(64, 64, 4, 2),
+        },
+        resident=0,
     ),
-    "gfx950": (
+    "gfx950": Target(
         LANES,
-        (
-            Filter(128, 64, 4, 2),
-            Filter(128, 64, 4, 2),
-            Filter(128, 64, 4, 2),
-            Filter(64, 64, 4, 2),
-            Filter(64, 64, 4, 2),
-        ),
+        {
+            16: Filter(128, 64, 4, 2),
+            32: Filter(128, 64, 4, 2),
+            64: Filter(128, 64, 4, 2),
+            128: Filter(64, 64, 4, 2),
+            0: Filter(64, 64, 4, 2),
+        },
+        resident=0,
     ),
 }
 PIECE = 64  # columns at a time of rows with more than 128
 
-RESIDENT_K = 256  # codebooks up to here may stay on the chip,
-RESIDENT_D = 64  # with keys up to here
+RESIDENT_K = 256  # codebooks up to here may stay on the chip
 RESIDENT_ROWS, RESIDENT_WARPS = 64, 4
 RESIDENT_PROGRAMS = 8  # for each processor: they take turns at memory and arithmetic
 
 FEW = 16  # queries a codebook that ``scan`` takes at once; up to here it has no rival
-SCAN_KEYS, SCAN_COLUMNS = 64, 16  # of a tile of ``scan`` and ``rescan``
+SCAN_ELEMENTS, SCAN_COLUMNS, SCAN_WARPS = 4096, 16, 8  # of a tile of rows, keys and columns
 SCAN_LEAST = 1024  # keys that a part of a codebook should have
 MOST_SPLITS = 64
-SETTLE_ROWS, SETTLE_COLUMNS = 64, 8  # wider tiles would spill
-RESCAN_KEYS, RESCAN_COLUMNS = 256, 32
+PREPARE_ROWS = 64
+SETTLE_ROWS, SETTLE_COLUMNS = 128, 2  # one thread a row: more would repeat its addresses
+RESCAN_KEYS, RESCAN_COLUMNS, RESCAN_WARPS = 256, 16, 8
 RESCAN_PROGRAMS = 8  # for each processor
 
 BOOKS = 8  # codebooks searched side by side: their packed keys share the cache
@@ -161,7 +179,7 @@ def layout(K: int, D: int) -> Layout:
         form = 1 if D + 2 <= DP else 2
     else:
         form, DP = 2, multiple(D, PIECE)
-    Kp = multiple(K, 32 if K <= RESIDENT_K and D <= RESIDENT_D else 64 if K <= 1024 else 128)
+    Kp = multiple(K, 64 if K <= 1024 else 128)
     tiles = ceil_div(Kp, PACK_KEYS)
     radii = multiple(1 + D, 16)
     norms = radii + multiple(tiles, 16)
@@ -202,7 +220,7 @@ def _pack(keys: Tensor, mask: Tensor | None) -> Tensor:
     }
     allowed = table if mask is None else mask.contiguous().view(torch.uint8)
     columns = ceil_div(D, shared["BD"])
-    run(pack.survey, (C * slices, columns), keys, allowed, surveys, table, K, SLICE=size, **shared)
+    run(pack.survey, (C * slices, columns), keys, allowed, surveys, table, K, SLICE=size, **shared, registers=255)
     if facts.FORM == 2:
         shared["BD"] = min(PACK_COLUMNS, facts.DP)
     run(
@@ -213,6 +231,7 @@ def _pack(keys: Tensor, mask: Tensor | None) -> Tensor:
         **shared,
         WIDTH=power_of_two(slices),
         KP=facts.Kp,
+        registers=255,
     )
     return packed
 
@@ -339,7 +358,7 @@ def _nearest(
         return indices, distances
     packed = packed if mask is None else _pack(keys, mask)
     facts = layout(K, D)
-    small = K <= RESIDENT_K and D <= RESIDENT_D
+    small = K <= RESIDENT_K and SEARCH[target(keys.device)].resident >= D
     for rows in _chunks(queries, indices, distances, 16 if small else 16 + 4 * facts.DP):
         listed = indices.new_empty(rows.cells, dtype=torch.int32)
         count = (_resident if small else _filter)(rows, keys, packed, facts, listed)
@@ -352,6 +371,8 @@ def _nearest(
             **{"FLAT": flat, "D": D, "MASKED": mask is not None},
             BK=RESCAN_KEYS,
             BD=min(RESCAN_COLUMNS, power_of_two(D)),
+            num_warps=RESCAN_WARPS,
+            registers=255,
         )
     return indices, distances
 
@@ -373,11 +394,18 @@ def _scan(
         (ceil_div(rows.count, block) * C, splits),
         *(rows.queries, keys, keys if mask is None else mask.contiguous().view(torch.uint8), values),
         *(indices, distances, fetched, rows.count, S, *strides, C, K, rows.indices.shape[3], splits),
-        multiple(ceil_div(K, splits), SCAN_KEYS),
+        multiple(ceil_div(K, splits), SCAN_ELEMENTS // SCAN_COLUMNS),
         **{"FLAT": flat, "D": D, "V": V, "WIDE": wide, "MASKED": mask is not None},
-        **{"PARTIAL": splits > 1, "FETCH": fetch is not None, "BR": block, "BK": SCAN_KEYS},
+        **{
+            "PARTIAL": splits > 1,
+            "FETCH": fetch is not None,
+            "BR": block,
+            "BK": SCAN_ELEMENTS // SCAN_COLUMNS // block,
+        },
         BD=min(SCAN_COLUMNS, power_of_two(D)),
         BV=min(64, power_of_two(V)),
+        num_warps=SCAN_WARPS,
+        registers=255,
     )
     if splits > 1:
         run(
@@ -393,9 +421,9 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
     """Search a small codebook; how many rows it listed."""
     C, K, D = keys.shape
     S, *strides, flat = rows.strides
-    group, _ = SEARCH[target(keys.device)]
+    group = SEARCH[target(keys.device)].group
     count = torch.zeros(1, dtype=torch.int32, device=keys.device)
-    parts = [part for part in (128, 64, 32) if facts.Kp & part] if facts.Kp < 256 else [128, 128]
+    parts = [part for part in (128, 64, 32) if multiple(K, 32) & part] if K <= 224 else [128, 128]
     parts += [0] * (3 - len(parts))
     workers = min(ceil_div(rows.count, RESIDENT_ROWS), ceil_div(RESIDENT_PROGRAMS * processors(keys.device), C))
     run(
@@ -422,8 +450,8 @@ def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Te
     """Search a large codebook; how many rows it listed."""
     C, K, D = keys.shape
     S, *strides, flat = rows.strides
-    group, filters = SEARCH[target(keys.device)]
-    BN, BK, warps, stages = filters[min(4, max(0, facts.DP.bit_length() - 5))] if facts.DP <= 128 else filters[4]
+    group, filters, _ = SEARCH[target(keys.device)]
+    BN, BK, warps, stages = filters.get(facts.DP, filters[0])
     BK = min(BK, 64) if K <= 1024 else BK
     tiles = ceil_div(K, BK)
     row_tiles = ceil_div(rows.count, BN)
@@ -437,11 +465,12 @@ def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Te
     floats, halves = packed.view(torch.float32), packed.view(torch.float16)
     run(
         search.prepare,
-        (ceil_div(rows.count, 32), C),
+        (ceil_div(rows.count, PREPARE_ROWS), C),
         *(rows.queries, floats, words, scales, count, rows.count, S, *strides, C),
         **facts.constants("NBYTES", "TILES", "RADII", "FORM", "DP"),
         **{"FLAT": flat, "D": D, "DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
-        **{"BR": 32, "BD": min(PIECE, facts.DP)},
+        **{"BR": PREPARE_ROWS, "BD": min(PIECE, facts.DP)},
+        registers=168,
     )
     run(
         search.search,
@@ -458,6 +487,7 @@ def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Te
         *(rows.queries, keys, floats, groups, rows.indices, rows.distances, listed, count),
         *(rows.count, S, *strides, C, K, splits),
         **facts.constants("NBYTES", "NORMS"),
-        **{"FLAT": flat, "D": D, "BR": SETTLE_ROWS, "BD": min(SETTLE_COLUMNS, power_of_two(D)), **group._asdict()},
+        **{"FLAT": flat, "D": D, "BR": SETTLE_ROWS, "BD": SETTLE_COLUMNS, **group._asdict()},
+        registers=255,
     )
     return count

@@ -32,7 +32,7 @@ _COUNT = _Block(2048, 128, 4)
 _PRODUCT_KEYS = 256  # codebooks up to here are summed by one-hot products
 _PRODUCT_COLUMNS = 64
 _PRODUCT_TILE = 8192  # sums of a program: 32 KiB of shared memory when they are stored
-_PRODUCT_ROWS = {16: 64, 32: 64, 64: 32}  # rows of one product, by its columns: more would spill registers
+_PRODUCT_ROWS = {16: 64, 32: 64, 64: 16}  # rows of one product, by its columns: more would spill registers
 _PRODUCT_PROGRAMS = 1024  # the batch is cut into slices until there are so many; no device decides, so no result varies
 
 _RUN = 32, 64  # positions of a chunk, columns of one product

@@ -185,8 +185,9 @@ def pack(
     square = tl.full((), 0.0, tl.float64)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
-        _, reach = _centre(surveys, d, D, SLICES, WIDTH)
+        mean, reach = _centre(surveys, d, D, SLICES, WIDTH)
         square += tl.sum(reach * reach, 0)
+        tl.store(floats + CENTRE + d, mean, mask=(d < D) & (tile == 0))
     around = tl.sqrt(square).to(tl.float32)
     exponent = ((around.to(tl.int32, bitcast=True) >> 23) & 255) - 127
     exponent = tl.minimum(tl.maximum(tl.where(around > 0, exponent, 6), -120), 127)
@@ -224,6 +225,3 @@ def pack(
     tl.store(floats + RADII + tile, tl.max(tl.where(usable, norm, 0.0), 0).to(tl.float32))
     if tile == 0:
         tl.store(floats, scale)
-        for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
-            tl.store(floats + CENTRE + d, _centre(surveys, d, D, SLICES, WIDTH)[0], mask=d < D)

@@ -26,9 +26,12 @@ def _squares(
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Squared distances [BR, BK] by direct difference, and whether the keys are finite; in float64 if WIDE."""
+    """Squared distances [BK, BR] by direct difference, and whether the keys are finite; in float64 if WIDE.
+
+    Keys come first: threads that few rows leave over go along the first axis.
+    """
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
-    total = tl.zeros((BR, BK), dtype)
+    total = tl.zeros((BK, BR), dtype)
     whole = inside
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
@@ -37,7 +40,7 @@ def _squares(
             keys + key[:, None].to(tl.int64) * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
         ).to(dtype)
         whole = whole & (tl.min(finite(k).to(tl.int32), 1) != 0)
-        apart = q[:, None, :] - k[None, :, :]
+        apart = k[:, None, :] - q[None, :, :]
         total += tl.sum(apart * apart, 2)
     return total, whole
 
@@ -79,22 +82,22 @@ def _next(
         if not WIDE:
             near, _ = _squares(queries, at, good, keys, key, key < stop, False, D, BR, BK, BD)
             # Negated, so that NaN is looked at.
-            possible = allowed[None, :] & ~(near > limit[:, None])
-            possible = good[:, None] & (possible | (choice == K)[:, None])
+            possible = allowed[:, None] & ~(near > limit[None, :])
+            possible = good[None, :] & (possible | (choice == K)[None, :])
             look = tl.max(tl.max(possible.to(tl.int32), 1), 0) != 0
         if look:
             exact, whole = _squares(queries, at, good, keys, key, key < stop, True, D, BR, BK, BD)
-            usable = (allowed & whole)[None, :] & good[:, None]
-            here = tl.broadcast_to(key[None, :], (BR, BK))
-            after = (exact > last[:, None]) | ((exact == last[:, None]) & (here > last_key[:, None]))
+            usable = (allowed & whole)[:, None] & good[None, :]
+            here = tl.broadcast_to(key[:, None], (BK, BR))
+            after = (exact > last[None, :]) | ((exact == last[None, :]) & (here > last_key[None, :]))
             after = after & usable
-            least = tl.min(tl.where(after, exact, float("inf")), 1)
-            lowest = tl.min(tl.where(after & (exact == least[:, None]), here, K), 1)
+            least = tl.min(tl.where(after, exact, float("inf")), 0)
+            lowest = tl.min(tl.where(after & (exact == least[None, :]), here, K), 0)
             better = (lowest < K) & ((least < best) | (choice == K))
             best = tl.where(better, least, best)
             choice = tl.where(better, lowest, choice)
-            barred = (key < stop)[None, :] & ~usable & (here > last_spare[:, None])
-            spare = tl.minimum(spare, tl.min(tl.where(barred, here, K), 1))
+            barred = (key < stop)[:, None] & ~usable & (here > last_spare[None, :])
+            spare = tl.minimum(spare, tl.min(tl.where(barred, here, K), 0))
             limit = (best * (1 + EPSILON * (D + 8)) + D * 2.4e-38).to(tl.float32)
     return best, choice, spare
 

@@ -165,12 +165,10 @@ def _merge(
 def _measure(
     queries,
     at,
-    row_ok,
     keys,
     at_keys,
     norms,
     base,
-    K,
     least,
     runner,
     choice,
@@ -184,11 +182,13 @@ def _measure(
     """Squared differences in float32 of the keys of group ``base``: the nearest so far, and the next nearest's."""
     for member in tl.range(0, J * E, loop_unroll_factor=4):
         key = base + member // E * (L * E) + member % E
-        usable = tl.load(norms + key, mask=row_ok & (key < K), other=FAR) < SEEN
+        usable = tl.load(norms + key) < SEEN
         near = tl.zeros((BR,), tl.float32)
         for start in range(0, D, BD):
             d = start + tl.arange(0, BD)
-            inside = usable[:, None] & (d < D)[None, :]
+            inside = usable[:, None]
+            if D % BD != 0:
+                inside = inside & (d < D)[None, :]
             q = tl.load(queries + at[:, None] + d[None, :], mask=inside, other=0.0)
             k = tl.load(keys + (at_keys + key.to(tl.int64) * D)[:, None] + d[None, :], mask=inside, other=0.0)
             apart = q.to(tl.float32) - k.to(tl.float32)
@@ -265,25 +265,33 @@ def prepare(
     at = row_offsets(line, S, stride_b, stride_s, FLAT) + book * stride_c
     floats += book * (NBYTES // 4)
     line = book * rows + line
-    norm = tl.zeros((BR,), tl.float32)
-    good = row_ok
-    for start in range(0, D, BD):
-        q, some = _centred(queries, at, row_ok, floats, start + tl.arange(0, BD), D)
-        norm += tl.sum(q * q, 1)
-        good = good & some
     radius = largest(floats + RADII, TILES, RADII_WIDTH)
-    t, error = _range(tl.sqrt(norm), good, radius, D, DEPTH)
+    out = prepared_words + line[:, None] * (DP if FORM == CONCAT else 2 * DP)
+    if DP == BD:
+        high, low, t, error = _operand(queries, at, row_ok, floats, radius, D, DP, FORM, DEPTH)
+        _store_parts(out + tl.arange(0, DP)[None, :], high, low, row_ok, DP, FORM)
+    else:
+        norm = tl.zeros((BR,), tl.float32)
+        good = row_ok
+        for start in range(0, D, BD):
+            q, some = _centred(queries, at, row_ok, floats, start + tl.arange(0, BD), D)
+            norm += tl.sum(q * q, 1)
+            good = good & some
+        t, error = _range(tl.sqrt(norm), good, radius, D, DEPTH)
+        for start in range(0, DP, BD):
+            column = start + tl.arange(0, BD)
+            q, _ = _centred(queries, at, good, floats, column, D)
+            high, low = _parts(q, t, column, D, FORM)
+            _store_parts(out + column[None, :], high, low, row_ok, DP, FORM)
     tl.store(prepared_floats + 2 * line, t, mask=row_ok)
     tl.store(prepared_floats + 2 * line + 1, error, mask=row_ok)
-    for start in range(0, DP, BD):
-        column = start + tl.arange(0, BD)
-        d, _, _, _, _ = key_columns(column, D, FORM)
-        q, _ = _centred(queries, at, good, floats, d, D)
-        high, low = _parts(q, t, column, D, FORM)
-        out = prepared_words + line[:, None] * (DP if FORM == CONCAT else 2 * DP) + column[None, :]
-        tl.store(out, high, mask=row_ok[:, None])
-        if FORM != CONCAT:
-            tl.store(out + DP, low, mask=row_ok[:, None])
+
+
+@triton.jit
+def _store_parts(out, high, low, row_ok, DP: tl.constexpr, FORM: tl.constexpr):
+    tl.store(out, high, mask=row_ok[:, None])
+    if FORM != CONCAT:
+        tl.store(out + DP, low, mask=row_ok[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "per_split", "splits"])
@@ -409,21 +417,21 @@ def settle(
     """Find the nearest key of each row in the groups that the filter chose, and list the rows that are not sure."""
     cell = tl.program_id(0) * BR + tl.arange(0, BR)
     row_ok = cell < rows * C
-    row = cell // C
+    cell = tl.minimum(cell, rows * C - 1)
     book = (cell % C).to(tl.int64)
-    at = row_offsets(row, S, stride_b, stride_s, FLAT) + book * stride_c
+    at = row_offsets(cell // C, S, stride_b, stride_s, FLAT) + book * stride_c
     at_keys = book * K * D
-    norms = book * (NBYTES // 4) + NORMS
+    norms = floats + book * (NBYTES // 4) + NORMS
     least = tl.full((BR,), FAR, tl.float32)
     runner = least
     choice = tl.zeros((BR,), tl.int32)
     sure = row_ok
     for split in range(0, splits):
-        base = tl.load(groups + cell * splits + split, mask=row_ok, other=0)
+        base = tl.load(groups + cell * splits + split)
         sure = sure & (base >= 0)
         base = tl.where(base < 0, -1 - base, base)
         least, runner, choice = _measure(
-            queries, at, row_ok, keys, at_keys, floats + norms, base, K, least, runner, choice, D, BR, BD, J, L, E
+            queries, at, keys, at_keys, norms, base, least, runner, choice, D, BR, BD, J, L, E
         )
     sure = sure & _apart(least, runner, D)
     distance = _distance(queries, at, row_ok, keys, at_keys + choice.to(tl.int64) * D, D, BR, BD)
