@@ -126,12 +126,14 @@ SEARCH = {
     ),
 }
 PIECE = 64  # columns at a time of rows with more than 128
+SMALL_ROWS = 64  # BN for batches that fit into it, with 4 warps
 
 RESIDENT_K = 256  # codebooks up to here may stay on the chip
 RESIDENT_ROWS, RESIDENT_WARPS = 64, 4
 RESIDENT_PROGRAMS = 8  # for each processor: they take turns at memory and arithmetic
 
-FEW = 16  # queries a codebook that ``scan`` takes at once; up to here it has no rival
+FEW = 2  # queries a codebook up to which ``scan`` has no rival
+SCAN_ROWS = 16  # at once, where there are so many
 SCAN_ELEMENTS, SCAN_COLUMNS, SCAN_WARPS = 4096, 16, 8  # of a tile of rows, keys and columns
 SCAN_LEAST = 1024  # keys that a part of a codebook should have
 MOST_SPLITS = 64
@@ -145,6 +147,7 @@ PACK_KEYS, PACK_COLUMNS = 64, 64
 SLICE = 256  # keys that one program of ``survey`` sums up, or more, so that there are 64 slices at most
 CHUNK = 1 << 24  # rows times codebooks of one launch: what is kept about them in between stays below a few hundred MB
 CHUNK_BYTES = 1 << 28
+WHOLE = 256  # rows of the largest tile
 
 
 # --- packed keys ------------------------------------------------------------------------------------------------------
@@ -270,6 +273,7 @@ def _chunks(queries: Tensor, indices: Tensor, distances: Tensor, bytes_a_cell: i
     """All rows, in as few pieces as the limits allow; B*S of any size becomes rows below 2^31."""
     B, S, C, _ = queries.shape
     most = max(1, min(CHUNK, CHUNK_BYTES // bytes_a_cell) // C)
+    most = most // WHOLE * WHOLE or most  # no tile of rows but the last is padded
     pieces = [(queries, indices, distances)]
     if most < B * S:
         batches = max(1, most // S)
@@ -388,7 +392,7 @@ def _scan(
         distances = rows.distances.new_empty((rows.cells, splits), dtype=torch.float64)
     values, fetched = fetch or (keys, rows.distances)
     V = values.shape[2]
-    block = min(FEW, power_of_two(rows.count))
+    block = min(SCAN_ROWS, power_of_two(rows.count))
     run(
         scan.scan,
         (ceil_div(rows.count, block) * C, splits),
@@ -453,6 +457,8 @@ def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Te
     group, filters, _ = SEARCH[target(keys.device)]
     BN, BK, warps, stages = filters.get(facts.DP, filters[0])
     BK = min(BK, 64) if K <= 1024 else BK
+    if rows.count <= SMALL_ROWS and facts.DP <= 64:
+        BN, warps = SMALL_ROWS, 4
     tiles = ceil_div(K, BK)
     row_tiles = ceil_div(rows.count, BN)
     splits = max(1, min(MOST_SPLITS, 2 * processors(keys.device) // (row_tiles * C), tiles // 4))
@@ -465,7 +471,7 @@ def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Te
     floats, halves = packed.view(torch.float32), packed.view(torch.float16)
     run(
         search.prepare,
-        (ceil_div(rows.count, PREPARE_ROWS), C),
+        (ceil_div(rows.count, PREPARE_ROWS) * C,),
         *(rows.queries, floats, words, scales, count, rows.count, S, *strides, C),
         **facts.constants("NBYTES", "TILES", "RADII", "FORM", "DP"),
         **{"FLAT": flat, "D": D, "DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},

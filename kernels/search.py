@@ -8,7 +8,7 @@ thread before the last key.
 
 The score of a key is off by at most ``error``. So where the second best group lies more than twice that above the
 best, the nearest key is in the best group, and direct differences in float32 and float64 find it there. All other rows
-are listed for ``scan``, which looks at every key. The bound, for a row x = t * q and keys k, at most r long, with u =
+are listed for ``rescan``, which looks at every key. The bound, for a row x = t * q and keys k, at most r long, with u =
 2^-23 (a truncating matrix unit):
     rounding x and k once and splitting each into two float16, leaving out low times low: 7 u |x| r
     summing DEPTH products and the norm, the small ones first: (DEPTH + 2) u (|x| r + t r^2 / 2), and 2 u t r^2 / 2
@@ -180,7 +180,7 @@ def _measure(
     E: tl.constexpr,
 ):
     """Squared differences in float32 of the keys of group ``base``: the nearest so far, and the next nearest's."""
-    for member in tl.range(0, J * E, loop_unroll_factor=4):
+    for member in tl.range(0, J * E, loop_unroll_factor=2):
         key = base + member // E * (L * E) + member % E
         usable = tl.load(norms + key) < SEEN
         near = tl.zeros((BR,), tl.float32)
@@ -208,22 +208,23 @@ def _apart(least, runner, D: tl.constexpr):
 
 @triton.jit
 def _distance(queries, at, row_ok, keys, at_keys, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
-    """The squared distance of one row and one key each, in float64."""
+    """The squared distance of one row and one key each, in float64, and whether the row is finite."""
     distance = tl.zeros((BR,), tl.float64)
+    good = row_ok
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         inside = row_ok[:, None] & (d < D)[None, :]
         q = tl.load(queries + at[:, None] + d[None, :], mask=inside, other=0.0)
         k = tl.load(keys + at_keys[:, None] + d[None, :], mask=inside, other=0.0)
+        good = good & (tl.min(finite(q.to(tl.float32)).to(tl.int32), 1) != 0)
         apart = q.to(tl.float64) - k.to(tl.float64)
         distance += tl.sum(apart * apart, 1)
-    return distance
+    return distance, good
 
 
 @triton.jit
-def _store(indices, distances, listed, count, cell, row_ok, sure, choice, distance):
-    """Store the nearest keys, and list the rows that are not sure for ``scan``."""
-    good = finite(distance)
+def _store(indices, distances, listed, count, cell, row_ok, good, sure, choice, distance):
+    """Store the nearest keys, and list the rows that are not sure for ``rescan``."""
     tl.store(indices + cell, tl.where(good, choice, 0), mask=row_ok)
     tl.store(distances + cell, tl.where(good, distance, float("nan")), mask=row_ok)
     left = row_ok & good & ~sure
@@ -257,10 +258,10 @@ def prepare(
     BD: tl.constexpr,
 ):
     """Write rows of queries as the filter multiplies them: [C, rows, 2, DP] float16, and [C, rows, 2] t and error."""
-    book = tl.program_id(1).to(tl.int64)
-    line = tl.program_id(0) * BR + tl.arange(0, BR)
+    book = (tl.program_id(0) % C).to(tl.int64)
+    line = tl.program_id(0) // C * BR + tl.arange(0, BR)
     row_ok = line < rows
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+    if tl.program_id(0) == 0:
         tl.store(count, 0)
     at = row_offsets(line, S, stride_b, stride_s, FLAT) + book * stride_c
     floats += book * (NBYTES // 4)
@@ -434,8 +435,8 @@ def settle(
             queries, at, keys, at_keys, norms, base, least, runner, choice, D, BR, BD, J, L, E
         )
     sure = sure & _apart(least, runner, D)
-    distance = _distance(queries, at, row_ok, keys, at_keys + choice.to(tl.int64) * D, D, BR, BD)
-    _store(indices, distances, listed, count, cell, row_ok, sure, choice, distance)
+    distance, good = _distance(queries, at, row_ok, keys, at_keys + choice.to(tl.int64) * D, D, BR, BD)
+    _store(indices, distances, listed, count, cell, row_ok, good, sure, choice, distance)
 
 
 @triton.jit(do_not_specialize=["rows", "S", "workers"])
@@ -518,9 +519,9 @@ def resident(
         group = group + tl.reshape(member, (BN, 1, L))
         second = tl.minimum(second, tl.reshape(rival, (BN, 1, L)))
         least, lane, choice, runner = _best_of(best, group, second, BN, L)
-        choice += lane * E
+        choice = tl.minimum(choice + lane * E, K - 1)  # padding is never sure
         # Negated, so that NaN is not sure.
         sure = (runner - least > 2 * error) & (least < t * SEEN)
-        distance = _distance(queries, at, row_ok, keys, at_keys + choice.to(tl.int64) * D, D, BN, BD)
+        distance, good = _distance(queries, at, row_ok, keys, at_keys + choice.to(tl.int64) * D, D, BN, BD)
         cell = line.to(tl.int64) * C + book
-        _store(indices, distances, listed, count, cell, row_ok, sure, choice, distance)
+        _store(indices, distances, listed, count, cell, row_ok, good, sure, choice, distance)

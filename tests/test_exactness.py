@@ -201,7 +201,9 @@ def run_case(name, make, sizes, dtype, topk, share, total) -> int:
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
 def test_no_violation(case):
-    assert run_case(*case, total=CI_QUERIES) >= CI_QUERIES * case[-1] // SHARES
+    *_, topk, share = case
+    total = CI_QUERIES // topk if INTERPRETED else CI_QUERIES  # the kernels search once for every rank
+    assert run_case(*case, total=total) >= total * share // SHARES
 
 
 @pytest.mark.slow
@@ -224,7 +226,7 @@ def test_the_judge_sees_a_wrong_index():
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_low_precision_matrix_products_change_nothing(precision):
-    queries, keys = offset(100 if INTERPRETED else 5000, 2, 64, 8)
+    queries, keys = offset(40 if INTERPRETED else 5000, 2, 64, 8)
     want = functional.nearest(queries, keys, topk=3)
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = precision

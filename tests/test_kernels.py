@@ -21,6 +21,7 @@ from kvb.kernels import device, launch_search, launch_values
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, where numbers overflow on purpose
 op = torch.ops.kvb
+FEW = launch_search.FEW
 FILTER = ["prepare", "search", "settle", "rescan"]
 RESIDENT = ["resident", "rescan"]
 
@@ -28,19 +29,19 @@ RESIDENT = ["resident", "rescan"]
 class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # tensors as the kernel left them, if ``kept``
+    arguments: dict[str, int]  # numbers only; ``count``, of listed rows, as the kernel left it
 
 
 class Spy(list[Launch]):
-    """Every launch, in order; tensors named in ``kept`` are copied as they stand after it."""
-
-    kept = ("count",)
+    """Every launch, in order."""
 
     def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         device.run(kernel, grid, *arguments, **constants)
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-        tensors = {name: named[name].clone() for name in self.kept if isinstance(named.get(name), Tensor)}
-        self.append(Launch(kernel.fn.__name__, grid, {k: v for k, v in named.items() if type(v) is int} | tensors))
+        if isinstance(named.get("count"), Tensor):
+            named["count"] = int(named["count"])
+        numbers = {name: value for name, value in named.items() if type(value) is int}
+        self.append(Launch(kernel.fn.__name__, grid, numbers))
 
     @property
     def names(self) -> list[str]:
@@ -48,7 +49,7 @@ class Spy(list[Launch]):
 
     def listed(self) -> int:
         """How many rows the filter left to ``rescan``."""
-        return sum(int(launch.arguments["count"]) for launch in self if launch.kernel == "rescan")
+        return sum(launch.arguments["count"] for launch in self if launch.kernel == "rescan")
 
 
 @pytest.fixture
@@ -78,23 +79,23 @@ def require_the_nearest(queries, keys, mask=None, topk=1, packed=None) -> None:
 
 
 def test_few_queries_are_scanned(launched):
-    queries, keys = normal(5, 2, 257, 10)
+    queries, keys = normal(FEW, 2, 257, 10)
     require_the_nearest(queries, keys)
     assert launched.names == ["survey", "pack", "scan"]
 
 
 def test_few_queries_share_a_large_codebook(launched):
-    queries, keys = normal(5, 1, 2100, 5)
-    queries[1] = torch.nan
+    queries, keys = normal(FEW, 1, 2100, 5)
     keys[:, 2000:2010] = keys[:, :10]  # twins on both sides of the cut
-    queries[2:4, 0, 0] = keys[0, 2000:2002]
+    queries[0, 0, 0] = keys[0, 2000]
+    queries[-1] = torch.nan
     require_the_nearest(queries, keys)
     assert launched.names == ["survey", "pack", "scan", "merge"]
     assert launched[2].grid == (1, 2)
 
 
 def test_parts_without_a_usable_key(launched):
-    queries, keys = normal(2, 1, 2100, 3)
+    queries, keys = normal(FEW, 1, 2100, 3)
     packed = op.pack_keys(keys)
     for usable in (range(2000, 2100), range(0)):
         mask = torch.zeros(1, 2100, dtype=torch.bool)
@@ -105,7 +106,7 @@ def test_parts_without_a_usable_key(launched):
 
 def test_parts_beyond_the_last_key(launched, monkeypatch):
     monkeypatch.setattr(launch_search, "SCAN_LEAST", 32)
-    require_the_nearest(*normal(3, 1, 520, 2))
+    require_the_nearest(*normal(FEW, 1, 520, 2))
     assert launched[2].grid == (1, 16)
     assert launched[2].arguments["per_split"] * 15 > 520
 
@@ -170,7 +171,7 @@ def test_more_rows_than_one_launch_takes(shape, chunks, launched, monkeypatch):
 
 
 def test_a_lookup_of_few_queries_is_one_kernel(launched):
-    (queries, keys), values = normal(5, 2, 40, 6), torch.randn(2, 40, 70)
+    (queries, keys), values = normal(FEW, 2, 40, 6), torch.randn(2, 40, 70)
     packed = op.pack_keys(keys)
     launched.clear()
     fetched, indices = op.lookup(queries, keys, packed, values, None, "none")
@@ -230,9 +231,10 @@ def broken(N, C, K, D):
 
 
 def overflowing(N, C, K, D):
-    """Queries whose squares, or products with a scaled key, are more than float32 holds."""
+    """Queries whose squares, or products with a scaled key, are more than float32 holds; the first key is broken."""
     queries, keys = normal(N, C, K, D)
     queries *= 10.0 ** (20 + torch.arange(N) % 19)[:, None, None, None]
+    keys[:, 0] = torch.nan
     return queries, keys / 100
 
 
@@ -441,9 +443,9 @@ SEARCHES = {
     "norms in spare columns": (20, 300, 14, torch.float16, a_slice, True, 1),
     "norms apart, two parts": (20, 600, 31, torch.float32, codebooks_first, False, 1),
     "pieces of columns": (20, 257, 130, torch.float32, contiguous, False, 1),
-    "scan": (5, 70, 17, torch.float32, batch_last, True, 3),
+    "scan": (FEW, 70, 17, torch.float32, batch_last, True, 3),
     "scan of float64": (5, 33, 5, torch.float64, a_slice, False, 1),
-    "parts": (5, 2100, 3, torch.float32, expanded, False, 1),
+    "parts": (FEW, 2100, 3, torch.float32, expanded, False, 1),
 }
 
 

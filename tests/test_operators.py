@@ -223,9 +223,9 @@ def test_fake_tensors_have_the_real_shapes(name, sizes):
 
 def test_gradcheck():
     # Every number is moved on its own, and the interpreter takes its time.
-    B, K, V = (1, 4, 1) if ops.backend("cpu") == "kernels" else (2, 9, 2)
-    queries, keys, packed, values = problem((B, 2, 2, K, 3, V), torch.float64)
-    indices = torch.randint(K, (B, 2, 2))
+    B, S, K, V = (1, 1, 4, 1) if ops.backend("cpu") == "kernels" else (2, 2, 9, 2)
+    queries, keys, packed, values = problem((B, S, 2, K, 3, V), torch.float64)
+    indices = torch.randint(K, (B, S, 2))
     values.requires_grad_()
     for pool, layout in itertools.product(functional.POOLS, functional.LAYOUTS):
         assert torch.autograd.gradcheck(lambda v, p=pool, o=layout: op.gather(v, indices, p, o), (values,))
