@@ -42,10 +42,11 @@ PYTEST_ON_KERNELS := $(if $(ON_LINUX),$(ON_KERNELS) $(BIN)/pytest -q,echo "No Tr
 BOTH := tables exactness operators golden bottleneck keys state
 CONTRACT := tables exactness operators golden kernels
 
+# The kernels run beside the rest: their interpreter keeps one core busy for minutes.
 test: lint ## run the linters, the tests, and those of operators once more on the reference and on the GPU kernels
-	@$(ON_CPU) $(BIN)/pytest -q
-	@$(ON_REFERENCE) $(BIN)/pytest -q $(BOTH:%=tests/test_%.py)
-	@$(PYTEST_ON_KERNELS) $(CONTRACT:%=tests/test_%.py)
+	@$(PYTEST_ON_KERNELS) -p no:cacheprovider $(CONTRACT:%=tests/test_%.py) & kernels=$$!; \
+	$(ON_CPU) $(BIN)/pytest -q && $(ON_REFERENCE) $(BIN)/pytest -q $(BOTH:%=tests/test_%.py); status=$$?; \
+	wait $$kernels || status=1; exit $$status
 
 test-all: test sanitize triton-versions ## the same, then sanitizers, other versions of Triton and the slow tests
 	@$(ON_CPU) $(BIN)/pytest -q -m slow -s

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
+import statistics
 import sys
+import timeit
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ import triton.language as tl
 from benchmarks import machine_code
 from benchmarks.offline import Compiled, Launch, compiling_for
 from benchmarks.shapes import GPU, Lookup
+from kvb.kernels import launch
 
 TARGET = "sm_90"
 # A second of an H100: lane operations of the ALU pipe, of all pipes together, matrix operations, bytes of memory.
@@ -87,7 +91,6 @@ def _untouched(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _our_kernels(shape: Lookup) -> tuple[list[Compiled], int]:
     """The kernels of a search with packed keys, and the bytes of those keys."""
-    from kvb.kernels import launch
 
     queries, keys = _untouched(shape.N, 1, shape.C, shape.D), _untouched(shape.C, shape.K, shape.D)
     with compiling_for(TARGET) as kernels:
@@ -167,18 +170,18 @@ def work(kernel: Compiled, code: machine_code.Code, shape: Lookup, packed: int) 
     """Of all launches of a kernel; nothing for one that hardly ever does any."""
     counts = [machine_code.count([instruction]) for instruction in code.instructions]
     done = Work()
-    for launch in kernel.launches:
-        nest = _nest(kernel, launch)
+    for started in kernel.launches:
+        nest = _nest(kernel, started)
         if nest is None:
             return None
-        programs = math.prod(launch.grid)
+        programs = math.prod(started.grid)
         weights = _weights(code, nest)
         lanes = 32 * kernel.num_warps * programs
         done.alu += lanes * sum(weight * one.alu for weight, one in zip(weights, counts, strict=True))
         done.all += lanes * sum(weights)
         flops = sum(weight * one.flops for weight, one in zip(weights, counts, strict=True) if one.matrix)
         done.flops += flops * kernel.num_warps * programs
-        done.memory += _bytes(kernel, launch, shape, packed)
+        done.memory += _bytes(kernel, started, shape, packed)
     return done
 
 
@@ -318,6 +321,28 @@ def report(name: str, who: str, kernels: Sequence[Compiled], packed: int, limits
     return {"shape": name, "who": who, **figures, **seconds, "bars": limits, "verdict": verdict}
 
 
+def call_times(shape: Lookup) -> dict[str, float]:
+    """Microseconds of Python in one call, everything but the launches themselves."""
+    untouched = functools.partial(torch.empty, device="meta")
+    queries, keys = untouched((shape.N, 1, shape.C, shape.D)), untouched((shape.C, shape.K, shape.D))
+    packed = untouched((shape.C, launch.packed_nbytes(shape.K, shape.D, keys.dtype)), dtype=torch.uint8)
+    indices, values = untouched((shape.N, 1, shape.C), dtype=torch.int64), untouched((shape.C, shape.K, shape.V))
+    grad = untouched((shape.N, 1, shape.C, shape.V))
+    calls = {
+        "pack_keys": lambda: launch.pack_keys(keys),
+        "nearest": lambda: launch.nearest(queries, keys, packed, None, 1),
+        "lookup": lambda: launch.lookup(queries, keys, packed, values, None, "none"),
+        "gather": lambda: launch.gather(values, indices, "none", "bscv"),
+        "gather_backward": lambda: launch.gather_backward(grad, indices, shape.K, "none"),
+    }
+    found = {}
+    with compiling_for(TARGET):
+        for name, call in calls.items():
+            seconds = timeit.repeat(call, number=50, repeat=5)
+            found[name] = 1e6 * statistics.median(seconds[1:]) / 50
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
@@ -331,8 +356,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.only or GPU:
         rows.append(report(name, "kvb", *_our_kernels(GPU[name]), bars(GPU[name])))
         rows.append(report(name, "plain", *_plain_kernels(GPU[name]), {}))
+    calls = {name: call_times(GPU[name]) for name in options.only or ("few-queries", "paper-256", "seed")}
+    for name, times in calls.items():
+        print(f"{name}: Python a call, " + ", ".join(f"{call} {time:.0f} us" for call, time in times.items()))
     if options.json:
-        options.json.write_text(json.dumps({"triton": triton.__version__, "target": TARGET, "rows": rows}, indent=1))
+        facts = {"triton": triton.__version__, "target": TARGET, "rows": rows, "python_microseconds": calls}
+        options.json.write_text(json.dumps(facts, indent=1))
     return 0
 
 

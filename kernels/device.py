@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton.runtime import driver
 
 # The column of the launch table by compute capability, else that of sm_120, which asks for little shared memory.
@@ -46,18 +45,16 @@ def _facts(active: Any, device: torch.device) -> tuple[str, int]:
     return column, active.utils.get_device_properties(index)["multiprocessor_count"]
 
 
-def run(
-    kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, registers: int | None = None, **constants: Any
-) -> None:
-    """Launch ``kernel`` on the device of its first argument.
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, registers: int | None = None, **constants: Any) -> None:
+    """Launch ``kernel`` on the device of its first argument, a tensor.
 
     ``registers`` a thread may be used on NVIDIA: left to itself, its assembler would rather spill than have fewer
     programs run side by side.
     """
-    if registers is not None and target(first.device).startswith("sm_"):
+    if registers is not None and target(arguments[0].device).startswith("sm_"):
         constants["maxnreg"] = registers
-    with torch.cuda.device_of(first):
-        kernel[grid](first, *rest, **constants)
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
 
 
 def require(condition: bool, message: str) -> None:

@@ -10,7 +10,9 @@ makes the host wait, nor does anything else here.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -242,7 +244,8 @@ def _pack(keys: Tensor, mask: Tensor | None) -> Tensor:
 # --- search -----------------------------------------------------------------------------------------------------------
 
 
-class _Rows(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Rows:
     """Some batches of the queries, as the kernels read them, and where their results go."""
 
     queries: Tensor
@@ -258,15 +261,26 @@ class _Rows(NamedTuple):
         return self.count * self.queries.shape[2]
 
     @property
-    def strides(self) -> tuple[int, int, int, int, bool]:
-        """S, strides of batches, positions and codebooks, and whether one stride leads from row to row."""
-        B, S, _, _ = self.queries.shape
+    def strides(self) -> tuple[int, int, int, int]:
+        """S, and strides of batches, positions and codebooks; where one stride leads from row to row, it is the second.
+
+        An axis of one element gets 0, so that it spoils no alignment.
+        """
+        _, S, C, _ = self.queries.shape
         batch, position, book, _ = self.queries.stride()
-        if S == 1 or batch == S * position:
-            return S, 0, batch if S == 1 else position, book, True
-        if B == 1:
-            return S, 0, position, book, True
-        return S, batch, position, book, False
+        book = book if C > 1 else 0
+        if S == 1:
+            return S, 0, batch, book
+        return S, 0 if self.flat else batch, position, book
+
+    @property
+    def flat(self) -> bool:
+        B, S, _, _ = self.queries.shape
+        return B == 1 or S == 1 or self.queries.stride(0) == S * self.queries.stride(1)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {"FLAT": self.flat, "ALIGN": math.gcd(16, *self.strides[1:]), "D": self.queries.shape[3]}
 
 
 def _chunks(queries: Tensor, indices: Tensor, distances: Tensor, bytes_a_cell: int) -> list[_Rows]:
@@ -366,13 +380,13 @@ def _nearest(
     for rows in _chunks(queries, indices, distances, 16 if small else 16 + 4 * facts.DP):
         listed = indices.new_empty(rows.cells, dtype=torch.int32)
         count = (_resident if small else _filter)(rows, keys, packed, facts, listed)
-        S, *strides, flat = rows.strides
         run(
             scan.rescan,
             (min(rows.cells, RESCAN_PROGRAMS * processors(keys.device)),),
             *(rows.queries, keys, listed if mask is None else mask.contiguous().view(torch.uint8), listed, count),
-            *(rows.indices, rows.distances, S, *strides, C, K),
-            **{"FLAT": flat, "D": D, "MASKED": mask is not None},
+            *(rows.indices, rows.distances, *rows.strides, C, K),
+            **rows.constants,
+            MASKED=mask is not None,
             BK=RESCAN_KEYS,
             BD=min(RESCAN_COLUMNS, power_of_two(D)),
             num_warps=RESCAN_WARPS,
@@ -385,7 +399,6 @@ def _scan(
     rows: _Rows, keys: Tensor, mask: Tensor | None, wide: bool, splits: int, fetch: tuple[Tensor, Tensor] | None
 ) -> None:
     C, K, D = keys.shape
-    S, *strides, flat = rows.strides
     indices, distances = rows.indices, rows.distances
     if splits > 1:
         indices = rows.indices.new_empty((rows.cells, splits), dtype=torch.int32)
@@ -397,9 +410,10 @@ def _scan(
         scan.scan,
         (ceil_div(rows.count, block) * C, splits),
         *(rows.queries, keys, keys if mask is None else mask.contiguous().view(torch.uint8), values),
-        *(indices, distances, fetched, rows.count, S, *strides, C, K, rows.indices.shape[3], splits),
+        *(indices, distances, fetched, rows.count, *rows.strides, C, K, rows.indices.shape[3], splits),
         multiple(ceil_div(K, splits), SCAN_ELEMENTS // SCAN_COLUMNS),
-        **{"FLAT": flat, "D": D, "V": V, "WIDE": wide, "MASKED": mask is not None},
+        **rows.constants,
+        **{"V": V, "WIDE": wide, "MASKED": mask is not None},
         **{
             "PARTIAL": splits > 1,
             "FETCH": fetch is not None,
@@ -424,7 +438,6 @@ def _scan(
 def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Tensor) -> Tensor:
     """Search a small codebook; how many rows it listed."""
     C, K, D = keys.shape
-    S, *strides, flat = rows.strides
     group = SEARCH[target(keys.device)].group
     count = torch.zeros(1, dtype=torch.int32, device=keys.device)
     parts = [part for part in (128, 64, 32) if multiple(K, 32) & part] if K <= 224 else [128, 128]
@@ -434,9 +447,10 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
         search.resident,
         (workers * C,),
         *(rows.queries, keys, packed.view(torch.float32), packed.view(torch.float16), rows.indices, rows.distances),
-        *(listed, count, rows.count, S, *strides, C, K, workers),
+        *(listed, count, rows.count, *rows.strides, C, K, workers),
         **facts.constants("NBYTES", "TILES", "RADII", "NORMS", "HIGH", "LOW", "FORM", "DP"),
-        **{"FLAT": flat, "D": D, "DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
+        **rows.constants,
+        **{"DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
         **{"P0": parts[0], "P1": parts[1], "P2": parts[2]},
         **{"BN": RESIDENT_ROWS, "BD": min(16, power_of_two(D)), **group._asdict()},
         num_warps=RESIDENT_WARPS,
@@ -452,8 +466,7 @@ def _depth(facts: Layout) -> int:
 
 def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Tensor) -> Tensor:
     """Search a large codebook; how many rows it listed."""
-    C, K, D = keys.shape
-    S, *strides, flat = rows.strides
+    C, K, _ = keys.shape
     group, filters, _ = SEARCH[target(keys.device)]
     BN, BK, warps, stages = filters.get(facts.DP, filters[0])
     BK = min(BK, 64) if K <= 1024 else BK
@@ -472,9 +485,10 @@ def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Te
     run(
         search.prepare,
         (ceil_div(rows.count, PREPARE_ROWS) * C,),
-        *(rows.queries, floats, words, scales, count, rows.count, S, *strides, C),
+        *(rows.queries, floats, words, scales, count, rows.count, *rows.strides, C),
         **facts.constants("NBYTES", "TILES", "RADII", "FORM", "DP"),
-        **{"FLAT": flat, "D": D, "DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
+        **rows.constants,
+        **{"DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
         **{"BR": PREPARE_ROWS, "BD": min(PIECE, facts.DP)},
         registers=168,
     )
@@ -491,9 +505,10 @@ def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Te
         search.settle,
         (ceil_div(rows.cells, SETTLE_ROWS),),
         *(rows.queries, keys, floats, groups, rows.indices, rows.distances, listed, count),
-        *(rows.count, S, *strides, C, K, splits),
+        *(rows.count, *rows.strides, C, K, splits),
         **facts.constants("NBYTES", "NORMS"),
-        **{"FLAT": flat, "D": D, "BR": SETTLE_ROWS, "BD": SETTLE_COLUMNS, **group._asdict()},
+        **rows.constants,
+        **{"BR": SETTLE_ROWS, "BD": SETTLE_COLUMNS, **group._asdict()},
         registers=255,
     )
     return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -72,16 +73,17 @@ def _require_pool(pool: str) -> None:
     require(pool in ("none", "mean", "sum"), f"expected pool 'none', 'mean' or 'sum', got {pool!r}")
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, **constants: Any) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run with assertions about indices, which no build of Triton leaves in unasked."""
-    run(kernel, grid, first, *rest, **constants, debug=True, sanitize_overflow=False)
+    run(kernel, grid, *arguments, **constants, debug=True, sanitize_overflow=False)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-class _Rows(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Rows:
     """What is added to a table: rows x [B, S, C, V] under indices [B, S, C], in whatever memory they lie."""
 
     x: Tensor

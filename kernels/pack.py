@@ -187,7 +187,8 @@ def pack(
         d = start + tl.arange(0, BD)
         mean, reach = _centre(surveys, d, D, SLICES, WIDTH)
         square += tl.sum(reach * reach, 0)
-        tl.store(floats + CENTRE + d, mean, mask=(d < D) & (tile == 0))
+        if tile == 0:
+            tl.store(floats + CENTRE + d, mean, mask=d < D)
     around = tl.sqrt(square).to(tl.float32)
     exponent = ((around.to(tl.int32, bitcast=True) >> 23) & 255) - 127
     exponent = tl.minimum(tl.maximum(tl.where(around > 0, exponent, 6), -120), 127)

@@ -150,7 +150,7 @@ def _search_row(
     return choice
 
 
-@triton.jit(do_not_specialize=["rows", "S", "T", "splits"])
+@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "T", "splits"])
 def scan(
     queries,
     keys,
@@ -170,6 +170,7 @@ def scan(
     splits,
     per_split,
     FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     V: tl.constexpr,
     WIDE: tl.constexpr,
@@ -185,7 +186,7 @@ def scan(
     book = (tl.program_id(0) % C).to(tl.int64)
     row = tl.program_id(0) // C * BR + tl.arange(0, BR)
     row_ok = row < rows
-    at = row_offsets(row, S, stride_b, stride_s, FLAT) + book * stride_c
+    at = row_offsets(row, book, S, stride_b, stride_s, stride_c, FLAT, ALIGN)
     cell = row.to(tl.int64) * C + book
     start = tl.program_id(1) * per_split
     out = cell * splits + tl.program_id(1) if PARTIAL else cell * T
@@ -235,7 +236,7 @@ def merge(part_indices, part_distances, indices, distances, cells, K, splits, BR
     tl.store(distances + cell, tl.where(broken, float("nan"), least), mask=cell < cells)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "stride_b", "stride_s", "stride_c"])
 def rescan(
     queries,
     keys,
@@ -251,6 +252,7 @@ def rescan(
     C,
     K,
     FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     MASKED: tl.constexpr,
     BK: tl.constexpr,
@@ -261,7 +263,7 @@ def rescan(
         cell = tl.load(listed + item)
         book = (cell % C).to(tl.int64)
         row = cell // C + tl.arange(0, 1)
-        at = row_offsets(row, S, stride_b, stride_s, FLAT) + book * stride_c
+        at = row_offsets(row, book, S, stride_b, stride_s, stride_c, FLAT, ALIGN)
         _search_row(
             queries,
             at,

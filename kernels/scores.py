@@ -21,11 +21,15 @@ EPSILON = tl.constexpr(2.0**-23)
 
 
 @triton.jit
-def row_offsets(row, S, stride_b, stride_s, FLAT: tl.constexpr):
-    """Where rows of [B*S] begin in queries [B, S, C, D]; FLAT where stride_s alone leads from row to row."""
+def row_offsets(row, book, S, stride_b, stride_s, stride_c, FLAT: tl.constexpr, ALIGN: tl.constexpr):
+    """Where rows of [B*S] of a codebook begin in queries [B, S, C, D]; FLAT where stride_s leads from row to row.
+
+    ALIGN divides all strides. They are not specialised on, or some batch sizes would compile anew.
+    """
     if FLAT:
-        return row.to(tl.int64) * stride_s
-    return (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
+        return tl.multiple_of(row.to(tl.int64) * stride_s + book * stride_c, ALIGN)
+    batch, position = (row // S).to(tl.int64), (row % S).to(tl.int64)
+    return tl.multiple_of(batch * stride_b + position * stride_s + book * stride_c, ALIGN)
 
 
 @triton.jit

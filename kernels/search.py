@@ -232,7 +232,7 @@ def _store(indices, distances, listed, count, cell, row_ok, good, sure, choice, 
     tl.store(listed + place, cell.to(tl.int32), mask=left)
 
 
-@triton.jit(do_not_specialize=["rows", "S"])
+@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c"])
 def prepare(
     queries,
     floats,
@@ -246,6 +246,7 @@ def prepare(
     stride_c,
     C,
     FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     NBYTES: tl.constexpr,
     TILES: tl.constexpr,
@@ -263,7 +264,7 @@ def prepare(
     row_ok = line < rows
     if tl.program_id(0) == 0:
         tl.store(count, 0)
-    at = row_offsets(line, S, stride_b, stride_s, FLAT) + book * stride_c
+    at = row_offsets(line, book, S, stride_b, stride_s, stride_c, FLAT, ALIGN)
     floats += book * (NBYTES // 4)
     line = book * rows + line
     radius = largest(floats + RADII, TILES, RADII_WIDTH)
@@ -387,7 +388,7 @@ def search(
     tl.store(groups + cell, tl.where(sure, base, -1 - base), mask=row_ok)
 
 
-@triton.jit(do_not_specialize=["rows", "S", "splits"])
+@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "splits"])
 def settle(
     queries,
     keys,
@@ -406,6 +407,7 @@ def settle(
     K,
     splits,
     FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     NBYTES: tl.constexpr,
     NORMS: tl.constexpr,
@@ -420,7 +422,7 @@ def settle(
     row_ok = cell < rows * C
     cell = tl.minimum(cell, rows * C - 1)
     book = (cell % C).to(tl.int64)
-    at = row_offsets(cell // C, S, stride_b, stride_s, FLAT) + book * stride_c
+    at = row_offsets(cell // C, book, S, stride_b, stride_s, stride_c, FLAT, ALIGN)
     at_keys = book * K * D
     norms = floats + book * (NBYTES // 4) + NORMS
     least = tl.full((BR,), FAR, tl.float32)
@@ -439,7 +441,7 @@ def settle(
     _store(indices, distances, listed, count, cell, row_ok, good, sure, choice, distance)
 
 
-@triton.jit(do_not_specialize=["rows", "S", "workers"])
+@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "workers"])
 def resident(
     queries,
     keys,
@@ -458,6 +460,7 @@ def resident(
     K,
     workers,
     FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     NBYTES: tl.constexpr,
     TILES: tl.constexpr,
@@ -483,7 +486,6 @@ def resident(
     The keys come in up to three parts, P0 >= P1 >= P2, powers of two, so that few products fall on padding.
     """
     book = (tl.program_id(0) % C).to(tl.int64)
-    queries += book * stride_c
     at_keys = book * K * D
     floats += book * (NBYTES // 4)
     words += book * (NBYTES // 2) + HIGH
@@ -497,7 +499,7 @@ def resident(
     for tile in tl.range(tl.program_id(0) // C, tl.cdiv(rows, BN), workers):
         line = tile * BN + tl.arange(0, BN)
         row_ok = line < rows
-        at = row_offsets(line, S, stride_b, stride_s, FLAT)
+        at = row_offsets(line, book, S, stride_b, stride_s, stride_c, FLAT, ALIGN)
         high, low, t, error = _operand(queries, at, row_ok, floats, radius, D, DP, FORM, DEPTH)
         best = tl.full((BN, 1, L), FAR, tl.float32)
         second = best

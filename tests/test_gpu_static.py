@@ -6,18 +6,22 @@ One pass over the launch table a target: nothing spills, everything fits, matrix
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("nothing is compiled under the interpreter", allow_module_level=True)
+pytest.importorskip("triton", reason="no Triton for this platform")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
-from benchmarks import machine_code
-from benchmarks.offline import TARGETS, compiling_for
-from kvb.kernels import launch
-from kvb.kernels.launch_search import SEARCH, layout
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the benchmarks are not part of the package
+
+from benchmarks import machine_code  # noqa: E402
+from benchmarks.offline import TARGETS, compiling_for  # noqa: E402
+from kvb.kernels import launch  # noqa: E402
+from kvb.kernels.launch_search import SEARCH  # noqa: E402
 
 # A key dim for every form and every column of the launch table, and a K for each of its regimes.
 DIMS = (8, 14, 30, 32, 64, 128, 300)
@@ -63,6 +67,18 @@ def everything_else():
     launch.count(rows, indices, 600)
 
 
+def test_an_index_out_of_bounds_stops_the_device():
+    """The interpreter leaves these assertions out; the machine code has them, and never touches that memory."""
+    with compiling_for("sm_90") as kernels:
+        values, indices = untouched(4, 600, 64), untouched(256, 1, 4, dtype=torch.int64)
+        launch.gather(values, indices, "none", "bscv")
+        launch.gather(values, indices, "sum", "bscv")
+        launch.gather_backward(untouched(256, 1, 4, 64), indices, 600, "none")
+    asserting = [kernel for kernel in kernels if "indices" in kernel.signature]
+    assert len(asserting) == 3
+    assert all("__assertfail" in kernel.asm["ptx"] for kernel in asserting)
+
+
 def check(kernels):
     assert kernels
     for kernel in kernels:
@@ -80,8 +96,12 @@ def test_every_entry_of_the_launch_table(target):
         for D, K in ENTRIES:
             search(D, K)
     check(kernels)
+    if target == "sm_90":
+        loops = [machine_code.read(kernel).search_loop() for kernel in kernels if kernel.name == "search"]
+        assert loops
+        assert not any(loop.shuffles for loop in loops), "scores leave their thread before the last key"
     filters = {(k.constants["BN"], k.constants["BK"], k.num_warps) for k in kernels if k.name == "search"}
-    BNs = {entry.BN for entry in SEARCH[target][1]}
+    BNs = {entry.BN for entry in SEARCH[target].filters.values()}
     assert {BN for BN, _, _ in filters} == BNs
 
 
@@ -90,6 +110,20 @@ def test_every_other_kernel(target):
     with compiling_for(target) as kernels:
         everything_else()
     check(kernels)
+
+
+@pytest.mark.parametrize("books_outermost", [False, True])
+@pytest.mark.parametrize(("D", "K"), [(14, 600), (14, 200), (32, 5000)])
+def test_twenty_batch_sizes_compile_once(D, K, books_outermost):
+    keys = untouched(2, K, D)
+    packed = untouched(2, launch.packed_nbytes(K, D, keys.dtype), dtype=torch.uint8)
+    with compiling_for("sm_90") as kernels:
+        for B in (65, *range(100, 2000, 101)):
+            queries = untouched(2, B, 3, D).permute(1, 2, 0, 3) if books_outermost else untouched(B, 3, 2, D)
+            launch.nearest(queries, keys, packed, None, 1)
+    names = [kernel.name for kernel in kernels]
+    assert len(names) == len(set(names)), names
+    assert all(len(kernel.launches) == 20 for kernel in kernels)
 
 
 @pytest.mark.slow
