@@ -18,10 +18,10 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the benchmarks are not part of the package
 
-from benchmarks import machine_code  # noqa: E402
-from benchmarks.offline import TARGETS, compiling_for  # noqa: E402
-from kvb.kernels import launch  # noqa: E402
-from kvb.kernels.launch_search import SEARCH  # noqa: E402
+from benchmarks import machine_code
+from benchmarks.offline import TARGETS, compiling_for
+from kvb.kernels import launch
+from kvb.kernels.launch_search import SEARCH
 
 # A key dim for every form and every column of the launch table, and a K for each of its regimes.
 DIMS = (8, 14, 30, 32, 64, 128, 300)
