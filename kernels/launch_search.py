@@ -188,7 +188,7 @@ def layout(K: int, D: int) -> Layout:
     tiles = ceil_div(Kp, PACK_KEYS)
     radii = multiple(1 + D, 16)
     norms = radii + multiple(tiles, 16)
-    high = 2 * (norms + multiple(Kp, 16))
+    high = 2 * (norms + Kp)
     low = high if form == 0 else high + Kp * DP
     return Layout(form, DP, Kp, tiles, radii, norms, high, low, multiple(2 * (low + Kp * DP), 64))
 
@@ -201,6 +201,11 @@ def packed_nbytes(K: int, D: int, dtype: torch.dtype) -> int:
 def pack_keys(keys: Tensor) -> Tensor:
     """Keys [C, K, D] in the layout that ``nearest`` searches: uint8 [C, nbytes]."""
     return _pack(keys.contiguous(), None)
+
+
+def _allowed(mask: Tensor | None, unread: Tensor) -> Tensor:
+    """The mask as bytes; where there is none, some tensor to stand in its place."""
+    return unread if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def _pack(keys: Tensor, mask: Tensor | None) -> Tensor:
@@ -223,7 +228,7 @@ def _pack(keys: Tensor, mask: Tensor | None) -> Tensor:
         "BD": min(PACK_COLUMNS, power_of_two(D)),
         "MASKED": mask is not None,
     }
-    allowed = table if mask is None else mask.contiguous().view(torch.uint8)
+    allowed = _allowed(mask, table)
     columns = ceil_div(D, shared["BD"])
     run(pack.survey, (C * slices, columns), keys, allowed, surveys, table, K, SLICE=size, **shared, registers=255)
     if facts.FORM == 2:
@@ -324,7 +329,7 @@ def _check(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None, t
 def nearest(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
     """The ``topk`` nearest keys of every query and codebook: indices and squared distances, both [B, S, C, T]."""
     _check(queries, keys, packed, mask, topk)
-    return _nearest(queries, keys, packed, mask, topk, None)[:2]
+    return _nearest(queries, keys, packed, mask, topk, None)
 
 
 def lookup(
@@ -383,7 +388,7 @@ def _nearest(
         run(
             scan.rescan,
             (min(rows.cells, RESCAN_PROGRAMS * processors(keys.device)),),
-            *(rows.queries, keys, listed if mask is None else mask.contiguous().view(torch.uint8), listed, count),
+            *(rows.queries, keys, _allowed(mask, listed), listed, count),
             *(rows.indices, rows.distances, *rows.strides, C, K),
             **rows.constants,
             MASKED=mask is not None,
@@ -409,7 +414,7 @@ def _scan(
     run(
         scan.scan,
         (ceil_div(rows.count, block) * C, splits),
-        *(rows.queries, keys, keys if mask is None else mask.contiguous().view(torch.uint8), values),
+        *(rows.queries, keys, _allowed(mask, keys), values),
         *(indices, distances, fetched, rows.count, *rows.strides, C, K, rows.indices.shape[3], splits),
         multiple(ceil_div(K, splits), SCAN_ELEMENTS // SCAN_COLUMNS),
         **rows.constants,

@@ -129,7 +129,7 @@ def _search_row(
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         q = tl.load(queries + at[:, None] + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
-        good = good & (tl.min(finite(q.to(tl.float64)).to(tl.int32), 1) != 0)
+        good = good & (tl.min(finite(q).to(tl.int32), 1) != 0)
     last = tl.full((BR,), -1.0, tl.float64)
     last_key = tl.full((BR,), -1, tl.int32)
     last_spare = last_key

@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.scores import finite
 from kvb.kernels.values import INTERPRETED, average, pair_indices, require_pairs, store_sums
 
 # What the parts of a product are stored as; the interpreter would multiply the bits of a bfloat16 as an integer.
@@ -39,14 +40,9 @@ def _load_rows(x, offsets, inside, v, x_v, V: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _is_finite(x):
-    return tl.abs(x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)) < float("inf")
-
-
-@triton.jit
 def _broken(rows):
     """How many elements of every row are not finite."""
-    return tl.sum(tl.where(_is_finite(rows), 0, 1), axis=1)
+    return tl.sum(tl.where(finite(rows), 0, 1), axis=1)
 
 
 @triton.jit
@@ -85,14 +81,14 @@ def _product(hot, x):
     total = tl.zeros([hot.shape[0], x.shape[1]], tl.float32)
     # Flat while it is split: else every warp would do that work for all of x, in the product's layout.
     x = tl.reshape(x, [SHAPE[0] * SHAPE[1]]).to(tl.float32)
-    finite = _is_finite(x)
-    if tl.max(tl.where(finite, 0, 1)) > 0:
+    whole = finite(x)
+    if tl.max(tl.where(whole, 0, 1)) > 0:
         # A NaN counts as both infinities, and their sum is NaN.
-        above = tl.reshape(tl.where(finite | (x < 0), 0.0, 1.0).to(EXACT), SHAPE)
-        below = tl.reshape(tl.where(finite | (x > 0), 0.0, 1.0).to(EXACT), SHAPE)
+        above = tl.reshape(tl.where(whole | (x < 0), 0.0, 1.0).to(EXACT), SHAPE)
+        below = tl.reshape(tl.where(whole | (x > 0), 0.0, 1.0).to(EXACT), SHAPE)
         total += tl.where(tl.dot(ones, above, out_dtype=tl.float32) > 0, float("inf"), 0.0)
         total += tl.where(tl.dot(ones, below, out_dtype=tl.float32) > 0, float("-inf"), 0.0)
-        x = tl.where(finite, x, 0.0)
+        x = tl.where(whole, x, 0.0)
     if PARTS == 3:
         upper = _upper_half(x)
         middle = _upper_half(x - upper)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# How a codebook's keys lie in its packed bytes, by D: see ``layout`` in launch.py.
+# How a codebook's keys lie in its packed bytes, by D: see ``layout`` in launch_search.py.
 CONCAT = tl.constexpr(0)  # one row [high | low | high | norm's high | norm's low]: one product of depth 32
 FOLDED = tl.constexpr(1)  # high and low apart, the norm in two spare columns of high
 ADDED = tl.constexpr(2)  # high and low apart, the norm added after the products
@@ -35,7 +35,7 @@ def row_offsets(row, book, S, stride_b, stride_s, stride_c, FLAT: tl.constexpr, 
 @triton.jit
 def finite(x):
     """Neither NaN nor Inf."""
-    return tl.abs(x) < float("inf")
+    return tl.abs(x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)) < float("inf")
 
 
 @triton.jit

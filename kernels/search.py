@@ -216,7 +216,7 @@ def _distance(queries, at, row_ok, keys, at_keys, D: tl.constexpr, BR: tl.conste
         inside = row_ok[:, None] & (d < D)[None, :]
         q = tl.load(queries + at[:, None] + d[None, :], mask=inside, other=0.0)
         k = tl.load(keys + at_keys[:, None] + d[None, :], mask=inside, other=0.0)
-        good = good & (tl.min(finite(q.to(tl.float32)).to(tl.int32), 1) != 0)
+        good = good & (tl.min(finite(q).to(tl.int32), 1) != 0)
         apart = q.to(tl.float64) - k.to(tl.float64)
         distance += tl.sum(apart * apart, 1)
     return distance, good
