@@ -12,7 +12,7 @@ EXT_test := $(or $(KVB_BUILD_EXT),1)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Tests may share the machine: threads that wait must not spin, or a busy neighbour slows them down a hundredfold.
-test test-all sanitize: export OMP_WAIT_POLICY = PASSIVE
+test test-all sanitize triton-versions: export OMP_WAIT_POLICY = PASSIVE
 
 BIN := $(VENV)/bin
 # With the environment's ninja within reach, compilers run side by side.
@@ -21,10 +21,10 @@ SETUP := $(VENV)/.kvb-$(shell echo '$(TORCH) $(TORCH_INDEX) $(KVB_BUILD_EXT)' | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo data-mnist data-20ng test test-all sanitize lint clean
+.PHONY: help demo data-mnist data-20ng test test-all sanitize triton-versions lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) KVB_BUILD_EXT=$(KVB_BUILD_EXT)"
 
@@ -39,15 +39,24 @@ data-mnist data-20ng: data-%:
 # Every run says which backend it expects: tests/conftest.py stops it where another one answers.
 ON_CPU := KVB_EXPECT_BACKEND=$(patsubst 0,reference,$(patsubst 1,csrc,$(EXT_test:auto=)))
 ON_REFERENCE := KVB_CPU_CAPABILITY=reference KVB_EXPECT_BACKEND=reference
+# The interpreter's products are tiny: threads of PyTorch would only wait for each other.
+ON_KERNELS := TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton KVB_EXPECT_BACKEND=kernels OMP_NUM_THREADS=1
+# Triton has wheels for Linux only.
+ON_LINUX := $(filter Linux,$(shell uname -s))
+PYTEST_ON_KERNELS := $(if $(ON_LINUX),$(ON_KERNELS) $(BIN)/pytest -q,echo "No Triton here; not run:")
 BOTH := tables exactness operators training sparse_grad golden bottleneck keys state discrete compat encoders
+CONTRACT := tables exactness operators training golden kernels
 
-test: lint ## run the linters, the tests, and those of operators and modules once more on the reference
-	@$(ON_CPU) $(BIN)/pytest -q
-	@$(ON_REFERENCE) $(BIN)/pytest -q $(BOTH:%=tests/test_%.py)
+# The kernels run beside the rest: their interpreter keeps one core busy for minutes.
+test: lint ## run the linters, the tests, and those of operators once more on the reference and on the GPU kernels
+	@$(PYTEST_ON_KERNELS) -p no:cacheprovider $(CONTRACT:%=tests/test_%.py) & kernels=$$!; \
+	$(ON_CPU) $(BIN)/pytest -q && $(ON_REFERENCE) $(BIN)/pytest -q $(BOTH:%=tests/test_%.py); status=$$?; \
+	wait $$kernels || status=1; exit $$status
 
-test-all: test data-mnist sanitize ## the same, then the extension under sanitizers and the slow tests
+test-all: test data-mnist sanitize triton-versions ## the same, then sanitizers, other versions of Triton and the slow tests
 	@$(ON_CPU) $(BIN)/pytest -q -m slow -s
 	@$(ON_REFERENCE) $(BIN)/pytest -q -m slow -s
+	@$(PYTEST_ON_KERNELS) -m slow -s $(CONTRACT:%=tests/test_%.py)
 
 # $(call sanitized,KVB_SANITIZE,folder,libraries to load first,settings,tests): a build of its own, tested.
 define sanitized
@@ -61,6 +70,22 @@ endef
 sanitize: $(VENV)/.kvb-test ## search the extension for bad memory accesses, undefined behaviour and data races
 	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0,$(addprefix tests/test_,tables.py operators.py training.py extension.py))
 	$(call sanitized,thread,tsan,tsan,TSAN_OPTIONS=ignore_noninstrumented_modules=1,tests/test_extension.py -k threads)
+
+# $(call on_triton,version,packages it needs): the kernels, interpreted and compiled by another version of Triton.
+define on_triton
+	@echo "Installing triton $1 in build/triton-$1"
+	@rm -rf build/triton-$1
+	@$(PIP) install -q --no-deps --target build/triton-$1 'triton==$1' $2
+	@PYTHONPATH=$(abspath build/triton-$1) $(ON_KERNELS) \
+		$(BIN)/pytest -q -p no:cacheprovider $(addprefix tests/test_,tables.py kernels.py)
+	@PYTHONPATH=$(abspath build/triton-$1) $(ON_CPU) \
+		$(BIN)/pytest -q -p no:cacheprovider $(addprefix tests/test_,machine_code.py gpu_static.py)
+endef
+
+# The interpreter of 3.6.0 takes arrays for integers, which NumPy 2.4 refuses.
+triton-versions: $(VENV)/.kvb-test ## test the kernels on the oldest and the newest Triton that they are for
+	$(call on_triton,3.6.0,'numpy<2.4')
+	$(call on_triton,3.9.0)
 
 lint: $(VENV)/.kvb-test ## check style, format and types
 	@$(BIN)/ruff check .

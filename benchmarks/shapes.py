@@ -55,6 +55,37 @@ class Module(NamedTuple):
         return size
 
 
+class Lookup(NamedTuple):
+    """A search of N queries a codebook and the values of what it finds: values [C, K, V]; all of it float32."""
+
+    N: int
+    C: int
+    K: int
+    D: int
+    V: int
+
+    @property
+    def query_bytes(self) -> int:
+        return 4 * self.N * self.C * self.D
+
+    @property
+    def key_bytes(self) -> int:
+        return 4 * self.C * self.K * self.D
+
+
+# On a GPU: the paper's sizes from one small batch to a whole data set, many positions, and few large codebooks.
+GPU = {
+    "paper-256": Lookup(256, 256, 4096, 10, 10),
+    "paper-8k": Lookup(8192, 256, 4096, 12, 10),
+    "paper-131k": Lookup(131072, 256, 4096, 14, 10),
+    "paper-1m": Lookup(1_000_000, 256, 4096, 10, 10),
+    "seed": Lookup(131072, 64, 200, 32, 64),
+    "k65536-d64": Lookup(65536, 1, 65536, 64, 64),
+    "k4096-d128": Lookup(1 << 20, 1, 4096, 128, 128),
+    "k65536-d8": Lookup(131072, 4, 65536, 8, 64),
+    "few-queries": Lookup(16, 256, 4096, 10, 10),
+}
+
 PAPER = Module(B=256, C=256, K=4096, D=14, V=10, positions=())
 SEED_B = Module(B=32, C=64, K=200, D=32, V=64, positions=(4, 8, 16))
 

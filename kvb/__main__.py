@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvb demo`` and ``python -m kvb info``."""
+"""The command line: ``python -m kvb demo``, ``python -m kvb check`` and ``python -m kvb info``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 import kvb
 
@@ -22,7 +24,7 @@ def _seed(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kvb", description=kvb.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,check,info}")
     demo = commands.add_parser(
         "demo", help="learn real data a few classes at a time: the bottleneck against a linear and an MLP head"
     )
@@ -36,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="gets a figure and its numbers (%(default)s)"
     )
     demo.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
+    check = commands.add_parser("check", help="hold every operator of every backend of this machine to the contract")
+    check.add_argument("--device", metavar="D", help="cpu or cuda (all that are there)")
     commands.add_parser("info", help="versions, and which backend answers on each device")
     return parser
 
@@ -60,6 +64,16 @@ def _demo(data: str, out: Path, seed: int) -> None:
         sys.exit(f"{error}\nOr get all that this demo reads with: make data-{data}")
 
 
+def _check(device: str | None) -> int:
+    from kvb import check
+
+    there = {found.type: found for found in check.devices()}
+    if device is not None and device not in there:
+        sys.exit(f"--device must be one of the devices of this machine, {', '.join(there)}; got {device!r}")
+    print(f"kvb {kvb.__version__}, torch {torch.__version__}")
+    return 0 if check.run([there[device]] if device else list(there.values())) else 1
+
+
 def _info() -> None:
     facts = kvb.info()
     width = max(map(len, facts))
@@ -67,13 +81,17 @@ def _info() -> None:
         print(f"{name:<{width}}  {fact}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status."""
     chosen = _parser().parse_args(arguments)
+    if chosen.command == "check":
+        return _check(chosen.device)
     if chosen.command == "demo":
         _demo(chosen.data, chosen.out, chosen.seed)
     else:
         _info()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

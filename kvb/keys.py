@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from kvb import functional
 
@@ -181,7 +180,7 @@ class Stream:
         length = len(batches) if isinstance(batches, Sized) else None
         title = f"keys: {label} (pass {self._begun} of {self.passes})"
         rows = 0
-        for item in tqdm(batches, desc=title, total=length, disable=not self.progress, leave=False, delay=PATIENCE):
+        for item in _shown(batches, title, length) if self.progress else batches:
             queries = self.to_queries(item if isinstance(self.data, Tensor) else self.extract(item))
             if limit is not None:
                 queries = queries[: -(-(limit - rows) // max(1, queries.shape[1]))]
@@ -198,6 +197,12 @@ def _require_passes(data: Any, passes: int) -> None:
         raise ValueError(
             f"data can be iterated only once, but {passes} passes are needed: give a DataLoader, a list or a tensor"
         )
+
+
+def _shown(batches: Iterable[Any], title: str, length: int | None) -> Iterable[Any]:
+    from tqdm import tqdm  # here, so that searching and training do without it
+
+    return tqdm(batches, desc=title, total=length, leave=False, delay=PATIENCE)
 
 
 def first(item: Any) -> Any:
@@ -218,7 +223,7 @@ def first_rows(
     _require_passes(data, passes)
     kept: list[Tensor] = []
     rows = 0
-    for item in tqdm(data, desc="keys: encoding", disable=not progress, leave=False, delay=PATIENCE):
+    for item in _shown(data, "keys: encoding", None) if progress else data:
         kept.append(features(item).cpu())
         rows += kept[-1].shape[:-1].numel()
         if rows >= limit:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -70,45 +71,77 @@ for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
     _library.impl(_name, _without_autocast(getattr(reference, _name)), "CompositeExplicitAutograd")
 
 
-# --- the C++ backend --------------------------------------------------------------------------------------------------
+# --- the fast backends ------------------------------------------------------------------------------------------------
 
-CPU_CAPABILITIES = ("reference", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
+CPU_CAPABILITIES = ("reference", "triton", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
 
 
-def _load_extension() -> str:
-    """Import the C++ backend, which registers itself for the CPU; why it is absent, or nothing."""
+@functools.cache
+def _kernels() -> Any:
+    """The Triton kernels, imported at the first call: Triton is large, and looks for a GPU."""
+    return importlib.import_module("kvb.kernels.launch")
+
+
+def _register_kernels(dispatch_key: str) -> None:
+    def launcher(name: str) -> Callable[..., Any]:
+        return lambda *args: getattr(_kernels(), name)(*args)
+
+    for name in NAMES:
+        if name != "sample":
+            _library.impl(name, launcher(name), dispatch_key)
+
+
+def _load_on_cpu() -> tuple[str, str]:
+    """Who answers on the CPU, and where that is the reference, why."""
     wish = os.environ.get("KVB_CPU_CAPABILITY")
     if wish is not None and wish not in CPU_CAPABILITIES:
         raise ValueError(f"KVB_CPU_CAPABILITY={wish!r}: allowed values are {', '.join(CPU_CAPABILITIES)}")
     if wish == "reference":
-        return "KVB_CPU_CAPABILITY=reference"
+        return "reference", "KVB_CPU_CAPABILITY=reference"
+    if wish == "triton":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("KVB_CPU_CAPABILITY=triton runs the GPU's kernels interpreted: set TRITON_INTERPRET=1 too")
+        _register_kernels("CPU")
+        return "kernels", ""
     try:
-        importlib.import_module("kvb._C")
+        importlib.import_module("kvb._C")  # which registers itself
     except ModuleNotFoundError:
-        return "the C++ extension was not built: pip install --no-build-isolation . with g++ and torch at hand"
+        return "reference", (
+            "the C++ extension was not built: pip install --no-build-isolation . with g++ and torch at hand"
+        )
     except ImportError as error:
         warnings.warn(f"the C++ extension of kvb cannot be loaded, plain PyTorch answers: {error}", stacklevel=2)
-        return f"the C++ extension cannot be loaded: {error}"
-    return ""
+        return "reference", f"the C++ extension cannot be loaded: {error}"
+    return "csrc", ""
 
 
+def _load_on_cuda() -> tuple[str, str]:
+    """The same for CUDA and ROCm, which PyTorch calls CUDA too; nothing here touches a device."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "reference", "this PyTorch was built without CUDA or ROCm"
+    if importlib.util.find_spec("triton") is None:
+        return "reference", "Triton is not installed: pip install triton"
+    _register_kernels("CUDA")
+    return "kernels", ""
+
+
+_answers = {"cpu": _load_on_cpu(), "cuda": _load_on_cuda()}
 # Why a device type has no fast backend; empty where it has one.
-absent = {"cpu": _load_extension(), "cuda": "the Triton kernels are not part of this version"}
-
-
-def _packed_nbytes(keys: Tensor) -> int:
-    """Bytes of one packed codebook in the layout of the backend that answers for ``keys``."""
-    _, K, D = keys.shape
-    if keys.device.type == "cpu" and not absent["cpu"]:
-        return int(torch.ops.kvb.cpu_packed_nbytes(K, D, keys.dtype == torch.float64))
-    return reference.packed_nbytes(K, D, keys.dtype)
+absent = {device: why for device, (_, why) in _answers.items()}
 
 
 def backend(device: str) -> str:
     """Who answers the operators on a device type: "csrc", "kernels" or "reference"."""
-    key, fast = {"cpu": ("CPU", "csrc"), "cuda": ("CUDA", "kernels")}.get(device, ("", ""))
-    registered = bool(key) and torch._C._dispatch_has_kernel_for_dispatch_key("kvb::nearest", key)
-    return fast if registered else "reference"
+    return _answers.get(device, ("reference", ""))[0]
+
+
+def _packed_nbytes(keys: Tensor) -> int:
+    """Bytes of one packed codebook in the layout of the backend that answers for ``keys``."""
+    (_, K, D), answers = keys.shape, backend(keys.device.type)
+    if answers == "csrc":
+        return int(torch.ops.kvb.cpu_packed_nbytes(K, D, keys.dtype == torch.float64))
+    layout = _kernels() if answers == "kernels" else reference
+    return int(layout.packed_nbytes(K, D, keys.dtype))
 
 
 # --- shapes without data ----------------------------------------------------------------------------------------------

@@ -295,6 +295,41 @@ def test_the_reference_needs_neither_triton_nor_a_compiler():
     assert run(code, PATH="", KVB_CPU_CAPABILITY="reference").startswith("torch.Size([1, 1, 4]) reference (")
 
 
+def test_interpreted_kernels_are_asked_for_twice():
+    """Triton looks at TRITON_INTERPRET at its import: too late to set it for the user."""
+    settings = {"KVB_CPU_CAPABILITY": "triton", "TRITON_INTERPRET": "0"}
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run("import kvb", **settings)
+    assert "ValueError: KVB_CPU_CAPABILITY=triton" in failed.value.stderr
+    assert "set TRITON_INTERPRET=1 too" in failed.value.stderr
+    report = "import kvb; print(kvb.info()['backend on cpu'])"
+    assert run(report, **settings | {"TRITON_INTERPRET": "1"}) == "kernels"
+
+
+# For PyTorch, CUDA is there; no call reaches it.
+WITH_CUDA = """
+import importlib.util, sys, torch
+torch.version.cuda = "13.0"
+{before}
+import kvb
+names = [name for name in kvb.ops.NAMES if torch._C._dispatch_has_kernel_for_dispatch_key("kvb::" + name, "CUDA")]
+print(",".join(names), "triton" in sys.modules, kvb.info()["backend on cuda"])
+"""
+
+
+def test_kernels_answer_for_cuda_and_triton_waits_for_the_first_call():
+    pytest.importorskip("triton", reason="no Triton for this platform")
+    fast = ",".join(name for name in kvb.ops.NAMES if name != "sample")
+    settings = {"KVB_CPU_CAPABILITY": "reference", "TRITON_INTERPRET": "0"}
+    assert run(WITH_CUDA.format(before=""), **settings) == f"{fast} False kernels"
+
+
+def test_cuda_without_triton_is_answered_by_the_reference():
+    before = "find = importlib.util.find_spec; importlib.util.find_spec = lambda n: None if n == 'triton' else find(n)"
+    found = run(WITH_CUDA.format(before=before), KVB_CPU_CAPABILITY="reference")
+    assert found == "False reference (Triton is not installed: pip install triton)"
+
+
 def test_a_forked_child_works_with_one_thread():
     code = (
         "import os, torch, kvb\n"
@@ -312,8 +347,9 @@ def test_info_names_versions_and_backends():
     facts = kvb.info()
     assert facts["kvb"] == kvb.__version__
     assert facts["torch"] == torch.__version__
-    assert facts["backend on cpu"].startswith(kvb.ops.backend("cpu") + " (")
-    assert facts["backend on cuda"].startswith("reference (")
+    assert facts["backend on cpu"].split(" (")[0] == kvb.ops.backend("cpu")
+    if torch.version.cuda is None and torch.version.hip is None:
+        assert facts["backend on cuda"] == "reference (this PyTorch was built without CUDA or ROCm)"
     assert torch.backends.cpu.get_cpu_capability() in facts["cpu"]
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvb import functional
+from kvb import functional, ops
 
-CI_QUERIES = 1_000_000
-ALL_QUERIES = 10_000_000
+# Triton's interpreter runs one program after the other.
+INTERPRETED = ops.backend("cpu") == "kernels"
+CI_QUERIES, ALL_QUERIES = (10_000, 200_000) if INTERPRETED else (1_000_000, 10_000_000)
 
 
 def normal(n, C, K, D):
@@ -200,11 +201,13 @@ def run_case(name, make, sizes, dtype, topk, share, total) -> int:
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
 def test_no_violation(case):
-    assert run_case(*case, total=CI_QUERIES) >= CI_QUERIES * case[-1] // SHARES
+    *_, topk, share = case
+    total = CI_QUERIES // topk if INTERPRETED else CI_QUERIES  # the kernels search once for every rank
+    assert run_case(*case, total=total) >= total * share // SHARES
 
 
 @pytest.mark.slow
-def test_no_violation_in_ten_million_queries():
+def test_no_violation_in_many_more_queries():
     judged = sum(run_case(*case, total=ALL_QUERIES) for case in CASES)
     print(f"\nexactness: 0 violations in {judged:,} queries over {len(CASES)} kinds of data")
     assert judged >= ALL_QUERIES
@@ -223,7 +226,7 @@ def test_the_judge_sees_a_wrong_index():
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_low_precision_matrix_products_change_nothing(precision):
-    queries, keys = offset(5000, 2, 64, 8)
+    queries, keys = offset(40 if INTERPRETED else 5000, 2, 64, 8)
     want = functional.nearest(queries, keys, topk=3)
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = precision
@@ -237,13 +240,15 @@ def test_low_precision_matrix_products_change_nothing(precision):
 
 def test_an_offset_does_not_change_the_answer():
     """Queries and keys on a grid of 2^-10, so that adding 100 is exact."""
-    queries, keys = ((part * 1024).round() / 1024 for part in normal(20_000, 2, 64, 8))
+    n = 1000 if INTERPRETED else 20_000
+    queries, keys = ((part * 1024).round() / 1024 for part in normal(n, 2, 64, 8))
     plain = functional.nearest(queries, keys)
     moved = functional.nearest(queries + 100, keys + 100)
     assert torch.equal(plain[0], moved[0])
     assert torch.equal(plain[1], moved[1])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread")
 def test_thread_count_changes_nothing():
     queries, keys = normal(3000, 3, 300, 12)
     values = torch.randn(3, 300, 7)

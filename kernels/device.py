@@ -1,0 +1,76 @@
+"""What all launches share: the machine they run on, sizes rounded up, and errors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from triton.runtime import driver
+
+# The column of the launch table by compute capability, else that of sm_120, which asks for little shared memory.
+_NVIDIA = {80: "sm_80", 90: "sm_90", 100: "sm_100", 101: "sm_100", 103: "sm_100"}
+_INTERPRETED = "sm_90", 8
+
+
+def target(device: torch.device) -> str:
+    """The column of the launch table: "sm_80", "sm_90", "sm_100", "sm_120", "gfx942" or "gfx950".
+
+    Triton's active driver knows; without one, that is under the interpreter, it is sm_90's.
+    """
+    return _machine(device)[0]
+
+
+def processors(device: torch.device) -> int:
+    """How many programs can begin at once."""
+    return _machine(device)[1]
+
+
+def _machine(device: torch.device) -> tuple[str, int]:
+    try:
+        active = driver.active
+    except RuntimeError:
+        return _INTERPRETED
+    return _facts(active, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _facts(active: Any, device: torch.device) -> tuple[str, int]:
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        found, index = active.get_current_target(), active.get_current_device()
+    if found.backend == "hip":
+        column = "gfx950" if str(found.arch).startswith("gfx95") else "gfx942"
+    else:
+        column = _NVIDIA.get(found.arch, "sm_120")
+    return column, active.utils.get_device_properties(index)["multiprocessor_count"]
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, registers: int | None = None, **constants: Any) -> None:
+    """Launch ``kernel`` on the device of its first argument, a tensor.
+
+    ``registers`` a thread may be used on NVIDIA: left to itself, its assembler would rather spill than have fewer
+    programs run side by side.
+    """
+    if registers is not None and target(arguments[0].device).startswith("sm_"):
+        constants["maxnreg"] = registers
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def multiple(size: int, of: int) -> int:
+    """``size`` rounded up to a multiple of ``of``."""
+    return ceil_div(size, of) * of
+
+
+def power_of_two(size: int) -> int:
+    """``size`` rounded up to a power of two."""
+    return 1 << max(0, size - 1).bit_length()

@@ -1,0 +1,18 @@
+"""The GPU backend: one function for each operator of ``kvb/ops.py``, with the operator's own signature."""
+
+from kvb.kernels.device import target
+from kvb.kernels.launch_search import lookup, nearest, pack_keys, packed_nbytes
+from kvb.kernels.launch_values import accumulate, count, gather, gather_backward, gather_backward_rows
+
+__all__ = [
+    "accumulate",
+    "count",
+    "gather",
+    "gather_backward",
+    "gather_backward_rows",
+    "lookup",
+    "nearest",
+    "pack_keys",
+    "packed_nbytes",
+    "target",
+]

@@ -1,0 +1,287 @@
+"""The exact search by direct differences: for few queries, float64, more than one neighbour, and what the filter left.
+
+Every key is looked at in float32; where one might be nearer than the nearest so far, its tile is measured in float64.
+Ranks are found one after the other: the next one is the least (distance, index) after the last.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvb.kernels.scores import EPSILON, finite, row_offsets
+
+
+@triton.jit
+def _squares(
+    queries,
+    at,
+    good,
+    keys,
+    key,
+    inside,
+    WIDE: tl.constexpr,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Squared distances [BK, BR] by direct difference, and whether the keys are finite; in float64 if WIDE.
+
+    Keys come first: threads that few rows leave over go along the first axis.
+    """
+    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
+    total = tl.zeros((BK, BR), dtype)
+    whole = inside
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        q = tl.load(queries + at[:, None] + d[None, :], mask=good[:, None] & (d < D)[None, :], other=0.0).to(dtype)
+        k = tl.load(
+            keys + key[:, None].to(tl.int64) * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
+        ).to(dtype)
+        whole = whole & (tl.min(finite(k).to(tl.int32), 1) != 0)
+        apart = k[:, None, :] - q[None, :, :]
+        total += tl.sum(apart * apart, 2)
+    return total, whole
+
+
+@triton.jit
+def _next(
+    queries,
+    at,
+    good,
+    keys,
+    mask,
+    start,
+    stop,
+    K,
+    last,
+    last_key,
+    last_spare,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Of the keys from ``start`` to ``stop``, the least (distance, key) after the last one, and K if there is none.
+
+    Also the lowest key that may not win after ``last_spare``: it fills a rank that no other key is left for.
+    """
+    best = tl.full((BR,), float("inf"), tl.float64)
+    choice = tl.full((BR,), K, tl.int32)
+    spare = tl.full((BR,), K, tl.int32)
+    limit = tl.full((BR,), float("inf"), tl.float32)
+    for first in range(start, stop, BK):
+        key = first + tl.arange(0, BK)
+        allowed = key < stop
+        if MASKED:
+            allowed = allowed & (tl.load(mask + key, mask=allowed, other=0) != 0)
+        look = True
+        if not WIDE:
+            near, _ = _squares(queries, at, good, keys, key, key < stop, False, D, BR, BK, BD)
+            # Negated, so that NaN is looked at.
+            possible = allowed[:, None] & ~(near > limit[None, :])
+            possible = good[None, :] & (possible | (choice == K)[None, :])
+            look = tl.max(tl.max(possible.to(tl.int32), 1), 0) != 0
+        if look:
+            exact, whole = _squares(queries, at, good, keys, key, key < stop, True, D, BR, BK, BD)
+            usable = (allowed & whole)[:, None] & good[None, :]
+            here = tl.broadcast_to(key[:, None], (BK, BR))
+            after = (exact > last[None, :]) | ((exact == last[None, :]) & (here > last_key[None, :]))
+            after = after & usable
+            least = tl.min(tl.where(after, exact, float("inf")), 0)
+            lowest = tl.min(tl.where(after & (exact == least[None, :]), here, K), 0)
+            better = (lowest < K) & ((least < best) | (choice == K))
+            best = tl.where(better, least, best)
+            choice = tl.where(better, lowest, choice)
+            barred = (key < stop)[:, None] & ~usable & (here > last_spare[None, :])
+            spare = tl.minimum(spare, tl.min(tl.where(barred, here, K), 0))
+            limit = (best * (1 + EPSILON * (D + 8)) + D * 2.4e-38).to(tl.float32)
+    return best, choice, spare
+
+
+@triton.jit
+def _search_row(
+    queries,
+    at,
+    row_ok,
+    keys,
+    mask,
+    indices,
+    distances,
+    out,
+    start,
+    stop,
+    K,
+    T,
+    PARTIAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """All T ranks of BR rows of one codebook, stored from ``out`` on; the last index."""
+    good = row_ok
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        q = tl.load(queries + at[:, None] + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
+        good = good & (tl.min(finite(q).to(tl.int32), 1) != 0)
+    last = tl.full((BR,), -1.0, tl.float64)
+    last_key = tl.full((BR,), -1, tl.int32)
+    last_spare = last_key
+    choice = last_key
+    for rank in range(0, T):
+        best, choice, spare = _next(
+            queries, at, good, keys, mask, start, stop, K, last, last_key, last_spare, WIDE, MASKED, D, BR, BK, BD
+        )
+        none = choice == K
+        last = best
+        last_key = choice
+        if not PARTIAL:
+            last_spare = tl.where(none, spare, last_spare)
+            choice = tl.where(none, spare, choice)
+        choice = tl.where(good, choice, rank)
+        tl.store(indices + out + rank, choice, mask=row_ok)
+        tl.store(distances + out + rank, tl.where(good, best, float("nan")), mask=row_ok)
+    return choice
+
+
+@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "T", "splits"])
+def scan(
+    queries,
+    keys,
+    mask,
+    values,
+    indices,
+    distances,
+    fetched,
+    rows,
+    S,
+    stride_b,
+    stride_s,
+    stride_c,
+    C,
+    K,
+    T,
+    splits,
+    per_split,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    FETCH: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """BR rows of one codebook against ``per_split`` of its keys; with FETCH, the value of the nearest as well."""
+    book = (tl.program_id(0) % C).to(tl.int64)
+    row = tl.program_id(0) // C * BR + tl.arange(0, BR)
+    row_ok = row < rows
+    at = row_offsets(row, book, S, stride_b, stride_s, stride_c, FLAT, ALIGN)
+    cell = row.to(tl.int64) * C + book
+    start = tl.program_id(1) * per_split
+    out = cell * splits + tl.program_id(1) if PARTIAL else cell * T
+    choice = _search_row(
+        queries,
+        at,
+        row_ok,
+        keys + book * K * D,
+        mask + book * K,
+        indices,
+        distances,
+        out,
+        start,
+        min(start + per_split, K),
+        K,
+        T,
+        PARTIAL,
+        WIDE,
+        MASKED,
+        D,
+        BR,
+        BK,
+        BD,
+    )
+    if FETCH:
+        for first in range(0, V, BV):
+            v = first + tl.arange(0, BV)
+            inside = row_ok[:, None] & (v < V)[None, :]
+            value = tl.load(values + (book * K + choice.to(tl.int64))[:, None] * V + v[None, :], mask=inside)
+            tl.store(fetched + cell[:, None] * V + v[None, :], value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["cells", "splits"])
+def merge(part_indices, part_distances, indices, distances, cells, K, splits, BR: tl.constexpr, WIDTH: tl.constexpr):
+    """The nearest of all parts of each row's codebook; the first key where none may win."""
+    cell = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    part = tl.arange(0, WIDTH)
+    inside = (cell < cells)[:, None] & (part < splits)[None, :]
+    at = cell[:, None] * splits + part[None, :]
+    distance = tl.load(part_distances + at, mask=inside, other=float("inf"))
+    index = tl.load(part_indices + at, mask=inside, other=2147483647)
+    broken = tl.max((distance != distance).to(tl.int32), 1) != 0
+    known = (index < K) & (distance == distance)
+    least = tl.min(tl.where(known, distance, float("inf")), 1)
+    lowest = tl.min(tl.where(known & (distance == least[:, None]), index, K), 1)
+    tl.store(indices + cell, tl.where(lowest < K, lowest, 0), mask=cell < cells)
+    tl.store(distances + cell, tl.where(broken, float("nan"), least), mask=cell < cells)
+
+
+@triton.jit(do_not_specialize=["S", "stride_b", "stride_s", "stride_c"])
+def rescan(
+    queries,
+    keys,
+    mask,
+    listed,
+    count,
+    indices,
+    distances,
+    S,
+    stride_b,
+    stride_s,
+    stride_c,
+    C,
+    K,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The whole search of the rows that the filter listed, one at a time."""
+    for item in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
+        cell = tl.load(listed + item)
+        book = (cell % C).to(tl.int64)
+        row = cell // C + tl.arange(0, 1)
+        at = row_offsets(row, book, S, stride_b, stride_s, stride_c, FLAT, ALIGN)
+        _search_row(
+            queries,
+            at,
+            row >= 0,
+            keys + book * K * D,
+            mask + book * K,
+            indices,
+            distances,
+            cell + tl.zeros((1,), tl.int64),
+            0,
+            K,
+            K,
+            1,
+            False,
+            False,
+            MASKED,
+            D,
+            1,
+            BK,
+            BD,
+        )

@@ -1,0 +1,145 @@
+"""``python -m kvb check``: right backends pass, and a wrong one is found, named and turned into the exit status."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+from kvb import __main__, check, ops, reference
+
+CPU = torch.device("cpu")
+CASE = {case.name: case for case in check.CASES}
+FEW = (CASE["plain"], CASE["3 nearest"], CASE["queries with NaN and Inf"])
+
+
+def changed(name, change):
+    """The reference with the results of one operator changed."""
+    operators = {operator: getattr(reference, operator) for operator in ops.NAMES}
+    right = operators[name]
+    operators[name] = lambda *arguments: change(right(*arguments))
+    return check.Backend("broken", CPU, types.SimpleNamespace(**operators))
+
+
+def test_every_operator_has_a_check():
+    assert set(check.CHECKS) == set(ops.NAMES)
+
+
+def test_names_of_cases_are_distinct():
+    assert len(CASE) == len(check.CASES)
+
+
+@pytest.mark.parametrize("operator", ops.NAMES)
+def test_the_reference_passes(operator):
+    found = check.verdict(operator, check.Backend("reference", CPU, reference))
+    assert not found.failures
+    assert str(found) == f"pass {len(check.CASES)}"
+
+
+def next_index(found):
+    return (found[0] + 1) % 40, found[1]
+
+
+BROKEN = {
+    "the second nearest": ("nearest", next_index, "farther than the nearest"),
+    "distances off by 1e-5": ("nearest", lambda found: (found[0], found[1] * (1 + 1e-5)), "distances are off"),
+    "narrow indices": ("nearest", lambda found: (found[0].int(), found[1]), "expected indices torch.int64"),
+    "indices out of range": ("nearest", lambda found: (found[0] + 40, found[1]), "outside of"),
+    "lost codebook": ("pack_keys", lambda found: found[1:], "expected packed keys"),
+    "a rounded value": ("gather", lambda found: found * (1 + 2e-7), "values"),
+    "a lost gradient": ("gather_backward", lambda found: found * 0.999, "gradients"),
+    "a NaN gradient": ("gather_backward", lambda found: found * torch.nan, "gradients"),
+    "descending rows": ("gather_backward_rows", lambda found: (found[0].flip(0), *found[1:]), "touched rows"),
+    "one hit too many": ("count", lambda found: found + 1, "hits are wrong"),
+    "shrunk sums": ("accumulate", lambda found: (found[0], found[1] * 0.999), "sums of queries"),
+    "values of other keys": ("lookup", lambda found: (found[0], next_index(found[::-1])[0]), ""),
+    "far draws": ("sample", next_index, "a far key"),
+}
+
+
+@pytest.mark.parametrize(("operator", "change", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_operator_is_found(operator, change, message):
+    found = check.verdict(operator, changed(operator, change), FEW)
+    assert found.failures
+    assert message in found.failures[0][1]
+
+
+def test_a_later_twin_is_found():
+    def last(found):
+        return torch.where(found[0] < 12, found[0] + 28, found[0]), found[1]
+
+    found = check.verdict("nearest", changed("nearest", last), [CASE["30 % duplicated keys"]])
+    assert "equal one stands at a lower index" in found.failures[0][1]
+
+
+def test_a_masked_pair_is_found():
+    broken = changed("nearest", lambda found: found)
+    search = broken.operators.nearest
+    broken.operators.nearest = lambda queries, keys, packed, mask, topk: search(queries, keys, packed, None, topk)
+    assert check.verdict("nearest", broken, [CASE["masked"]]).failures
+
+
+def test_gradients_that_do_not_repeat_are_found():
+    def noisy(grad):
+        return grad * (1 + 1e-7 * torch.rand(grad.shape))
+
+    found = check.verdict("gather_backward", changed("gather_backward", noisy), [CASE["plain"]])
+    assert "two deterministic gradients differ" in found.failures[0][1]
+
+
+def test_any_exception_is_a_failure():
+    class Unknown(Exception):
+        pass
+
+    def fail(found):
+        raise Unknown("no such instruction")
+
+    found = check.verdict("count", changed("count", fail), [CASE["plain"]])
+    assert found.failures == [("plain", "Unknown: no such instruction")]
+
+
+def test_checking_restores_determinism_and_the_random_state():
+    state = torch.get_rng_state()
+    check.verdict("gather_backward", check.Backend("reference", CPU, reference), [CASE["plain"]])
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("case", check.CASES, ids=CASE)
+def test_problems_are_what_their_names_say(case):
+    problem = check._problem(case, CPU)
+    assert problem.queries.shape == (case.B, case.S, case.C, case.D)
+    assert problem.queries.stride(-1) == 1 or problem.queries.numel() == 0
+    assert problem.queries.is_contiguous() == (case.strides == "contiguous")
+
+
+def test_command_line_passes(monkeypatch, capsys):
+    monkeypatch.setattr(check, "CASES", FEW)
+    monkeypatch.setattr(check.run, "__defaults__", (FEW,))
+    assert __main__.main(["check", "--device", "cpu"]) == 0
+    table = capsys.readouterr().out
+    for backend in {ops.backend("cpu"), "reference"}:
+        assert f"{backend} on cpu" in table
+    assert "FAIL" not in table
+
+
+def test_command_line_names_the_first_failure(monkeypatch, capsys):
+    monkeypatch.setattr(check.run, "__defaults__", (FEW,))
+    monkeypatch.setattr(reference, "gather", lambda *arguments: torch.zeros(1))
+    assert __main__.main(["check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["gather", "reference", "on", "cpu", "FAIL", "3", "of", "3"] for line in lines)
+    assert lines[-1].startswith("first failure: gather, reference on cpu, case 'plain': expected values torch.float32")
+
+
+def test_an_absent_device_is_named():
+    with pytest.raises(SystemExit, match="must be one of the devices of this machine, cpu.*got 'tpu'"):
+        __main__.main(["check", "--device", "tpu"])
+
+
+def test_expected_results_are_computed_once():
+    problem = check._problem(CASE["plain"], CPU)
+    assert problem.exact is problem.exact
+    assert dataclasses.replace(problem).exact is not problem.exact
