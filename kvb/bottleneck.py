@@ -218,10 +218,7 @@ class KeyValueBottleneck(nn.Module):
         def search(x: Any) -> Tensor:
             return self.encode(x.to(self.keys.device) if isinstance(x, Tensor) else x, dtype=storage)
 
-        batch = learning.Stream.BATCH // max(1, data[:1].numel()) if isinstance(data, Tensor) and data.dim() else 1
-        return encode(
-            data, search, batch_size=max(1, batch), out=out, inputs_extractor=inputs_extractor, progress=progress
-        )
+        return encode(data, search, cut=learning.cut, out=out, inputs_extractor=inputs_extractor, progress=progress)
 
     def decode(self, indices: Tensor, pool: str = "none") -> Tensor:
         """The values of cached indices: [B, C, *shape] -> [B, C, *shape, V], pooled over codebooks [B, *shape, V].

@@ -138,7 +138,7 @@ def encode(
     data: Tensor | Iterable[Any],
     search: Callable[[Any], Tensor],
     *,
-    batch_size: int,
+    cut: Callable[[Tensor], Sequence[Tensor]],
     out: str | os.PathLike[str] | None,
     inputs_extractor: Callable[[Any], Any] | None,
     progress: bool,
@@ -148,7 +148,7 @@ def encode(
     Args:
         data: a tensor of inputs, cut into batches, or an iterable of inputs or of (inputs, labels, ...) items.
         search: inputs of one batch -> codes [B, C, *shape] in the dtype to store.
-        batch_size: samples at a time from a tensor.
+        cut: makes batches of a tensor.
         out: a file for the codes; None keeps them in memory.
         inputs_extractor: takes the inputs out of an item.
         progress: show a progress bar.
@@ -157,7 +157,7 @@ def encode(
     """
     if not isinstance(data, (Tensor, Iterable)):
         raise TypeError(f"data must be a Tensor or an iterable of batches, not {type(data).__name__}")
-    batches: Iterable[Any] = data.split(batch_size) if isinstance(data, Tensor) else data
+    batches: Iterable[Any] = cut(data) if isinstance(data, Tensor) else data
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(batches, desc="encoding", total=total, disable=not progress, leave=False, delay=PATIENCE)
     labels: list[Tensor | None] = []

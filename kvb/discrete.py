@@ -202,10 +202,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         def search(x: Any) -> Tensor:
             return self.encode(x.to(device) if isinstance(x, Tensor) else x, dtype=storage)
 
-        batch = learning.Stream.BATCH // max(1, data[:1].numel()) if isinstance(data, Tensor) and data.dim() else 1
-        return encode(
-            data, search, batch_size=max(1, batch), out=out, inputs_extractor=inputs_extractor, progress=progress
-        )
+        return encode(data, search, cut=learning.cut, out=out, inputs_extractor=inputs_extractor, progress=progress)
 
     def _heads(self, x: Any, encoder_arguments: dict[str, Any]) -> Tensor:
         """The projected embeddings of x, one head a codebook: [B, C, *shape, D]."""
@@ -255,7 +252,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
             as there.
         """
         if isinstance(data, Tensor):
-            data = data.split(max(1, learning.Stream.BATCH // max(1, data[:1].numel())))
+            data = learning.cut(data)
             inputs_extractor = None
         extract, bottleneck = inputs_extractor or learning.first, self.bottleneck
         device = bottleneck.keys.device

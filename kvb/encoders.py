@@ -161,7 +161,10 @@ class BottleneckedEncoder(nn.Module):
         def search(x: Any) -> Tensor:
             return self.encode(self._moved(x), dtype=storage)
 
-        return encode(data, search, batch_size=BATCH, out=out, inputs_extractor=inputs_extractor, progress=progress)
+        def cut(inputs: Tensor) -> tuple[Tensor, ...]:
+            return inputs.split(BATCH)
+
+        return encode(data, search, cut=cut, out=out, inputs_extractor=inputs_extractor, progress=progress)
 
     def decode(self, codes: Tensor, pool: str = "none") -> Tensor:
         """The values of codes [B, C, *spatial], in the layout of ``forward``; pooled over codebooks, without C.

@@ -139,6 +139,14 @@ def replace_dead(
 # --- streams of queries -----------------------------------------------------------------------------------------------
 
 
+BATCH = 1 << 22  # elements of one batch cut from a tensor
+
+
+def cut(data: Tensor) -> tuple[Tensor, ...]:
+    """A tensor in batches that fit in memory beside what is computed of them."""
+    return data.split(max(1, BATCH // max(1, data[:1].numel()))) if data.dim() else (data,)
+
+
 class Stream:
     """Passes over data as queries [B, S, C, D]: a tensor cut into batches, or any loader iterated anew for each pass.
 
@@ -148,8 +156,6 @@ class Stream:
         inputs_extractor: takes the tensor out of an item; by default the item itself or its first element.
         passes: how often the data will be read.
     """
-
-    BATCH = 1 << 22  # elements of one batch cut from a tensor
 
     def __init__(
         self,
@@ -168,10 +174,7 @@ class Stream:
         self._begun = 0
 
     def _batches(self) -> Iterable[Any]:
-        if not isinstance(self.data, Tensor):
-            return self.data
-        size = max(1, self.BATCH // max(1, self.data[:1].numel()))
-        return self.data.split(size)
+        return cut(self.data) if isinstance(self.data, Tensor) else self.data
 
     def queries(self, label: str, limit: int | None = None) -> Iterator[Tensor]:
         """One pass; ``limit`` stops it after so many rows of one codebook, rounded up to whole samples."""
@@ -337,7 +340,7 @@ def _seed(stream: Stream, K: int, like: Tensor, plus: bool, generator: torch.Gen
     if not plus:
         return sample_keys(stream, K, like, generator, limit)
     sample = _sample(stream, SEEDS_PER_KEY * K, like, generator, limit)
-    books = max(1, Stream.BATCH // sample.rows[0].numel())
+    books = max(1, BATCH // sample.rows[0].numel())
     parts = zip(sample.rows.split(books), sample.filled.split(books), strict=True)
     seeds, new = zip(*(_spread_out(rows, filled, K, generator) for rows, filled in parts), strict=True)
     chosen = Reservoir(K, like)

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kvb import BottleneckedEncoder, CodeDataset, DiscreteKeyValueBottleneck, KeyValueBottleneck
+from kvb import BottleneckedEncoder, CodeDataset, DiscreteKeyValueBottleneck, KeyValueBottleneck, keys
 from kvb import data as room
-from kvb.keys import Stream
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def test_a_tensor_becomes_the_smallest_codes_that_hold_it(shape, K, dtype):
 
 
 def test_a_large_tensor_is_read_in_batches(module, monkeypatch):
-    monkeypatch.setattr(Stream, "BATCH", 4 * 15)
+    monkeypatch.setattr(keys, "BATCH", 4 * 15)
     x, sizes, encode = torch.randn(10, 3, 5), [], module.encode
     monkeypatch.setattr(module, "encode", lambda part, dtype: sizes.append(len(part)) or encode(part, dtype=dtype))
     assert torch.equal(module.encode_dataset(x, progress=False).codes.long(), encode(x))
