@@ -12,7 +12,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import triton
@@ -260,14 +260,33 @@ def _natural_loops(following: list[list[int]]) -> list[frozenset[int]]:
 # --- a whole kernel ---------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Code:
-    """The machine code of one kernel."""
+class Listing(NamedTuple):
+    """A kernel in instructions, and where its labels stand."""
 
     instructions: tuple[Instruction, ...]
-    loops: list[frozenset[int]]  # places in ``instructions``, the largest loop first
+    labels: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """The machine code of one kernel; instructions and loops are read when they are asked for, which takes a second."""
+
     registers: int  # of one thread
     spilled: int  # NVIDIA: bytes of local memory a thread; AMD: vector and scalar registers that were spilled
+    disassemble: Callable[[], Listing]
+
+    @functools.cached_property
+    def _listing(self) -> Listing:
+        return self.disassemble()
+
+    @property
+    def instructions(self) -> tuple[Instruction, ...]:
+        return self._listing.instructions
+
+    @functools.cached_property
+    def loops(self) -> list[frozenset[int]]:
+        """Places in ``instructions``, the largest loop first."""
+        return _natural_loops(_successors(*self._listing))
 
     def within(self, loop: Iterable[int]) -> Iterator[Instruction]:
         return (self.instructions[place] for place in sorted(loop))
@@ -307,17 +326,15 @@ def _cuobjdump(option: str, binary: bytes) -> str:
 _SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*(?:[&?]\S+\s*)*;")
 
 
-def _read_nvidia(binary: bytes) -> Code:
+def _disassemble_nvidia(binary: bytes) -> Listing:
     lines = (_SASS.match(line) for line in _cuobjdump("-sass", binary).splitlines())
     code = tuple(
         Instruction(int(line[1], 16), line[3], line[4], line[2] not in (None, "@UPT", "@PT")) for line in lines if line
     )
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", binary)))
-    spilled = int(usage["STACK"]) + int(usage["LOCAL"])
-    return Code(code, _natural_loops(_successors(code, {})), int(usage["REG"]), spilled)
+    return Listing(code, {})
 
 
-def _read_amd(text: str) -> Code:
+def _disassemble_amd(text: str) -> Listing:
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.partition(".section\t.rodata")[0].splitlines():
@@ -326,18 +343,21 @@ def _read_amd(text: str) -> Code:
             labels[label[1]] = len(code)
         elif found := re.match(r"\s+([a-z]\w+)\s*(.*)", line):
             code.append(Instruction(len(code), found[1], found[2], False))
-    facts = {name: int(number) for name, number in re.findall(r"\.((?:[av]gpr|sgpr)_(?:spill_)?count):\s+(\d+)", text)}
     # A label at the very end belongs to no instruction.
-    labels = {label: place for label, place in labels.items() if place < len(code)}
-    loops = _natural_loops(_successors(tuple(code), labels))
-    return Code(tuple(code), loops, facts["vgpr_count"], facts["vgpr_spill_count"] + facts["sgpr_spill_count"])
+    return Listing(tuple(code), {label: place for label, place in labels.items() if place < len(code)})
 
 
 def read(kernel: Compiled) -> Code:
-    """Disassemble a kernel."""
+    """The machine code of a kernel."""
     if "cubin" in kernel.asm:
-        return _read_nvidia(kernel.asm["cubin"])
-    return _read_amd(kernel.asm["amdgcn"])
+        binary = kernel.asm["cubin"]
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", binary)))
+        spilled = int(usage["STACK"]) + int(usage["LOCAL"])
+        return Code(int(usage["REG"]), spilled, functools.partial(_disassemble_nvidia, binary))
+    text = kernel.asm["amdgcn"]
+    facts = {name: int(number) for name, number in re.findall(r"\.((?:[av]gpr|sgpr)_(?:spill_)?count):\s+(\d+)", text)}
+    spilled = facts["vgpr_spill_count"] + facts["sgpr_spill_count"]
+    return Code(facts["vgpr_count"], spilled, functools.partial(_disassemble_amd, text))
 
 
 def excesses(kernel: Compiled, code: Code) -> list[str]:
@@ -348,7 +368,7 @@ def excesses(kernel: Compiled, code: Code) -> list[str]:
         found.append(f"{kernel}: {kernel.shared} bytes of shared memory, {limits.shared} are there")
     if code.registers > limits.registers:
         found.append(f"{kernel}: {code.registers} registers a thread, {limits.registers} are there")
-    spills = code.total().spills
-    if "cubin" in kernel.asm and spills:  # a frame that nothing reads or writes costs nothing
+    # Without a frame there are no spills; a frame that nothing reads or writes costs nothing.
+    if "cubin" in kernel.asm and code.spilled and (spills := code.total().spills):
         found.append(f"{kernel}: spills, {code.spilled} bytes a thread and {spills} accesses")
     return found

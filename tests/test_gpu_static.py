@@ -80,15 +80,17 @@ def test_an_index_out_of_bounds_stops_the_device():
 
 
 def check(kernels):
+    """Hold kernels to the limits of their target; their machine code by kernel."""
     assert kernels
-    for kernel in kernels:
-        code = machine_code.read(kernel)
+    codes = {kernel: machine_code.read(kernel) for kernel in kernels}
+    for kernel, code in codes.items():
         assert machine_code.excesses(kernel, code) == [], str(kernel)
         if kernel.name in ("search", "resident"):
             assert code.total().matrix > 0, f"{kernel} does not use the matrix units"
             loads = code.search_loop().loads if kernel.name == "search" else code.total().loads
             # AMD's compiler moves tiles to shared memory in pieces whose width depends on its version.
             assert kernel.target.startswith("gfx") or max(loads, default=128) == 128, f"{kernel} loads {loads}"
+    return codes
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -96,9 +98,9 @@ def test_every_entry_of_the_launch_table(target):
     with compiling_for(target) as kernels:
         for D, K in ENTRIES:
             search(D, K)
-    check(kernels)
+    codes = check(kernels)
     if target == "sm_90":
-        loops = [machine_code.read(kernel).search_loop() for kernel in kernels if kernel.name == "search"]
+        loops = [code.search_loop() for kernel, code in codes.items() if kernel.name == "search"]
         assert loops
         assert not any(loop.shuffles for loop in loops), "scores leave their thread before the last key"
     filters = {(k.constants["BN"], k.constants["BK"], k.num_warps) for k in kernels if k.name == "search"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -219,10 +220,10 @@ def test_a_spilling_kernel_is_seen(target):
 
 
 def test_spills_on_amd_are_read():
-    text = compiled("gfx942", add_one, numbers(), numbers(), 1000, 1, BLOCK=256).asm["amdgcn"]
-    assert machine_code._read_amd(text).spilled == 0
-    spilled = re.sub(r"\.vgpr_spill_count:\s+0", ".vgpr_spill_count: 7", text)
-    assert machine_code._read_amd(spilled).spilled == 7
+    kernel = compiled("gfx942", add_one, numbers(), numbers(), 1000, 1, BLOCK=256)
+    assert machine_code.read(kernel).spilled == 0
+    spilled = re.sub(r"\.vgpr_spill_count:\s+0", ".vgpr_spill_count: 7", kernel.asm["amdgcn"])
+    assert machine_code.read(dataclasses.replace(kernel, asm={"amdgcn": spilled})).spilled == 7
 
 
 @pytest.mark.parametrize("target", TARGETS)
