@@ -2,6 +2,7 @@
 
 from kvb.kernels.device import target
 from kvb.kernels.launch_search import lookup, nearest, pack_keys, packed_nbytes
+from kvb.kernels.launch_training import sgd_step_
 from kvb.kernels.launch_values import accumulate, count, gather, gather_backward, gather_backward_rows
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "nearest",
     "pack_keys",
     "packed_nbytes",
+    "sgd_step_",
     "target",
 ]

@@ -1,13 +1,14 @@
 """Adding rows to tables: the kernels of ``gather_backward``, ``gather_backward_rows``, ``accumulate`` and ``count``.
 
-All of them add the rows of x [B, S, C, V] to the rows of a table [C, K, V] that indices [B, S, C] name; x is a gradient
+They add the rows of x [B, S, C, V] to the rows of a table [C, K, V] that indices [B, S, C] name; x is a gradient
 (a pooled one has stride 0 over the codebooks) or the queries. There are three ways:
 
 * ``add_by_product``, for small K: a one-hot matrix product for every codebook and slice of the batch, then
   ``add_slices``. Every sum has a fixed order.
 * ``add_by_atomics``: float atomics, whose order is not fixed.
 * ``find_runs`` and ``add_runs``, then ``join_runs``: the positions stand sorted by table row, in chunks of fixed size.
-  Every sum has a fixed order, and the touched rows come out in ascending order.
+  Every sum has a fixed order, and the touched rows come out in ascending order: ``move_rows`` takes them and moves
+  the rows of a table by them.
 
 Where ``hits`` is given, x are queries: one with NaN or Inf is skipped, the others are counted. The strides of x and of
 the indices, and all sizes that depend on the batch, are plain arguments that are never specialised; ALIGN says which
@@ -374,3 +375,28 @@ def join_runs(
         more = tl.min(same.to(tl.int32)) == 1
     run = row.to(tl.int64) if ends is None else tl.load(ends + chunk) - 1
     store_sums(out + run * V + v, average(total, DIVISOR), columns)
+
+
+# --- rows moved by their gradients ------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count"])
+def move_rows(
+    table,  # [C * K, V]
+    rows,  # [count] of the table, each once; -1 for none
+    grads,  # [count, V] float32, or float64
+    step,  # [] float64
+    count,
+    V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Subtract ``step`` times its gradient from every named row of the table, in the precision of gradients."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row = tl.load(rows + i, mask=i < count, other=-1)
+    inside = (row >= 0)[:, None] & (v < V)[None, :]
+    grad = tl.load(grads + (i * V)[:, None] + v[None, :], mask=inside, other=0)
+    pointers = table + (row * V)[:, None] + v[None, :]
+    before = tl.load(pointers, mask=inside, other=0).to(grad.dtype)
+    store_sums(pointers, before - tl.load(step).to(grad.dtype) * grad, inside)

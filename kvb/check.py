@@ -473,6 +473,48 @@ def check_gather_backward_rows(op: Any, problem: Problem) -> None:
         _grad_sum(problem, pool).judge(f"gradients (pool={pool!r})", dense.view(case.C, case.K, case.V))
 
 
+def check_sgd_step_(op: Any, problem: Problem) -> None:
+    """What follows from the logits is judged by those that were returned, so that their rounding counts once."""
+    case, values = problem.case, problem.values.clone()
+    (B, S, C), V, lr, max_norm, smoothing = problem.indices.shape, case.V, 0.5, 0.02, 0.1
+    targets = torch.arange(B, device=values.device) % V
+    loss, norm, logits = op.sgd_step_(values, problem.indices, targets, lr, max_norm, smoothing)
+    dtype = _accumulator(values.dtype)
+    loss = _require_like("the loss", loss, (), dtype)
+    norm = _require_like("the norm", norm, (), dtype)
+    logits = _require_like("logits", logits, (B, V), dtype).double()
+    values, before = _require_like("values", values, problem.values.shape, problem.values.dtype), problem.values.cpu()
+    if B * S == 0:
+        _require(loss.isnan(), "expected loss NaN for an empty batch")
+        _require(torch.equal(values, before), "expected that an empty batch moves nothing")
+        return
+
+    rows, unit = _rows(problem.indices, case.K), UNIT[dtype]
+    fetched = before.double().view(-1, V)[rows]
+    exact, size = fetched.mean((1, 2)), fetched.abs().mean((1, 2))
+    _require_close("logits", logits, exact, (2 * (C + S) * unit + 2 * UNIT[values.dtype]) * size)
+
+    shares, fit = logits.log_softmax(-1), torch.full_like(logits, smoothing / V)
+    fit[torch.arange(B), targets.cpu()] += 1 - smoothing
+    slack = (16 + V) * unit
+    _require_close("losses", loss, -(fit * shares).sum(-1).mean(), slack * (1 + shares.abs().max()))
+
+    def total(each: Tensor) -> Tensor:
+        """Of all positions, [C * K, *], where each sample gives the same to all that it fetches."""
+        out = torch.zeros(C * case.K, each.shape[1], dtype=torch.float64)
+        return out.index_add(0, rows.flatten(), each[:, None, None].expand(B, S, C, -1).reshape(B * S * C, -1))
+
+    grad, fetches = total((shares.exp() - fit) / (B * S * C)), total(torch.ones(B, 1, dtype=torch.float64))
+    off = (slack + 2 * unit * fetches) * total((shares.exp() + fit) / (B * S * C))
+    _require_close("norms", norm, grad.norm(), off.norm() + 4 * unit * grad.norm())
+    step = lr * min(1.0, max_norm / (float(grad.norm()) + 1e-6))
+    moved = before.double() - step * grad.view_as(before)
+    off += (off.norm() / (grad.norm() + 1e-6) + 4 * unit) * grad.abs()
+    allowed = step * off.view_as(before) + 2 * UNIT[values.dtype] * (moved.abs() + before.double().abs())
+    touched = fetches.view(C, case.K, 1) > 0
+    _require_close("values", values, torch.where(touched, moved, before.double()), torch.where(touched, allowed, 0))
+
+
 def _judge_hits(problem: Problem, hits: Tensor) -> None:
     case = problem.case
     rows = _rows(problem.indices, case.K)[problem.queries.cpu().isfinite().all(-1)]

@@ -52,6 +52,9 @@ BROKEN = {
     "a lost gradient": ("gather_backward", lambda found: found * 0.999, "gradients"),
     "a NaN gradient": ("gather_backward", lambda found: found * torch.nan, "gradients"),
     "descending rows": ("gather_backward_rows", lambda found: (found[0].flip(0), *found[1:]), "touched rows"),
+    "a wrong loss": ("sgd_step_", lambda found: (found[0] * 1.001, *found[1:]), "losses"),
+    "a wrong norm": ("sgd_step_", lambda found: (found[0], found[1] * 1.001, found[2]), "norms"),
+    "shrunk logits": ("sgd_step_", lambda found: (*found[:2], found[2] * 0.999), "logits"),
     "one hit too many": ("count", lambda found: found + 1, "hits are wrong"),
     "shrunk sums": ("accumulate", lambda found: (found[0], found[1] * 0.999), "sums of queries"),
     "values of other keys": ("lookup", lambda found: (found[0], next_index(found[::-1])[0]), ""),
@@ -79,6 +82,16 @@ def test_a_masked_pair_is_found():
     search = broken.operators.nearest
     broken.operators.nearest = lambda queries, keys, packed, mask, topk: search(queries, keys, packed, None, topk)
     assert check.verdict("nearest", broken, [CASE["masked"]]).failures
+
+
+def test_a_step_of_the_wrong_length_is_found():
+    broken = changed("sgd_step_", lambda found: found)
+    step = broken.operators.sgd_step_
+    broken.operators.sgd_step_ = lambda values, indices, targets, lr, *rest: step(
+        values, indices, targets, lr * 1.01, *rest
+    )
+    found = check.verdict("sgd_step_", broken, [CASE["plain"]])
+    assert "values are off" in found.failures[0][1]
 
 
 def test_gradients_that_do_not_repeat_are_found():

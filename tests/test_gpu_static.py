@@ -64,6 +64,7 @@ def everything_else():
             launch.gather_backward(rows, indices, K, "none")
             launch.accumulate(rows, indices, K)
         launch.gather_backward_rows(rows, indices, 600, "none")
+        launch.sgd_step_(values, indices, untouched(256, dtype=torch.int64), 0.3, 1.0, 0.1)
     launch.count(rows, indices, 600)
 
 

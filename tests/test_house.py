@@ -39,6 +39,7 @@ FILES = sorted(path for path in PACKAGE.glob("**/*.py") if "kernels" not in path
 KERNEL_FLOORS = {
     "launch": 5,
     "launch_search": 4,
+    "launch_training": 4,
     "launch_values": 3,
     "scatter": 2,
     "pack": 1,
@@ -49,7 +50,7 @@ KERNEL_FLOORS = {
     "scores": 0,
 }
 KERNELS = sorted((PACKAGE.parent / "kernels").glob("**/*.py"))
-WITHOUT_TRITON_LANGUAGE = {"launch", "launch_search", "launch_values", "device"}
+WITHOUT_TRITON_LANGUAGE = {"launch", "launch_search", "launch_training", "launch_values", "device"}
 
 
 def floor(module: str) -> int:

@@ -17,7 +17,7 @@ if ops.backend("cpu") != "kernels":  # Triton decides at its import whether to i
 import triton
 import triton.language as tl
 
-from kvb.kernels import device, launch_search, launch_values
+from kvb.kernels import device, launch_search, launch_training, launch_values
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, where numbers overflow on purpose
 op = torch.ops.kvb
@@ -55,7 +55,7 @@ class Spy(list[Launch]):
 @pytest.fixture
 def launched(monkeypatch) -> Spy:
     spy = Spy()
-    for module in (launch_search, launch_values):
+    for module in (launch_search, launch_training, launch_values):
         monkeypatch.setattr(module, "run", spy.run)
     return spy
 
@@ -411,7 +411,7 @@ def guarded(poison: int) -> Callable[..., None]:
 @pytest.fixture(params=POISONS)
 def amid_poison(request, monkeypatch, poisoned) -> None:
     """Tensors of kernels lie amid poison, and what nothing was written to is poison itself."""
-    for module in (launch_search, launch_values):
+    for module in (launch_search, launch_training, launch_values):
         monkeypatch.setattr(module, "run", guarded(POISONS[request.param]))
 
 
@@ -433,6 +433,19 @@ def test_guards_see_what_is_read_and_written(poison):
         run(copy_sixteen, (1,), torch.ones(16), fifteen, 0)
     with pytest.raises(AssertionError, match="copy_sixteen wrote in front of a tensor"):
         run(copy_sixteen, (1,), torch.ones(32)[1:], fifteen, -1)
+
+
+@pytest.mark.parametrize("V", [1, 5, 130])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_step_stays_in_its_memory(V, dtype, amid_poison):
+    indices, targets = torch.randint(30, (7, 3, 2)), torch.randint(V, (7,))
+    values = torch.randn(2, 30, V, dtype=dtype)
+    mine, theirs = values.clone(), values.clone()
+    got = op.sgd_step_(mine, indices, targets, 0.3, 0.01, 0.1)
+    want = reference.sgd_step_(theirs, indices, targets, 0.3, 0.01, 0.1)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 # N, K, D, dtype, memory, masked, topk

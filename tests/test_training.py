@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvb import KeyValueBottleneck, functional, reference
+from kvb import KeyValueBottleneck, functional, ops, reference
 from kvb.training import SGDStep, sgd_step
 
 op = torch.ops.kvb
+INTERPRETED = ops.backend("cpu") == "kernels"  # which takes its time
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -76,7 +77,7 @@ def test_clipping_and_smoothing_by_hand(dtype):
         {"V": 33},
         {"shape": (3,)},
         {"shape": (2, 3)},
-        {"B": 300, "C": 17, "K": 400, "V": 10},
+        {"B": 30 if INTERPRETED else 300, "C": 17, "K": 400, "V": 10},
         {"B": 64, "K": 2},
     ],
     ids=str,
@@ -130,7 +131,7 @@ def test_codes_of_every_integer_and_stride(integer):
 
 
 def test_a_thousand_steps_are_the_dense_steps():
-    C, K, V, B = 16, 128, 10, 64
+    C, K, V, B = (2, 8, 10, 16) if INTERPRETED else (16, 128, 10, 64)
     codes, targets = torch.randint(K, (400, C), dtype=torch.int16), torch.randint(V, (400,))
     values, table = torch.zeros(C, K, V), nn.Parameter(torch.zeros(C, K, V))
     optimizer = torch.optim.SGD([table], lr=10.0)
@@ -171,6 +172,7 @@ def test_the_number_of_threads_changes_no_bit():
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a million positions, interpreted one chunk after the other")
 @pytest.mark.parametrize(("B", "C", "K"), [(70_000, 16, 900), (600_000, 8, 50), (270_000, 64, 3)])
 def test_large_batches_go_other_ways_to_the_same_end(B, C, K):
     """More partial sums than stay in cache; more chains than are kept; more positions than heads have numbers for."""
@@ -261,6 +263,10 @@ def test_what_does_not_fit_is_refused_and_moves_nothing():
         ((values, codes, targets.to("meta")), {}, RuntimeError, "targets is on meta and values are on cpu"),
     )
     for arguments, options, error, message in cases:
+        if INTERPRETED and "index" in message:  # left out there, see test_operators.py
+            continue
+        if INTERPRETED and error is IndexError:  # a GPU asserts on the device
+            error, message = RuntimeError, "a target is out of bounds for 6 classes"
         with pytest.raises(error, match=message):
             sgd_step(*arguments, **options)
     flat = codes[:, None]
