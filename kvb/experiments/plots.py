@@ -102,3 +102,84 @@ def _heat_map(axes: Axes, name: str, colour: str, result: Result, tasks: Sequenc
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     return image
+
+
+# --- unlearning -------------------------------------------------------------------------------------------------------
+
+
+def unlearning(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    *,
+    overlap: Sequence[Sequence[float]],
+    one_after_another: Sequence[tuple[str, float, float]],
+    chosen: float,
+    label: str,
+    title: str,
+    path: Path,
+) -> None:
+    """Four panels as a PNG: (a) what is forgotten, (b) what is kept, (c) shared pairs, (d) one class after another.
+
+    Args:
+        curves: pairs masked, forget and retain accuracy, from no pair on, by the name of the way, at most as many as
+            ``STYLES``.
+        overlap: of every class with every other.
+        one_after_another: what to call the class, accuracy on all forgotten so far, and on the others.
+        chosen, label: the number of pairs of the main table, and what to call it.
+    """
+    figure = Figure(figsize=(10, 8), dpi=200, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
+    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK)
+    (forgotten, kept), (shared, several) = figure.subplots(2, 2)
+    for (way, points), (colour, marker) in zip(curves.items(), STYLES, strict=False):
+        pairs, forget, retain = np.array(points).T
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 2, "label": way}
+        forgotten.plot(pairs, forget, **style)
+        kept.plot(pairs, 100 * (retain - retain[0]), **style)
+    for axes in (forgotten, kept):
+        axes.axvline(chosen, color=FAINT, linestyle=":", linewidth=1.5, zorder=0)
+        axes.set_xlabel("pairs masked", fontsize=11)
+    _plain(forgotten, "(a) Accuracy on what is forgotten")
+    forgotten.set_ylim(-0.02, 1.02)
+    forgotten.legend(frameon=True, framealpha=1, edgecolor="white", fontsize=10.5, loc="upper right")
+    _plain(kept, "(b) Change of accuracy on the rest", "points")
+    low, high = kept.get_ylim()
+    kept.set_ylim(min(low, -2.0), max(high, 1.0))
+    kept.axhline(0, color=FAINT, linewidth=1, zorder=0)
+    kept.annotate(label, (chosen, kept.get_ylim()[0]), (-4, 6), textcoords="offset points", ha="right", color=FAINT)
+    _overlaps(shared, np.array(overlap))
+    steps = range(1, len(one_after_another) + 1)
+    heights = np.array([entry[1:] for entry in one_after_another])
+    for name, column, (colour, marker) in zip(("forgotten", "others"), heights.T, STYLES[1::-1], strict=True):
+        several.plot(steps, column, color=colour, marker=marker, markersize=7, linewidth=2.4, label=name, clip_on=False)
+    several.set_xticks(steps, ["+ " + entry[0] for entry in one_after_another], fontsize=10)
+    several.set_xlim(0.8, len(one_after_another) + 0.2)
+    several.set_ylim(0, 1)
+    several.set_xlabel("classes forgotten, one after another", fontsize=11)
+    several.legend(frameon=False, fontsize=10.5, loc="center right")
+    _plain(several, "(d) Masks on top of each other")
+    figure.savefig(path)
+
+
+def _plain(axes: Axes, title: str, unit: str = "test accuracy") -> None:
+    axes.set_title(title, fontsize=12.5, color=INK)
+    axes.set_ylabel(unit, fontsize=11)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _overlaps(axes: Axes, table: np.ndarray) -> None:
+    apart = ~np.eye(len(table), dtype=bool)
+    top = max(float(table[apart].max()), 1e-9)
+    axes.imshow(np.ma.array(table, mask=~apart), cmap="Blues", vmin=0, vmax=top)
+    if len(table) <= 12:
+        for row, column in np.argwhere(apart):
+            share = table[row, column]
+            colour = "white" if share > 0.6 * top else INK
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=colour)
+    axes.set_title("(c) Hits that two classes share, in %", fontsize=12.5, color=INK)
+    axes.set_xticks(range(len(table)))
+    axes.set_yticks(range(len(table)))
+    axes.set_xlabel("class", fontsize=11)
+    axes.set_ylabel("class", fontsize=11)
+    axes.tick_params(length=0, labelsize=9)
+    axes.spines[:].set_visible(False)
