@@ -13,7 +13,12 @@ import torch
 
 import kvb
 
-STUDIES = {"digits": "digits", "mnist": "mnist", "20ng": "newsgroups"}  # and their modules in kvb.experiments
+STUDIES = {
+    "digits": "digits",
+    "mnist": "mnist",
+    "20ng": "newsgroups",
+    "toy": "toy",
+}  # and their modules in kvb.experiments
 
 
 def _seed(text: str) -> int:
@@ -33,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         choices=STUDIES,
         default="digits",
-        help="digits come with scikit-learn; the others need `make data-mnist` or `make data-20ng` (%(default)s)",
+        help="digits come with scikit-learn, toy is drawn; the others need `make data-mnist` or `make data-20ng` "
+        "(%(default)s)",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="gets a figure and its numbers (%(default)s)"
@@ -42,7 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     unlearn = commands.add_parser(
         "unlearn", help="forget classes of real data by masking their pairs, and relearn them"
     )
-    unlearn.add_argument("--data", choices=STUDIES, default="digits", help="as for demo (%(default)s)")
+    unlearn.add_argument(
+        "--data",
+        choices=[name for name in STUDIES if name != "toy"],
+        default="digits",
+        help="as for demo (%(default)s)",
+    )
     unlearn.add_argument(
         "--classes", type=int, nargs="+", default=[], metavar="L", help="forget these together (each class by itself)"
     )
@@ -97,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.command == "check":
         return _check(chosen.device)
     if chosen.command == "demo":
-        _experiment("demo", chosen.data, chosen.out, chosen.seed)
+        _experiment("toy" if chosen.data == "toy" else "demo", chosen.data, chosen.out, chosen.seed)
     elif chosen.command == "unlearn":
         _experiment("unlearning", chosen.data, chosen.out, chosen.seed, classes=chosen.classes)
     else:

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from torch import Tensor
 
-from kvb.experiments.class_incremental import Result
+from kvb.experiments.class_incremental import Examples, Result
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; the markers tell them apart in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
@@ -183,3 +185,53 @@ def _overlaps(axes: Axes, table: np.ndarray) -> None:
     axes.set_ylabel("class", fontsize=11)
     axes.tick_params(length=0, labelsize=9)
     axes.spines[:].set_visible(False)
+
+
+# --- the toy ----------------------------------------------------------------------------------------------------------
+
+
+def decisions(
+    maps: Mapping[str, Sequence[Tensor]],
+    accuracies: Mapping[str, Sequence[float]],
+    *,
+    train: Examples,
+    tasks: Sequence[Tensor],
+    path: Path,
+) -> None:
+    """What every head decides in the unit square after each task, as a PNG: rows are heads, columns are tasks.
+
+    A place has the colour of its class, paler the less probable the class is there. The points of the tasks learned so
+    far lie on top, those of the last one with dark edges.
+
+    Args:
+        maps: probabilities [G, G, classes] after each task, rows from the bottom, by the name of the head.
+        accuracies: test accuracy over the classes seen so far, after each task.
+        tasks: the classes of every task, at most ten in all.
+    """
+    figure = Figure(figsize=(2.5 * len(tasks) + 0.6, 2.55 * len(maps) + 0.7), dpi=150)
+    figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.04, w_pad=0.04))
+    figure.suptitle("Two classes at a time: what each head decides after every task", fontsize=15, fontweight="bold")
+    grid = figure.subplots(len(maps), len(tasks), squeeze=False, sharex=True, sharey=True)
+    colours = colormaps["tab10"](np.arange(10))[:, :3]
+    for row, (name, drawn) in zip(grid, maps.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=12, fontweight="bold", color=INK)
+        for number, (axes, probabilities) in enumerate(zip(row, drawn, strict=True)):
+            likeliest, classes = (part.numpy() for part in probabilities.max(-1))
+            chance = 1 / probabilities.shape[-1]
+            strength = ((likeliest - chance) / max(likeliest.max() - chance, 1e-9))[..., None]
+            axes.imshow(1 - 0.6 * strength * (1 - colours[classes]), origin="lower", extent=(0, 1, 0, 1))
+            for step, task in enumerate(tasks[: number + 1]):
+                for label in task.tolist():
+                    points = train.features[train.labels == label].T
+                    edge = INK if step == number else "white"
+                    axes.scatter(*points, s=9, color=[colours[label]], edgecolors=edge, linewidths=0.35)
+            axes.set_xlabel(f"accuracy {accuracies[name][number]:.2f}", fontsize=11, color=INK, labelpad=3)
+            axes.set_xlim(0, 1)
+            axes.set_ylim(0, 1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_color("#bbbbbb")
+    for number, (axes, task) in enumerate(zip(grid[0], tasks, strict=True), start=1):
+        axes.set_title(f"task {number}: classes {', '.join(map(str, task.tolist()))}", fontsize=11.5, color=INK)
+    figure.supxlabel("test accuracy over the classes seen so far; the paler, the less likely any class", fontsize=11)
+    figure.savefig(path)
