@@ -1,6 +1,6 @@
 """kvb: the fast, exact Discrete Key-Value Bottleneck for PyTorch."""
 
-from kvb import compat, decoders, functional, optim, splitters, training
+from kvb import compat, decoders, functional, optim, splitters, training, unlearning
 from kvb.about import __version__, info
 from kvb.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.checkpoints import CheckpointError, load, save
@@ -42,4 +42,5 @@ __all__ = [
     "save",
     "splitters",
     "training",
+    "unlearning",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvb demo``, ``python -m kvb check`` and ``python -m kvb info``."""
+"""The command line: ``python -m kvb demo``, ``unlearn``, ``check`` and ``info``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import kvb
 
-STUDIES = {"digits": "digits", "mnist": "mnist", "20ng": "newsgroups"}  # and their modules in kvb.experiments
+STUDIES = {
+    "digits": "digits",
+    "mnist": "mnist",
+    "20ng": "newsgroups",
+    "toy": "toy",
+}  # and their modules in kvb.experiments
 
 
 def _seed(text: str) -> int:
@@ -24,7 +30,7 @@ def _seed(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kvb", description=kvb.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,check,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,unlearn,check,info}")
     demo = commands.add_parser(
         "demo", help="learn real data a few classes at a time: the bottleneck against a linear and an MLP head"
     )
@@ -32,23 +38,38 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         choices=STUDIES,
         default="digits",
-        help="digits come with scikit-learn; the others need `make data-mnist` or `make data-20ng` (%(default)s)",
+        help="digits come with scikit-learn, toy is drawn; the others need `make data-mnist` or `make data-20ng` "
+        "(%(default)s)",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="gets a figure and its numbers (%(default)s)"
     )
     demo.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
+    unlearn = commands.add_parser(
+        "unlearn", help="forget classes of real data by masking their pairs, and relearn them"
+    )
+    unlearn.add_argument(
+        "--data",
+        choices=[name for name in STUDIES if name != "toy"],
+        default="digits",
+        help="as for demo (%(default)s)",
+    )
+    unlearn.add_argument(
+        "--classes", type=int, nargs="+", default=[], metavar="L", help="forget these together (each class by itself)"
+    )
+    unlearn.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
+    unlearn.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
     check = commands.add_parser("check", help="hold every operator of every backend of this machine to the contract")
     check.add_argument("--device", metavar="D", help="cpu or cuda (all that are there)")
     commands.add_parser("info", help="versions, and which backend answers on each device")
     return parser
 
 
-def _demo(data: str, out: Path, seed: int) -> None:
+def _experiment(name: str, data: str, out: Path, seed: int, **options: Any) -> None:
     try:
-        from kvb.experiments import demo
         from kvb.experiments.packages import MissingPackageError
 
+        experiment = importlib.import_module(f"kvb.experiments.{name}")
         study = importlib.import_module(f"kvb.experiments.{STUDIES[data]}").STUDY
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("numpy", "sklearn", "matplotlib"):
@@ -59,7 +80,7 @@ def _demo(data: str, out: Path, seed: int) -> None:
     except OSError as error:
         sys.exit(f"--out must be a folder that can be written to, got {out} ({error.strerror}). Choose another one.")
     try:
-        demo.main(study, out, seed)
+        experiment.main(study, out, seed, **options)
     except MissingPackageError as error:
         sys.exit(f"{error}\nOr get all that this demo reads with: make data-{data}")
 
@@ -87,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.command == "check":
         return _check(chosen.device)
     if chosen.command == "demo":
-        _demo(chosen.data, chosen.out, chosen.seed)
+        _experiment("toy" if chosen.data == "toy" else "demo", chosen.data, chosen.out, chosen.seed)
+    elif chosen.command == "unlearn":
+        _experiment("unlearning", chosen.data, chosen.out, chosen.seed, classes=chosen.classes)
     else:
         _info()
     return 0

@@ -20,10 +20,14 @@ def positive_int(name: str, value: Any) -> int:
     return value
 
 
-def epochs(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"epochs must be an integer >= 0, got {value!r}")
+def count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
     return value
+
+
+def epochs(value: Any) -> int:
+    return count("epochs", value)
 
 
 def number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
@@ -117,10 +121,10 @@ def finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} contains NaN or Inf in {int((~rows).sum())} of {rows.numel()} rows")
 
 
-def mask(owner: str, value: Any, C: int, K: int) -> Tensor:
-    if tensor(owner, "mask", value).dtype != torch.bool:
-        raise TypeError(f"{owner}(): mask must be torch.bool, True where a pair may be fetched; got {value.dtype}")
-    shape("mask", value, "C K", (C, K))
+def mask(owner: str, value: Any, C: int, K: int, name: str = "mask") -> Tensor:
+    if tensor(owner, name, value).dtype != torch.bool:
+        raise TypeError(f"{owner}(): {name} must be torch.bool, True where a pair may be fetched; got {value.dtype}")
+    shape(name, value, "C K", (C, K))
     return value
 
 

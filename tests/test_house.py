@@ -19,6 +19,7 @@ FLOORS = {
     "discrete": 6,
     "drift": 6,
     "training": 6,
+    "unlearning": 6,
     "encoders": 6,
     "bottleneck": 5,
     "data": 4,

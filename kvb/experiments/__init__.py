@@ -1,7 +1,8 @@
 """Protocols that train heads on fixed features and measure what they keep: ``class_incremental``; ``demo`` runs it.
 
-On ``digits``, ``mnist`` (with the encoder ``lite0``) or ``newsgroups`` (with ``minilm``). ``demo``, these and ``plots``
-need the packages of ``kvb[demo]``; this module does not.
+On ``digits``, ``mnist`` (with the encoder ``lite0``) or ``newsgroups`` (with ``minilm``). ``unlearning`` forgets
+classes of the same; ``toy`` is the paper's figure 2. ``demo``, these and ``plots`` need the packages of ``kvb[demo]``;
+this module does not.
 """
 
 from kvb.experiments.class_incremental import (

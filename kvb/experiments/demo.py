@@ -105,7 +105,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _build(study: Study, name: str, seed: int, features: Tensor) -> Head:
+def build(study: Study, name: str, seed: int, features: Tensor) -> Head:
     with _seeded(seed):
         return HEADS[name](study, features)
 
@@ -166,7 +166,7 @@ def run(
     rates, validation = {}, {}
     for name in HEADS:
         rates[name], validation[name] = choose_rate(
-            partial(_build, study, name, seed),
+            partial(build, study, name, seed),
             problem.fit,
             problem.validation,
             tasks,
@@ -181,7 +181,7 @@ def run(
     say(f"{'after task':>13}{'classes':>{width}}" + "".join(f"{name:>12}" for name in HEADS) + f"{'chance':>12}")
     learning = [
         learn(
-            _build(study, name, seed, problem.train.features),
+            build(study, name, seed, problem.train.features),
             problem.train,
             problem.test,
             tasks,

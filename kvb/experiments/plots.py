@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from torch import Tensor
 
-from kvb.experiments.class_incremental import Result
+from kvb.experiments.class_incremental import Examples, Result
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; the markers tell them apart in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
@@ -102,3 +104,134 @@ def _heat_map(axes: Axes, name: str, colour: str, result: Result, tasks: Sequenc
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     return image
+
+
+# --- unlearning -------------------------------------------------------------------------------------------------------
+
+
+def unlearning(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    *,
+    overlap: Sequence[Sequence[float]],
+    one_after_another: Sequence[tuple[str, float, float]],
+    chosen: float,
+    label: str,
+    title: str,
+    path: Path,
+) -> None:
+    """Four panels as a PNG: (a) what is forgotten, (b) what is kept, (c) shared pairs, (d) one class after another.
+
+    Args:
+        curves: pairs masked, forget and retain accuracy, from no pair on, by the name of the way, at most as many as
+            ``STYLES``.
+        overlap: of every class with every other.
+        one_after_another: what to call the class, accuracy on all forgotten so far, and on the others.
+        chosen, label: the number of pairs of the main table, and what to call it.
+    """
+    figure = Figure(figsize=(10, 8), dpi=200, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
+    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK)
+    (forgotten, kept), (shared, several) = figure.subplots(2, 2)
+    for (way, points), (colour, marker) in zip(curves.items(), STYLES, strict=False):
+        pairs, forget, retain = np.array(points).T
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 2, "label": way}
+        forgotten.plot(pairs, forget, **style)
+        kept.plot(pairs, 100 * (retain - retain[0]), **style)
+    for axes in (forgotten, kept):
+        axes.axvline(chosen, color=FAINT, linestyle=":", linewidth=1.5, zorder=0)
+        axes.set_xlabel("pairs masked", fontsize=11)
+    _plain(forgotten, "(a) Accuracy on what is forgotten")
+    forgotten.set_ylim(-0.02, 1.02)
+    forgotten.legend(frameon=True, framealpha=1, edgecolor="white", fontsize=10.5, loc="upper right")
+    _plain(kept, "(b) Change of accuracy on the rest", "points")
+    low, high = kept.get_ylim()
+    kept.set_ylim(min(low, -2.0), max(high, 1.0))
+    kept.axhline(0, color=FAINT, linewidth=1, zorder=0)
+    kept.annotate(label, (chosen, kept.get_ylim()[0]), (-4, 6), textcoords="offset points", ha="right", color=FAINT)
+    _overlaps(shared, np.array(overlap))
+    steps = range(1, len(one_after_another) + 1)
+    heights = np.array([entry[1:] for entry in one_after_another])
+    for name, column, (colour, marker) in zip(("forgotten", "others"), heights.T, STYLES[1::-1], strict=True):
+        several.plot(steps, column, color=colour, marker=marker, markersize=7, linewidth=2.4, label=name, clip_on=False)
+    several.set_xticks(steps, ["+ " + entry[0] for entry in one_after_another], fontsize=10)
+    several.set_xlim(0.8, len(one_after_another) + 0.2)
+    several.set_ylim(0, 1)
+    several.set_xlabel("classes forgotten, one after another", fontsize=11)
+    several.legend(frameon=False, fontsize=10.5, loc="center right")
+    _plain(several, "(d) Masks on top of each other")
+    figure.savefig(path)
+
+
+def _plain(axes: Axes, title: str, unit: str = "test accuracy") -> None:
+    axes.set_title(title, fontsize=12.5, color=INK)
+    axes.set_ylabel(unit, fontsize=11)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _overlaps(axes: Axes, table: np.ndarray) -> None:
+    apart = ~np.eye(len(table), dtype=bool)
+    top = max(float(table[apart].max()), 1e-9)
+    axes.imshow(np.ma.array(table, mask=~apart), cmap="Blues", vmin=0, vmax=top)
+    if len(table) <= 12:
+        for row, column in np.argwhere(apart):
+            share = table[row, column]
+            colour = "white" if share > 0.6 * top else INK
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=colour)
+    axes.set_title("(c) Hits that two classes share, in %", fontsize=12.5, color=INK)
+    axes.set_xticks(range(len(table)))
+    axes.set_yticks(range(len(table)))
+    axes.set_xlabel("class", fontsize=11)
+    axes.set_ylabel("class", fontsize=11)
+    axes.tick_params(length=0, labelsize=9)
+    axes.spines[:].set_visible(False)
+
+
+# --- the toy ----------------------------------------------------------------------------------------------------------
+
+
+def decisions(
+    maps: Mapping[str, Sequence[Tensor]],
+    accuracies: Mapping[str, Sequence[float]],
+    *,
+    train: Examples,
+    tasks: Sequence[Tensor],
+    path: Path,
+) -> None:
+    """What every head decides in the unit square after each task, as a PNG: rows are heads, columns are tasks.
+
+    A place has the colour of its class, paler the less probable the class is there. The points of the tasks learned so
+    far lie on top, those of the last one with dark edges.
+
+    Args:
+        maps: probabilities [G, G, classes] after each task, rows from the bottom, by the name of the head.
+        accuracies: test accuracy over the classes seen so far, after each task.
+        tasks: the classes of every task, at most ten in all.
+    """
+    figure = Figure(figsize=(2.5 * len(tasks) + 0.6, 2.55 * len(maps) + 0.7), dpi=150)
+    figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.04, w_pad=0.04))
+    figure.suptitle("Two classes at a time: what each head decides after every task", fontsize=15, fontweight="bold")
+    grid = figure.subplots(len(maps), len(tasks), squeeze=False, sharex=True, sharey=True)
+    colours = colormaps["tab10"](np.arange(10))[:, :3]
+    for row, (name, drawn) in zip(grid, maps.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=12, fontweight="bold", color=INK)
+        for number, (axes, probabilities) in enumerate(zip(row, drawn, strict=True)):
+            likeliest, classes = (part.numpy() for part in probabilities.max(-1))
+            chance = 1 / probabilities.shape[-1]
+            strength = ((likeliest - chance) / max(likeliest.max() - chance, 1e-9))[..., None]
+            axes.imshow(1 - 0.6 * strength * (1 - colours[classes]), origin="lower", extent=(0, 1, 0, 1))
+            for step, task in enumerate(tasks[: number + 1]):
+                for label in task.tolist():
+                    points = train.features[train.labels == label].T
+                    edge = INK if step == number else "white"
+                    axes.scatter(*points, s=9, color=[colours[label]], edgecolors=edge, linewidths=0.35)
+            axes.set_xlabel(f"accuracy {accuracies[name][number]:.2f}", fontsize=11, color=INK, labelpad=3)
+            axes.set_xlim(0, 1)
+            axes.set_ylim(0, 1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_color("#bbbbbb")
+    for number, (axes, task) in enumerate(zip(grid[0], tasks, strict=True), start=1):
+        axes.set_title(f"task {number}: classes {', '.join(map(str, task.tolist()))}", fontsize=11.5, color=INK)
+    figure.supxlabel("test accuracy over the classes seen so far; the paler, the less likely any class", fontsize=11)
+    figure.savefig(path)
