@@ -23,7 +23,7 @@ and via examples. Ours: weighing hits by ``retain_hits``, the mask that always l
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from types import EllipsisType
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -32,11 +32,9 @@ from torch import Tensor
 from kvb import checks
 from kvb.bottleneck import KeyValueBottleneck
 from kvb.data import CodeDataset, split_item
+from kvb.keys import cut
 
 __all__ = ["class_hits", "erase", "forget", "hits", "mask_by_activations", "mask_by_examples", "overlap"]
-
-_BATCH = 1 << 22  # numbers of one batch cut from a tensor
-
 
 # --- histograms -------------------------------------------------------------------------------------------------------
 
@@ -139,24 +137,15 @@ def _searched(
 
 def _batches(owner: str, data: Any) -> Iterator[tuple[Any, Tensor | None]]:
     if isinstance(data, CodeDataset):
-        for rows in _cuts(data.codes):
-            yield data.codes[rows], None if data.labels is None else data.labels[rows]
+        parts = cut(data.codes)
+        labels = repeat(None) if data.labels is None else data.labels.split(len(parts[0]))
+        yield from zip(parts, labels)  # noqa: B905 (there is no end of None)
     elif isinstance(data, Tensor):
-        for rows in _cuts(checks.tensor(owner, "data", data)):
-            yield data[rows], None
+        yield from ((part, None) for part in cut(checks.tensor(owner, "data", data)))
     elif isinstance(data, Iterable):
         yield from map(split_item, data)
     else:
         raise TypeError(f"data must be a Tensor, a CodeDataset or an iterable of batches, not {type(data).__name__}")
-
-
-def _cuts(table: Tensor) -> Iterator[slice | EllipsisType]:
-    if table.dim() == 0:
-        yield ...  # for the checks of shapes to refuse
-        return
-    size = max(1, _BATCH // max(1, table[:1].numel()))
-    for begin in range(0, len(table), size):
-        yield slice(begin, begin + size)
 
 
 def _encoded(bottleneck: KeyValueBottleneck, x: Tensor) -> tuple[Tensor, Tensor]:
