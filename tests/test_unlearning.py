@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kvb import BottleneckedEncoder, CodeDataset, KeyValueBottleneck, keys, training, unlearning
+from kvb import BottleneckedEncoder, CodeDataset, KeyValueBottleneck, keys, training
 from kvb.unlearning import class_hits, erase, forget, hits, mask_by_activations, mask_by_examples, overlap
 
 C, K, D, V = 3, 8, 2, 4
