@@ -1,6 +1,6 @@
-"""Learning the keys, ``update_keys_``: what belongs to whole pairs in PyTorch, then one pass over the keys, then packing.
+"""Learning the keys, ``update_keys_``: whole pairs are decided in PyTorch, one pass moves the keys, another packs them.
 
-The pass surveys the keys that it writes, so that they are read once more only, by ``pack``.
+The first surveys what it writes, so that the second is all that packing takes.
 """
 
 from __future__ import annotations

@@ -258,7 +258,8 @@ class Packing:
 
 def unpacked(keys: Tensor) -> Tensor:
     """What stands for packed float64 keys."""
-    return keys.new_zeros((len(keys), packed_nbytes(*keys.shape[1:], keys.dtype)), dtype=torch.uint8)
+    C, K, D = keys.shape
+    return keys.new_zeros((C, packed_nbytes(K, D, keys.dtype)), dtype=torch.uint8)
 
 
 def _pack(keys: Tensor, mask: Tensor | None) -> Tensor:

@@ -549,7 +549,7 @@ def _spare(problem: Problem) -> tuple[Tensor, Tensor] | tuple[None, None]:
 
 def check_update_keys_(op: Any, problem: Problem) -> None:
     """Sizes are multiples of a sixteenth, so that every backend finds the same pairs dead."""
-    case, before = problem.case, problem.keys.cpu()
+    before = problem.keys.cpu()
     C, K, D = before.shape
     decay, eps, threshold, start = 0.75, 1e-5, 0.5, 1.25
     rows, finite = _rows(problem.indices, K), problem.queries.cpu().isfinite().all(-1, keepdim=True)
