@@ -44,7 +44,7 @@ ON_KERNELS := TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton KVB_EXPECT_BACKEND=ke
 # Triton has wheels for Linux only.
 ON_LINUX := $(filter Linux,$(shell uname -s))
 PYTEST_ON_KERNELS := $(if $(ON_LINUX),$(ON_KERNELS) $(BIN)/pytest -q,echo "No Triton here; not run:")
-BOTH := tables exactness operators training sparse_grad golden bottleneck keys state discrete compat encoders
+BOTH := tables exactness operators training sparse_grad golden bottleneck keys update state discrete compat encoders
 CONTRACT := tables exactness operators training golden kernels
 
 # The kernels run beside the rest: their interpreter keeps one core busy for minutes.

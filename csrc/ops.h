@@ -25,6 +25,11 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indi
 std::tuple<Tensor, Tensor, Tensor> sgd_step_(
     Tensor values, Tensor indices, Tensor targets, double lr, double max_norm, double label_smoothing);
 
+// update.cpp
+Tensor update_keys_(
+    Tensor keys, Tensor keys_avg, Tensor cluster_size, Tensor hits, Tensor sums, std::optional<Tensor> spare,
+    std::optional<Tensor> usable, double decay, double eps, double threshold, double start, bool rescale_all);
+
 // statistics.cpp
 std::tuple<Tensor, Tensor> accumulate(Tensor queries, Tensor indices, int64_t K);
 Tensor count(Tensor queries, Tensor indices, int64_t K);

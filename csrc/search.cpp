@@ -1,5 +1,6 @@
 // pack_keys, nearest and lookup: checks, memory, and how the work is cut; the instruction set does the rest.
 #include "ops.h"
+#include "packing.h"
 #include "search.h"
 
 #include <algorithm>
@@ -165,35 +166,39 @@ void nearest_wide(const Q* queries, const Key* keys, const bool* mask, const Lay
 
 } // namespace
 
-Tensor pack_keys(Tensor keys_) {
-  require_keys(keys_);
-  const Layout layout = layout_of(keys_);
-  const Tensor keys = torch::stable::contiguous(keys_);
-  const int64_t C = keys.size(0), K = layout.K, D = layout.D;
-  const Tensor packed = torch::stable::new_empty(keys, {C, layout.nbytes()}, ScalarType::Byte);
-  char* to = static_cast<char*>(packed.mutable_data_ptr());
-  const std::string id = layout.id();
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, K * D));
-  parallel(C, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> rows;
-    for (int64_t c = begin; c < end; ++c) {
-      char* book = to + c * layout.nbytes();
-      std::memset(book, 0, layout.nbytes());
-      std::memcpy(book, id.data(), kPart);
-      if (layout.wide) continue;
-      if (keys.scalar_type() == ScalarType::Float) {
-        kernels().pack(layout, static_cast<const float*>(keys.const_data_ptr()) + c * K * D, book);
-        continue;
-      }
-      rows.resize(K * D);
-      with_floating(keys.scalar_type(), [&](auto type) {
-        const auto* from = static_cast<const decltype(type)*>(keys.const_data_ptr()) + c * K * D;
-        std::transform(from, from + K * D, rows.begin(), widen<float, decltype(type)>);
-      });
-      kernels().pack(layout, rows.data(), book);
-    }
+Packing::Packing(const Tensor& keys)
+    : keys_(keys),
+      layout_(layout_of(keys)),
+      id_(layout_.id()),
+      packed_(torch::stable::new_empty(keys, {keys.size(0), layout_.nbytes()}, ScalarType::Byte)) {}
+
+void Packing::pack(int64_t c, std::vector<float>& rows) const {
+  const int64_t size = layout_.K * layout_.D;
+  char* book = static_cast<char*>(packed_.mutable_data_ptr()) + c * layout_.nbytes();
+  std::memset(book, 0, layout_.nbytes());
+  std::memcpy(book, id_.data(), kPart);
+  if (layout_.wide) return;
+  if (keys_.scalar_type() == ScalarType::Float) {
+    kernels().pack(layout_, static_cast<const float*>(keys_.const_data_ptr()) + c * size, book);
+    return;
+  }
+  rows.resize(size);
+  with_floating(keys_.scalar_type(), [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(keys_.const_data_ptr()) + c * size;
+    std::transform(from, from + size, rows.begin(), widen<float, decltype(type)>);
   });
-  return packed;
+  kernels().pack(layout_, rows.data(), book);
+}
+
+Tensor pack_keys(Tensor keys) {
+  require_keys(keys);
+  const Packing packing(torch::stable::contiguous(keys));
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, keys.size(1) * keys.size(2)));
+  parallel(keys.size(0), grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> rows;
+    for (int64_t c = begin; c < end; ++c) packing.pack(c, rows);
+  });
+  return packing.packed();
 }
 
 std::tuple<Tensor, Tensor> nearest(

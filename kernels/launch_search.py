@@ -208,42 +208,66 @@ def _allowed(mask: Tensor | None, unread: Tensor) -> Tensor:
     return unread if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def _pack(keys: Tensor, mask: Tensor | None) -> Tensor:
-    C, K, D = keys.shape
-    if keys.dtype == torch.float64:
-        return keys.new_zeros((C, packed_nbytes(K, D, keys.dtype)), dtype=torch.uint8)
-    facts = layout(K, D)
-    packed = keys.new_empty((C, facts.NBYTES), dtype=torch.uint8)
-    packed[:, : 4 * facts.NORMS].zero_()
+def slicing(K: int) -> tuple[int, int]:
+    """Keys of one slice of a codebook, and how many slices it has."""
     size = max(SLICE, multiple(ceil_div(K, 64), PACK_KEYS))
-    slices = ceil_div(K, size)
-    slots = 4 * power_of_two(K)
-    surveys = keys.new_empty((C, slices, 4, D), dtype=torch.float64)
-    table = torch.full((C, 2, slots), (1 << 31) - 1, dtype=torch.int32, device=keys.device)
-    shared: dict[str, Any] = {
-        "D": D,
-        "SLICES": slices,
-        "SLOTS": slots,
-        "BK": PACK_KEYS,
-        "BD": min(PACK_COLUMNS, power_of_two(D)),
-        "MASKED": mask is not None,
-    }
-    allowed = _allowed(mask, table)
-    columns = ceil_div(D, shared["BD"])
-    run(pack.survey, (C * slices, columns), keys, allowed, surveys, table, K, SLICE=size, **shared, registers=255)
-    if facts.FORM == 2:
-        shared["BD"] = min(PACK_COLUMNS, facts.DP)
-    run(
-        pack.pack,
-        (C * facts.TILES,),
-        *(keys, allowed, surveys, table, packed.view(torch.float32), packed.view(torch.float16), K),
-        **facts.constants("NBYTES", "TILES", "RADII", "NORMS", "HIGH", "LOW", "FORM", "DP"),
-        **shared,
-        WIDTH=power_of_two(slices),
-        KP=facts.Kp,
-        registers=255,
-    )
-    return packed
+    return size, ceil_div(K, size)
+
+
+class Packing:
+    """The packing of keys [C, K, D] that may still change: all memory is there; ``survey`` them, then ``finish``."""
+
+    def __init__(self, keys: Tensor) -> None:
+        C, K, D = keys.shape
+        self.keys, self.facts = keys, layout(K, D)
+        self.slice, self.slices = slicing(K)
+        slots = 4 * power_of_two(K)
+        self.packed = keys.new_empty((C, self.facts.NBYTES), dtype=torch.uint8)
+        self.packed[:, : 4 * self.facts.NORMS].zero_()
+        self.surveys = keys.new_empty((C, self.slices, 4, D), dtype=torch.float64)
+        self.table = torch.full((C, 2, slots), (1 << 31) - 1, dtype=torch.int32, device=keys.device)
+        self.columns = min(PACK_COLUMNS, power_of_two(D))
+        self.constants = {"D": D, "SLICES": self.slices, "SLOTS": slots, "BK": PACK_KEYS}
+
+    def survey(self, mask: Tensor | None) -> None:
+        C, K, D = self.keys.shape
+        run(
+            pack.survey,
+            (C * self.slices, ceil_div(D, self.columns)),
+            *(self.keys, _allowed(mask, self.table), self.surveys, self.table, K),
+            **self.constants,
+            **{"BD": self.columns, "SLICE": self.slice, "MASKED": mask is not None, "registers": 255},
+        )
+
+    def finish(self, mask: Tensor | None) -> Tensor:
+        facts, packed = self.facts, self.packed
+        run(
+            pack.pack,
+            (len(packed) * facts.TILES,),
+            *(self.keys, _allowed(mask, self.table), self.surveys, self.table),
+            *(packed.view(torch.float32), packed.view(torch.float16), self.keys.shape[1]),
+            **facts.constants("NBYTES", "TILES", "RADII", "NORMS", "HIGH", "LOW", "FORM", "DP"),
+            **self.constants,
+            **{"BD": min(PACK_COLUMNS, facts.DP) if facts.FORM == 2 else self.columns, "MASKED": mask is not None},
+            WIDTH=power_of_two(self.slices),
+            KP=facts.Kp,
+            registers=255,
+        )
+        return packed
+
+
+def unpacked(keys: Tensor) -> Tensor:
+    """What stands for packed float64 keys."""
+    C, K, D = keys.shape
+    return keys.new_zeros((C, packed_nbytes(K, D, keys.dtype)), dtype=torch.uint8)
+
+
+def _pack(keys: Tensor, mask: Tensor | None) -> Tensor:
+    if keys.dtype == torch.float64:
+        return unpacked(keys)
+    packing = Packing(keys)
+    packing.survey(mask)
+    return packing.finish(mask)
 
 
 # --- search -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Packing keys for the filter: centre, scale by a power of two, split into float16, fold the norms, bar the twins.
 
 Two kernels: ``survey`` sums up slices of a codebook and lets equal keys meet in a hash table; ``pack`` writes the
-layout, tile by tile. Nothing depends on the order in which programs run.
+layout, tile by tile. Nothing depends on the order in which programs run. Keys that are moved by ``update.py`` are
+surveyed there.
 """
 
 from __future__ import annotations
@@ -32,22 +33,67 @@ def _usable(keys, mask, row, live, D: tl.constexpr, BD: tl.constexpr, MASKED: tl
 
 
 @triton.jit
-def _slots(keys, row, live, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def mixed(part, d):
+    """What coordinates d of a tile of keys, float32, add to the two sums that ``slots`` makes of whole keys."""
+    bits = (part + 0.0).to(tl.uint32, bitcast=True)  # -0 equals 0
+    bits = (bits ^ (bits >> 15)) * (2 * d + 0x2C1B3C6D).to(tl.uint32)[None, :]
+    bits = bits ^ (bits >> 13)
+    return tl.sum(bits * 0x297A2D39, 1), tl.sum((bits ^ (bits >> 9)) * 0x85EBCA6B, 1)
+
+
+@triton.jit
+def slots(one, two, SLOTS: tl.constexpr):
     """Two places in a table of SLOTS, a power of two, that depend on a key's numbers only."""
+    one = (one ^ (one >> 16)) * 0x7FEB352D
+    two = (two ^ (two >> 16)) * 0x846CA68B
+    return ((one ^ (one >> 15)) & (SLOTS - 1)).to(tl.int32), ((two ^ (two >> 15)) & (SLOTS - 1)).to(tl.int32)
+
+
+@triton.jit
+def _slots(keys, row, live, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """The slots of keys in memory."""
     one = tl.zeros(row.shape, tl.uint32)
     two = tl.zeros(row.shape, tl.uint32)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         inside = live[:, None] & (d < D)[None, :]
         part = tl.load(keys + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        bits = (part + 0.0).to(tl.uint32, bitcast=True)  # -0 equals 0
-        bits = (bits ^ (bits >> 15)) * (2 * d + 0x2C1B3C6D).to(tl.uint32)[None, :]
-        bits = bits ^ (bits >> 13)
-        one += tl.sum(bits * 0x297A2D39, 1)
-        two += tl.sum((bits ^ (bits >> 9)) * 0x85EBCA6B, 1)
-    one = (one ^ (one >> 16)) * 0x7FEB352D
-    two = (two ^ (two >> 16)) * 0x846CA68B
-    return ((one ^ (one >> 15)) & (SLOTS - 1)).to(tl.int32), ((two ^ (two >> 15)) & (SLOTS - 1)).to(tl.int32)
+        more_one, more_two = mixed(part, d)
+        one += more_one
+        two += more_two
+    return slots(one, two, SLOTS)
+
+
+@triton.jit
+def claim(table, row, one, two, usable, SLOTS: tl.constexpr):
+    """Of the usable keys that share a slot, the first gets it."""
+    tl.atomic_min(table + one, row.to(tl.int32), mask=usable, sem="relaxed")
+    tl.atomic_min(table + SLOTS + two, row.to(tl.int32), mask=usable, sem="relaxed")
+
+
+@triton.jit
+def nothing_seen(BD: tl.constexpr):
+    """Sum, least, most and count of no keys."""
+    infinite = tl.full((BD,), float("inf"), tl.float32)
+    return tl.zeros((BD,), tl.float64), infinite, -infinite, tl.full((), 0, tl.int32)
+
+
+@triton.jit
+def seen(total, least, most, count, part, inside, usable):
+    """The same with a tile of keys, of which those ``usable`` count."""
+    total += tl.sum(tl.where(inside, part, 0.0).to(tl.float64), 0)
+    least = tl.minimum(least, tl.min(tl.where(inside, part, float("inf")), 0))
+    most = tl.maximum(most, tl.max(tl.where(inside, part, -float("inf")), 0))
+    return total, least, most, count + tl.sum(usable.to(tl.int32), 0)
+
+
+@triton.jit
+def store_survey(out, total, least, most, count, d, D: tl.constexpr):
+    """One slice's row of ``surveys``."""
+    tl.store(out + SUM * D + d, total, mask=d < D)
+    tl.store(out + LEAST * D + d, least.to(tl.float64), mask=d < D)
+    tl.store(out + MOST * D + d, most.to(tl.float64), mask=d < D)
+    tl.store(out + COUNT * D + d, tl.full(d.shape, count, tl.float64), mask=d < D)
 
 
 @triton.jit
@@ -72,28 +118,17 @@ def survey(
     keys += book * K * D
     mask += book * K
     table += book * 2 * SLOTS
-    total = tl.zeros((BD,), tl.float64)
-    count = 0
-    least = tl.full((BD,), float("inf"), tl.float32)
-    most = tl.full((BD,), -float("inf"), tl.float32)
+    total, least, most, count = nothing_seen(BD)
     for start in range(piece * SLICE, min(piece * SLICE + SLICE, K), BK):
         row = (start + tl.arange(0, BK)).to(tl.int64)
         usable = _usable(keys, mask, row, row < K, D, BD, MASKED)
         inside = usable[:, None] & (d < D)[None, :]
         part = tl.load(keys + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(part.to(tl.float64), 0)
-        count += tl.sum(usable.to(tl.int32), 0)
-        least = tl.minimum(least, tl.min(tl.where(inside, part, float("inf")), 0))
-        most = tl.maximum(most, tl.max(tl.where(inside, part, -float("inf")), 0))
+        total, least, most, count = seen(total, least, most, count, part, inside, usable)
         if tl.program_id(1) == 0:
             one, two = _slots(keys, row, usable, SLOTS, D, BD)
-            tl.atomic_min(table + one, row.to(tl.int32), mask=usable, sem="relaxed")
-            tl.atomic_min(table + SLOTS + two, row.to(tl.int32), mask=usable, sem="relaxed")
-    out = surveys + (book * SLICES + piece) * 4 * D + d
-    tl.store(out + SUM * D, total, mask=d < D)
-    tl.store(out + LEAST * D, least.to(tl.float64), mask=d < D)
-    tl.store(out + MOST * D, most.to(tl.float64), mask=d < D)
-    tl.store(out + COUNT * D, tl.full((BD,), count, tl.float64), mask=d < D)
+            claim(table, row, one, two, usable, SLOTS)
+    store_survey(surveys + (book * SLICES + piece) * 4 * D, total, least, most, count, d, D)
 
 
 @triton.jit

@@ -37,13 +37,19 @@ def average(total, DIVISOR: tl.constexpr):
 
 
 @triton.jit
-def store_sums(pointers, total, mask):
-    """Store sums as whatever ``pointers`` hold, rounded to nearest; the interpreter alone would cut to a bfloat16."""
-    if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+def rounded(total, DTYPE: tl.constexpr):
+    """``total`` rounded to nearest as a DTYPE; the interpreter alone would cut to a bfloat16."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = total.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         total = tl.where(total == total, nearest.to(tl.float32, bitcast=True), total)
-    tl.store(pointers, total, mask=mask)
+    return total.to(DTYPE)
+
+
+@triton.jit
+def store_sums(pointers, total, mask):
+    """Store sums as whatever ``pointers`` hold."""
+    tl.store(pointers, rounded(total, pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])

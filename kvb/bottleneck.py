@@ -293,9 +293,15 @@ class KeyValueBottleneck(nn.Module):
         if torch.compiler.is_compiling() or current.is_inference():
             return torch.ops.kvb.pack_keys(current)
         known = self._packed
-        if known is None or known[0] is not current or known[1] != current._version:
-            known = self._packed = (current, current._version, torch.ops.kvb.pack_keys(current))
-        return known[2]
+        if known is not None and known[0] is current and known[1] == current._version:
+            return known[2]
+        return self._keep_packed(torch.ops.kvb.pack_keys(current))
+
+    def _keep_packed(self, packed: Tensor) -> Tensor:
+        """Search with ``packed`` as long as the keys stay what they are now."""
+        if not (torch.compiler.is_compiling() or self.keys.is_inference()):
+            self._packed = self.keys, self.keys._version, packed
+        return packed
 
     def refresh_keys(self: _Self) -> _Self:
         """Call after writing keys through ``.data``, the one change that cannot be noticed; returns self."""
@@ -329,11 +335,14 @@ class KeyValueBottleneck(nn.Module):
         """One step of the moving averages, taken by every process, also by one with an empty batch."""
         self._forget_packed()  # before the statistics need memory
         statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
-        state = (self.keys, self.keys_avg, self.cluster_size)
-        learning.ema_update(*state, *learning.sync_statistics(*statistics), decay=self.decay, eps=self.eps)
-        del statistics
-        if self.threshold_ema_dead_code > 0:
-            learning.replace_dead(*state, queries, threshold=self.threshold_ema_dead_code)
+        packed = learning.update(
+            *(self.keys, self.keys_avg, self.cluster_size),
+            *(*learning.sync_statistics(*statistics), queries),
+            decay=self.decay,
+            eps=self.eps,
+            threshold=self.threshold_ema_dead_code,
+        )
+        self._keep_packed(packed)
 
     def _initialise_from(self, batch: Tensor) -> None:
         """The first batch in training mode initialises keys that wait for data."""

@@ -536,6 +536,64 @@ def check_accumulate(op: Any, problem: Problem) -> None:
     _Sum(problem, rows, lambda: reference.accumulate(queries, indices, K)[1], dtype).judge("sums of queries", sums)
 
 
+def _spare(problem: Problem) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """All queries as rows for dead pairs, the finite ones first, and how many those are."""
+    rows = problem.queries.cpu().permute(2, 0, 1, 3).flatten(1, 2).to(problem.keys.dtype)
+    if rows.shape[1] == 0:
+        return None, None
+    finite = rows.isfinite().all(-1)
+    order = finite.int().argsort(dim=1, descending=True, stable=True)
+    rows = rows.gather(1, order[..., None].expand_as(rows)).to(problem.keys.device)
+    return rows, finite.sum(-1).to(problem.keys.device)
+
+
+def check_update_keys_(op: Any, problem: Problem) -> None:
+    """Sizes are multiples of a sixteenth, so that every backend finds the same pairs dead."""
+    before = problem.keys.cpu()
+    C, K, D = before.shape
+    decay, eps, threshold, start = 0.75, 1e-5, 0.5, 1.25
+    rows, finite = _rows(problem.indices, K), problem.queries.cpu().isfinite().all(-1, keepdim=True)
+    each = torch.where(finite, problem.queries.cpu().double(), 0)
+    empty = torch.zeros(C * K, D, dtype=torch.float64)
+    dtype = _accumulator(before.dtype)
+    sums = empty.index_add(0, rows.flatten(), each.reshape(-1, D)).view(C, K, D).to(dtype)
+    hits = torch.bincount(rows[finite[..., 0]], minlength=C * K).view(C, K).to(dtype)
+    averages = torch.where(before.isfinite(), before, 0) * 1.5
+    sizes = (torch.arange(C * K) % 7 / 4).view(C, K).to(before.dtype)
+    spare, usable = _spare(problem)
+    found = [part.to(problem.keys.device, copy=True) for part in (before, averages, sizes)]
+    given = (part.to(problem.keys.device) for part in (hits, sums))
+    packed = op.update_keys_(*found, *given, spare, usable, decay, eps, threshold, start, False)
+    _require(torch.equal(packed, op.pack_keys(found[0])), "the packed keys are not those of the new keys")
+
+    unit, keep = UNIT[dtype], decay if hits.any() else 1.0
+    hit, size = hits > 0, keep * sizes.double() + (1 - keep) * hits
+    average = keep * averages.double() + (1 - keep) * sums.double()
+    off = 4 * unit * (averages.double().abs() + sums.double().abs()) * (keep < 1)
+    total = size.sum(-1, keepdim=True)
+    smoothed = ((size + eps) / (total + K * eps) * total)[..., None]
+    moved = torch.where(hit[..., None], average / smoothed, before.double())
+    off_moved, stays = off / smoothed + 16 * unit * moved.abs(), ~hit
+    if spare is not None and usable is not None:
+        some = usable.cpu()[:, None]
+        dead = (size < threshold) & (some > 0)
+        place = ((dead.cumsum(-1) - 1) % some.clamp(min=1))[..., None]
+        fresh = spare.cpu().double().gather(1, place.expand_as(moved))
+        moved = torch.where(dead[..., None], fresh, moved)
+        average = torch.where(dead[..., None], fresh * start, average)
+        size, stays = torch.where(dead, start, size), stays & ~dead
+    new = _require_like("keys", found[0], before.shape, before.dtype)
+    same = torch.equal(new[stays].nan_to_num(), before[stays].nan_to_num())
+    _require(same, "a key changed that neither was hit nor is dead")
+    for name, part, exact, allowed in (
+        ("cluster sizes", found[2], size, torch.zeros(())),
+        ("averages", found[1], average, off),
+        ("keys", torch.where(stays[..., None], 0, new), torch.where(stays[..., None], 0, moved), off_moved),
+    ):
+        part = _require_like(name, part, exact.shape, before.dtype)
+        _require_close(name, part, exact, allowed.nan_to_num() + 2 * UNIT[before.dtype] * exact.abs())
+
+
 def check_lookup(op: Any, problem: Problem) -> None:
     packed = op.pack_keys(problem.keys)
     for pool in POOLS:

@@ -1,8 +1,8 @@
 """Learning the keys: sampling, k-means, moving averages, dead-code replacement.
 
 Everything here works on tensors and streams of queries [B, S, C, D]; the module owns the state. A query with NaN or
-Inf never enters a key. The per-batch functions (``ema_update``, ``replace_dead``) never make the host wait for the
-device, and compute everything before they write, so that a failure leaves the state as it was.
+Inf never enters a key. Nothing done for each batch makes the host wait for the device, and everything that may fail
+comes before the first write, so that a failure leaves the state as it was.
 
 Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 3; van den Oord et al., Neural Discrete Representation
 Learning (arXiv:1711.00937), appendix A.1, for the moving averages.
@@ -60,41 +60,67 @@ def sync_statistics(hits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     return both[..., 0], both[..., 1:]
 
 
+def spare_rows(queries: Tensor, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Random queries [C, R, D] that may replace dead pairs, and how many of each codebook may: the first, all finite.
+
+    Different pairs get different queries while there are enough. An empty batch has none to give.
+
+    Args:
+        queries: [B, S, C, D].
+    """
+    B, S, _, D = queries.shape
+    if B * S == 0:
+        return None, None
+    # A random subset first: drawing K rows from 4*K is as random, and far cheaper than permuting all rows C times.
+    some = torch.randperm(B * S, device=queries.device)[: 4 * K]
+    rows = queries[some // S, some % S].transpose(0, 1).to(dtype)
+    priority = torch.rand(rows.shape[:2], device=rows.device)
+    priority = torch.where(rows.isfinite().all(-1), priority, -1)
+    drawn = priority.topk(min(K, rows.shape[1]))
+    return rows.gather(1, drawn.indices[..., None].expand(-1, -1, D)), (drawn.values >= 0).sum(-1)
+
+
 @torch.no_grad()
-def ema_update(
+def update(
     keys: Tensor,
     keys_avg: Tensor,
     cluster_size: Tensor,
     hits: Tensor,
     sums: Tensor,
+    queries: Tensor,
     *,
     decay: float,
     eps: float,
+    threshold: float,
+    start: float | None = None,
     rescale_all: bool = False,
-) -> None:
-    """Move every hit key towards the mean of its queries, in place; a pair without a hit keeps its key bit for bit.
+) -> Tensor:
+    """Move every hit key towards the mean of its queries, then replace dead pairs, in place; the new keys, packed.
 
-    Equivalent to, with g the decay: ``cluster_size = g*cluster_size + (1-g)*hits``, ``keys_avg = g*keys_avg +
-    (1-g)*sums``, ``keys = where(hits > 0, keys_avg / smoothed(cluster_size), keys)``, the Laplace smoothing
-    ``smoothed(n) = (n + eps) / (n.sum(-1) + K*eps) * n.sum(-1)``. A batch without any hit changes nothing.
-    ``rescale_all`` divides the statistics of pairs without a hit too, as published: they sink towards the origin.
+    Equivalent to ``reference.update_keys_``. A pair without a hit keeps its key bit for bit (``rescale_all``: it sinks
+    towards the origin, as published), and a batch without any hit moves nothing. Pairs whose ``cluster_size`` is then
+    below ``threshold`` become random finite queries of the batch. Their statistics restart with them, so that the next
+    update cannot undo the replacement: ``cluster_size = start`` (by default 1, or the threshold, if larger) and
+    ``keys_avg = keys * cluster_size``. A codebook without a finite query is left alone.
 
     Args:
-        keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D], which may be overwritten.
+        keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D]. queries: [B, S, C, D].
     """
-    keep = torch.where(hits.any(), decay, 1.0).to(keys_avg.dtype)
-    size = torch.lerp(hits.to(cluster_size.dtype), cluster_size, keep)
-    average = sums.to(keys_avg.dtype).lerp_(keys_avg, keep)
-    total = size.sum(-1, keepdim=True)
-    smoothed = (size + eps) / (total + size.shape[-1] * eps) * total
-    moving = hits.any() if rescale_all else (hits > 0)[..., None]
-    moved = torch.where(moving, average / smoothed[..., None], keys)
-    cluster_size.copy_(size)
-    keys_avg.copy_(average)
-    keys.copy_(moved)
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    state = keys, keys_avg, cluster_size
+    spare, usable = spare_rows(queries, keys.shape[1], keys.dtype) if threshold > 0 else (None, None)
+    packed = torch.ops.kvb.update_keys_(
+        *(moved := [part.contiguous() for part in state]),
+        *(part.to(exact).contiguous() for part in (hits, sums)),
+        *(spare, usable),
+        *(decay, eps, threshold, max(1.0, threshold) if start is None else start, rescale_all),
+    )
+    for part, new in zip(state, moved, strict=True):
+        if new is not part:
+            part.copy_(new)
+    return packed
 
 
-@torch.no_grad()
 def replace_dead(
     keys: Tensor,
     keys_avg: Tensor,
@@ -104,36 +130,10 @@ def replace_dead(
     threshold: float,
     start: float | None = None,
 ) -> None:
-    """Replace pairs whose ``cluster_size`` fell below ``threshold`` by random finite queries of the batch, in place.
-
-    Their statistics restart with them, so that the next update cannot undo the replacement: ``cluster_size = start``
-    (by default 1, or the threshold, if larger) and ``keys_avg = keys * cluster_size``. Different pairs get different
-    queries while there are enough; a codebook without a finite query is left alone.
-
-    Args:
-        keys, keys_avg: [C, K, D]. cluster_size: [C, K]. queries: [B, S, C, D].
-    """
-    K, D = keys.shape[1:]
-    B, S = queries.shape[:2]
-    if B * S == 0:
-        return
-    # A random subset first: drawing K rows from 4*K is as random, and far cheaper than permuting all rows C times.
-    some = torch.randperm(B * S, device=queries.device)[: 4 * K]
-    rows = queries[some // S, some % S].transpose(0, 1)
-    priority = torch.rand(rows.shape[:2], device=rows.device)
-    priority = torch.where(rows.isfinite().all(-1), priority, -1)
-    drawn = priority.topk(min(K, rows.shape[1]))
-    usable = (drawn.values >= 0).sum(-1, keepdim=True)
-    dead = (cluster_size < threshold) & (usable > 0)
-    rank = (dead.cumsum(-1) - 1).clamp(min=0) % usable.clamp(min=1)
-    fresh = rows.gather(1, drawn.indices.gather(1, rank)[..., None].expand(-1, -1, D)).to(keys.dtype)
-    start = max(1.0, threshold) if start is None else start
-    moved = torch.where(dead[..., None], fresh, keys)
-    average = torch.where(dead[..., None], fresh.mul_(start), keys_avg)
-    size = torch.where(dead, start, cluster_size)
-    keys.copy_(moved)
-    keys_avg.copy_(average)
-    cluster_size.copy_(size)
+    """What ``update`` does to dead pairs, without statistics of a batch that could move the others."""
+    hits, sums = torch.zeros_like(cluster_size), torch.zeros_like(keys)
+    state = keys, keys_avg, cluster_size
+    update(*state, hits, sums, queries, decay=1.0, eps=1.0, threshold=threshold, start=start)
 
 
 # --- streams of queries -----------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ Shapes:
     A query with NaN or Inf gets the indices 0..T-1 at distance NaN; where fewer than T keys are usable, the lowest
     unused indices follow at distance +inf.
     ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].
+    ``update_keys_`` writes keys, keys_avg [C, K, D] and cluster_size [C, K], all of one dtype; it takes hits [C, K] and
+    sums [C, K, D] in float32 (float64 for float64 keys), spare rows [C, R, D] like the keys, and int64 usable [C].
 """
 
 from __future__ import annotations
@@ -40,12 +42,14 @@ SCHEMAS = (
     "gather_backward_rows(Tensor grad, Tensor indices, SymInt K, str pool) -> (Tensor, Tensor, Tensor)",
     "sgd_step_(Tensor(a!) values, Tensor indices, Tensor targets, float lr, float max_norm, float label_smoothing)"
     " -> (Tensor, Tensor, Tensor)",
+    "update_keys_(Tensor(a!) keys, Tensor(b!) keys_avg, Tensor(c!) cluster_size, Tensor hits, Tensor sums,"
+    " Tensor? spare, Tensor? usable, float decay, float eps, float threshold, float start, bool rescale_all) -> Tensor",
     "accumulate(Tensor queries, Tensor indices, SymInt K) -> (Tensor, Tensor)",
     "count(Tensor queries, Tensor indices, SymInt K) -> Tensor",
     "lookup(Tensor queries, Tensor keys, Tensor packed, Tensor values, Tensor? mask, str pool) -> (Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
-IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))  # they write their first argument
+IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))  # they write their first arguments
 
 _library = torch.library.Library("kvb", "DEF")
 
@@ -200,6 +204,10 @@ def _fake_sgd_step_(
     dtype, shape = _sum_dtype(values), (indices.shape[0], values.shape[2])
     loss, norm = (values.new_empty((), dtype=dtype) for _ in range(2))
     return loss, norm, values.new_empty(shape, dtype=dtype)
+
+
+def _fake_update_keys_(keys: Tensor, *rest: Any) -> Tensor:
+    return _fake_pack_keys(keys)
 
 
 def _fake_accumulate(queries: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -394,11 +402,12 @@ _register_autograd("lookup", _Lookup, learns=3)
 
 
 def _register_write(name: str) -> None:
-    """Tell autograd that the first argument changed: what was saved of it for a backward pass is stale."""
+    """Tell autograd that the first arguments changed: what was saved of them for a backward pass is stale."""
     operator = getattr(torch.ops.kvb, name).default
+    written = sum(argument.is_write for argument in operator._schema.arguments)
 
     def run(keyset: Any, *args: Any) -> Any:
-        torch.autograd.graph.increment_version(args[0])
+        torch.autograd.graph.increment_version(args[:written])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 

@@ -521,6 +521,86 @@ def count(queries: Tensor, indices: Tensor, K: int) -> Tensor:
     return hits.view(C, K)
 
 
+def update_keys_(
+    keys: Tensor,
+    keys_avg: Tensor,
+    cluster_size: Tensor,
+    hits: Tensor,
+    sums: Tensor,
+    spare: Tensor | None,
+    usable: Tensor | None,
+    decay: float,
+    eps: float,
+    threshold: float,
+    start: float,
+    rescale_all: bool,
+) -> Tensor:
+    """One step of the moving averages of keys [C, K, D], in place, with dead pairs replaced; the new keys, packed.
+
+    With g the decay: ``cluster_size = g*cluster_size + (1-g)*hits``, ``keys_avg = g*keys_avg + (1-g)*sums``, and
+    ``keys = where(hits > 0, keys_avg / smoothed(cluster_size), keys)``, the Laplace smoothing ``smoothed(n) =
+    (n + eps) / (n.sum(-1) + K*eps) * n.sum(-1)``; with ``rescale_all``, pairs without a hit are divided, too. Without
+    any hit in any codebook nothing of that happens.
+
+    Given spare rows [C, R, D], of which the first ``usable`` [C] may be taken, pairs whose cluster size is now below
+    ``threshold`` take one each, in turn: ``keys = row, cluster_size = start, keys_avg = row * start``.
+    """
+    exact = _require_statistics(keys, keys_avg, cluster_size, hits, sums, spare, usable)
+    keep = hits.new_full((), decay).masked_fill_(~hits.any(), 1.0)
+    size = torch.lerp(hits, cluster_size.to(exact), keep)
+    average = torch.lerp(sums, keys_avg.to(exact), keep)
+    total = size.sum(-1, keepdim=True)
+    smoothed = (size + eps) / (total + size.shape[-1] * eps) * total
+    moving = hits.any() if rescale_all else (hits > 0)[..., None]
+    moved = torch.where(moving, average / smoothed[..., None], keys.to(exact))
+    if spare is not None and usable is not None:
+        dead = (size < threshold) & (usable > 0)[:, None]
+        place = (dead.cumsum(-1) - 1) % usable.clamp(1, spare.shape[1])[:, None]
+        fresh = spare.gather(1, place[..., None].expand_as(keys)).to(exact)
+        moved = torch.where(dead[..., None], fresh, moved)
+        average = torch.where(dead[..., None], fresh.mul_(start), average)
+        size = torch.where(dead, start, size)
+    moved = moved.to(keys.dtype)
+    packed = pack_keys(moved)
+    keys.copy_(moved)
+    keys_avg.copy_(average)
+    cluster_size.copy_(size)
+    return packed
+
+
+def _require_statistics(
+    keys: Tensor,
+    keys_avg: Tensor,
+    cluster_size: Tensor,
+    hits: Tensor,
+    sums: Tensor,
+    spare: Tensor | None,
+    usable: Tensor | None,
+) -> torch.dtype:
+    """Shapes and dtypes of ``update_keys_``; returns the dtype that it computes in."""
+    _require(keys.dim() == 3, f"expected keys [C, K, D], got {tuple(keys.shape)}")
+    C, K, D = keys.shape
+    exact = _accumulator(keys.dtype)
+    wanted = {
+        "keys": (keys, keys.dtype, (C, K, D)),
+        "keys_avg": (keys_avg, keys.dtype, (C, K, D)),
+        "cluster_size": (cluster_size, keys.dtype, (C, K)),
+        "hits": (hits, exact, (C, K)),
+        "sums": (sums, exact, (C, K, D)),
+    }
+    _require((spare is None) == (usable is None), "expected spare rows and how many are usable, or neither")
+    if spare is not None and usable is not None:
+        wanted["spare"] = spare, keys.dtype, (C, max(1, spare.shape[1]), D)
+        wanted["usable"] = usable, torch.int64, (C,)
+    for name, (tensor, dtype, shape) in wanted.items():
+        _require(
+            tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.device == keys.device,
+            f"expected contiguous {name} {dtype} {shape} on {keys.device}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}",
+        )
+    return exact
+
+
 def lookup(
     queries: Tensor, keys: Tensor, packed: Tensor, values: Tensor, mask: Tensor | None, pool: str
 ) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,7 @@ BROKEN = {
     "a wrong loss": ("sgd_step_", lambda found: (found[0] * 1.001, *found[1:]), "losses"),
     "a wrong norm": ("sgd_step_", lambda found: (found[0], found[1] * 1.001, found[2]), "norms"),
     "shrunk logits": ("sgd_step_", lambda found: (*found[:2], found[2] * 0.999), "logits"),
+    "another packing": ("update_keys_", lambda found: found + 1, "the packed keys are not those of the new keys"),
     "one hit too many": ("count", lambda found: found + 1, "hits are wrong"),
     "shrunk sums": ("accumulate", lambda found: (found[0], found[1] * 0.999), "sums of queries"),
     "values of other keys": ("lookup", lambda found: (found[0], next_index(found[::-1])[0]), ""),
@@ -92,6 +93,23 @@ def test_a_step_of_the_wrong_length_is_found():
     )
     found = check.verdict("sgd_step_", broken, [CASE["plain"]])
     assert "values are off" in found.failures[0][1]
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(0, "keys are off"), (1, "averages are off"), (2, "cluster sizes are off")]
+)
+def test_a_key_that_moves_elsewhere_is_found(place, name):
+    broken = changed("update_keys_", lambda found: found)
+    step = broken.operators.update_keys_
+
+    def update(*arguments):
+        step(*arguments)
+        arguments[place][0, 0] *= 1.001
+        return reference.pack_keys(arguments[0])
+
+    broken.operators.update_keys_ = update
+    found = check.verdict("update_keys_", broken, [CASE["plain"]])
+    assert name in found.failures[0][1]
 
 
 def test_gradients_that_do_not_repeat_are_found():

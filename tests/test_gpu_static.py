@@ -42,11 +42,27 @@ def search(D, K, dtype=torch.float32, B=4096, C=2, topk=1, mask=False):
     launch.nearest(untouched(B, 1, C, D, dtype=dtype), keys, packed, allowed, topk)
 
 
+def update(D, dtype=torch.float32, spare=True):
+    keys, rows = untouched(2, 600, D, dtype=dtype), untouched(2, 100, D, dtype=dtype) if spare else None
+    exact = torch.promote_types(dtype, torch.float32)
+    launch.update_keys_(
+        *(keys, untouched(2, 600, D, dtype=dtype), untouched(2, 600, dtype=dtype)),
+        *(untouched(2, 600, dtype=exact), untouched(2, 600, D, dtype=exact)),
+        *(rows, untouched(2, dtype=torch.int64) if spare else None),
+        *(0.9, 1e-5, 0.5, 1.0, False),
+    )
+
+
 def everything_else():
     """One launch of every kernel that the launch table of the search does not choose."""
     for dtype in (torch.float32, torch.bfloat16):
         launch.pack_keys(untouched(2, 600, 14, dtype=dtype))
+        update(14, dtype)
     launch.pack_keys(untouched(2, 600, 300))
+    update(64)
+    update(300)
+    update(14, torch.float64)
+    update(14, spare=False)
     search(14, 600, mask=True, B=64)
     search(14, 600, B=4)
     search(14, 600, topk=3)

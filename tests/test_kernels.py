@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvb import ops, reference
+from kvb import KeyValueBottleneck, ops, reference
 
 if ops.backend("cpu") != "kernels":  # Triton decides at its import whether to interpret
     pytest.skip("kernels run where TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton is set", allow_module_level=True)
@@ -17,10 +17,11 @@ if ops.backend("cpu") != "kernels":  # Triton decides at its import whether to i
 import triton
 import triton.language as tl
 
-from kvb.kernels import device, launch_search, launch_training, launch_values
+from kvb.kernels import device, launch_keys, launch_search, launch_training, launch_values
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, where numbers overflow on purpose
 op = torch.ops.kvb
+LAUNCHERS = launch_keys, launch_search, launch_training, launch_values
 FEW = launch_search.FEW
 FILTER = ["prepare", "search", "settle", "rescan"]
 RESIDENT = ["resident", "rescan"]
@@ -55,7 +56,7 @@ class Spy(list[Launch]):
 @pytest.fixture
 def launched(monkeypatch) -> Spy:
     spy = Spy()
-    for module in (launch_search, launch_training, launch_values):
+    for module in LAUNCHERS:
         monkeypatch.setattr(module, "run", spy.run)
     return spy
 
@@ -361,6 +362,36 @@ def test_deterministic_gradients_need_no_atomics(dtype, launched):
     torch.testing.assert_close(first, free, rtol=2 * unit, atol=20 * torch.finfo(torch.float32).eps)
 
 
+# --- keys that learn --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("D", "dtype", "kernels"),
+    [
+        (14, torch.float32, ["update", "pack"]),
+        (64, torch.bfloat16, ["update", "pack"]),
+        (65, torch.float32, ["update", "survey", "pack"]),
+        (14, torch.float64, ["update"]),
+    ],
+)
+def test_an_update_is_one_pass_and_a_packing(D, dtype, kernels, launched):
+    state = torch.randn(2, 300, D).to(dtype), torch.randn(2, 300, D).to(dtype), torch.ones(2, 300).to(dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    hits, sums = torch.ones(2, 300, dtype=exact), torch.randn(2, 300, D, dtype=exact)
+    packed = op.update_keys_(*state, hits, sums, None, None, 0.9, 1e-5, 0.0, 1.0, False)
+    assert launched.names == kernels
+    assert torch.equal(packed, op.pack_keys(state[0]))
+
+
+def test_the_next_forward_searches_what_the_update_packed(launched):
+    module = KeyValueBottleneck(2, 40, 6, 3, threshold_ema_dead_code=0.9)
+    for first in (True, False):
+        launched.clear()
+        module(torch.randn(5, 2, 6))
+        packing = [name for name in launched.names if name in ("survey", "update", "pack")]
+        assert packing == ["survey", "pack"] * first + ["update", "pack"]
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 GUARD = 1 << 18  # bytes before and behind: more than any tile that a kernel loads at once
@@ -411,7 +442,7 @@ def guarded(poison: int) -> Callable[..., None]:
 @pytest.fixture(params=POISONS)
 def amid_poison(request, monkeypatch, poisoned) -> None:
     """Tensors of kernels lie amid poison, and what nothing was written to is poison itself."""
-    for module in (launch_search, launch_training, launch_values):
+    for module in LAUNCHERS:
         monkeypatch.setattr(module, "run", guarded(POISONS[request.param]))
 
 
@@ -446,6 +477,21 @@ def test_a_step_stays_in_its_memory(V, dtype, amid_poison):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mine, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize(("K", "D"), [(1, 1), (70, 14), (300, 3), (33, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_updates_stay_in_their_memory(K, D, dtype, amid_poison):
+    state = torch.randn(2, K, D).to(dtype), torch.randn(2, K, D).to(dtype), torch.rand(2, K).to(dtype) + 0.1
+    exact = torch.promote_types(dtype, torch.float32)
+    hits = torch.randint(3, (2, K)).to(exact)
+    given = hits, torch.randn(2, K, D, dtype=exact), torch.randn(2, 5, D).to(dtype), torch.tensor([3, 5])
+    mine, theirs = [part.clone() for part in state], [part.clone() for part in state]
+    packed = op.update_keys_(*mine, *given, 0.7, 1e-5, 0.5, 1.0, False)
+    reference.update_keys_(*theirs, *given, 0.7, 1e-5, 0.5, 1.0, False)
+    for part, want in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(part, want, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(packed, op.pack_keys(mine[0]))
 
 
 # N, K, D, dtype, memory, masked, topk

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from kvb import KeyReport, KeyValueBottleneck, keys
+from kvb import KeyReport, KeyValueBottleneck, keys, reference
 
 
 def make(C=2, K=8, D=3, V=2, **options):
@@ -72,26 +72,26 @@ def test_statistics_are_float64_for_float64_modules():
     assert module.keys_avg.dtype == torch.float32
 
 
-def test_a_failed_update_leaves_the_state_alone(monkeypatch):
+@pytest.mark.parametrize("missing", [(torch, "where"), (reference, "pack_keys")])
+def test_a_failed_update_leaves_the_state_alone(missing, monkeypatch):
     """Out of memory in the middle: everything is computed before anything is written."""
     module = make(threshold_ema_dead_code=0.5)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = module.keys, module.keys_avg, module.cluster_size
+    before = [part.clone() for part in state]
 
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(torch, "where", fail)
+    monkeypatch.setattr(*missing, fail)
+    if missing[0] is reference:  # whichever backend answers otherwise
+        monkeypatch.setattr(torch.ops.kvb, "update_keys_", reference.update_keys_)
     with pytest.raises(torch.OutOfMemoryError):
-        keys.ema_update(
-            *(module.keys, module.keys_avg, module.cluster_size),
-            *(torch.ones(2, 8), torch.ones(2, 8, 3)),
-            decay=0.5,
-            eps=1e-5,
+        keys.update(
+            *(*state, torch.ones(2, 8), torch.ones(2, 8, 3), torch.randn(9, 1, 2, 3)),
+            **{"decay": 0.5, "eps": 1e-5, "threshold": 0.8},
         )
-    with pytest.raises(torch.OutOfMemoryError):
-        keys.replace_dead(module.keys, module.keys_avg, module.cluster_size, torch.randn(9, 1, 2, 3), threshold=0.5)
     monkeypatch.undo()
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(torch.equal(part, old) for part, old in zip(state, before, strict=True))
 
 
 # --- dead codes -------------------------------------------------------------------------------------------------------

@@ -53,6 +53,15 @@ def arguments(sizes):
         "gather_backward": (torch.randn(B, S, V, requires_grad=True), indices, K, "mean"),
         "gather_backward_rows": (torch.randn(B, S, C, V), indices, K, "none"),
         "sgd_step_": (values.detach().clone(), indices, torch.randint(V, (B,)), 0.3, 1.0, 0.1),
+        "update_keys_": (
+            *(
+                keys.clone(),
+                keys.clone(),
+                torch.ones(C, K),
+                *(part.float() for part in op.accumulate(queries, indices, K)),
+            ),
+            *(torch.randn(C, 3, keys.shape[2]), torch.tensor([0, 3] * C)[:C], 0.5, 1e-5, 0.8, 1.0, False),
+        ),
         "accumulate": (queries, indices, K),
         "count": (queries, indices, K),
         "lookup": (queries, keys, packed, values, None, "mean"),

@@ -129,13 +129,20 @@ class Codebook(nn.Module):
         statistics = torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1])
         synced = learning.sync_statistics(*statistics) if self.sync else statistics
         state = (self.embed.detach(), self.embed_avg, self.cluster_size)
+        threshold, at_once = self.threshold_ema_dead_code, self.ema_update and not self.use_cosine_sim
         # Without ema_update the statistics still tell which codes are dead.
         moved = (state if self.ema_update else (state[0].clone(), *state[1:])) + synced
-        learning.ema_update(*moved, decay=self.decay, eps=self.eps, rescale_all=True)
+        learning.update(
+            *(*moved, queries),
+            decay=self.decay,
+            eps=self.eps,
+            threshold=threshold if at_once else 0.0,
+            start=threshold,
+            rescale_all=True,
+        )
         if self.ema_update and self.use_cosine_sim:
             self.embed.copy_(_unit(self.embed))
-        if self.threshold_ema_dead_code > 0:
-            threshold = self.threshold_ema_dead_code
+        if threshold > 0 and not at_once:
             learning.replace_dead(*state, queries, threshold=threshold, start=threshold)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -110,12 +110,18 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         self._forget_packed()
         statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
         state = (self.keys, self.keys_avg, self.cluster_size)
-        synced = learning.sync_statistics(*statistics)
-        learning.ema_update(*state, *synced, decay=self.decay, eps=self.eps, rescale_all=True)
-        if self.threshold_ema_dead_code > 0:
-            if "replaces_keys_only" in self.bugs:
-                state = (self.keys, self.keys_avg.clone(), self.cluster_size.clone())
-            learning.replace_dead(*state, queries, threshold=self.threshold_ema_dead_code)
+        apart = "replaces_keys_only" in self.bugs
+        threshold = self.threshold_ema_dead_code
+        learning.update(
+            *(*state, *learning.sync_statistics(*statistics), queries),
+            decay=self.decay,
+            eps=self.eps,
+            threshold=0.0 if apart else threshold,
+            rescale_all=True,
+        )
+        if apart and threshold > 0:
+            forgotten = self.keys_avg.clone(), self.cluster_size.clone()
+            learning.replace_dead(self.keys, *forgotten, queries, threshold=threshold)
 
     def _initialise_from(self, batch: Tensor) -> None:
         if batch.numel() == 0:

@@ -1,0 +1,99 @@
+"""Learning the keys, ``update_keys_``: whole pairs are decided in PyTorch, one pass moves the keys, another packs them.
+
+The first surveys what it writes, so that the second is all that packing takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvb.kernels import update
+from kvb.kernels.device import ceil_div, power_of_two, require, run
+from kvb.kernels.launch_search import PACK_COLUMNS, PACK_KEYS, Packing, slicing, unpacked
+
+
+def update_keys_(
+    keys: Tensor,
+    keys_avg: Tensor,
+    cluster_size: Tensor,
+    hits: Tensor,
+    sums: Tensor,
+    spare: Tensor | None,
+    usable: Tensor | None,
+    decay: float,
+    eps: float,
+    threshold: float,
+    start: float,
+    rescale_all: bool,
+) -> Tensor:
+    """One step of the moving averages of keys [C, K, D], in place, with dead pairs replaced; the new keys, packed."""
+    _require_statistics(keys, keys_avg, cluster_size, hits, sums, spare, usable)
+    C, K, D = keys.shape
+    keep = hits.new_full((), decay).masked_fill_(~hits.any(), 1.0)
+    sizes = torch.lerp(hits, cluster_size.to(hits.dtype), keep)
+    total = sizes.sum(-1, keepdim=True)
+    smoothed = (sizes + eps) / (total + K * eps) * total
+    divisors = torch.where(hits.any() if rescale_all else hits > 0, smoothed, -1.0)
+    places = None
+    if spare is not None and usable is not None:
+        dead = (sizes < threshold) & (usable > 0)[:, None]
+        taken = (dead.cumsum(-1) - 1) % usable.clamp(1, spare.shape[1])[:, None]
+        places = torch.where(dead, taken, -1)
+        sizes = torch.where(dead, start, sizes)
+
+    packing = None if keys.dtype == torch.float64 else Packing(keys)
+    columns = min(PACK_COLUMNS, power_of_two(D))
+    surveyed = packing is not None and columns >= D
+    size, slices = slicing(K)
+    constants: dict[str, Any] = {"D": D, "SLICE": size, "SLICES": slices, "SLOTS": 1, "BK": PACK_KEYS, "BD": columns}
+    run(
+        update.update,
+        (C * slices, ceil_div(D, columns)),
+        *(keys, keys_avg, cluster_size, sums, keep, sizes, divisors, places, spare),
+        *((packing.surveys, packing.table) if packing is not None and surveyed else (None, None)),
+        *(K, 0 if spare is None else spare.shape[1]),
+        **(constants if packing is None else constants | packing.constants),
+        registers=255,
+    )
+    if packing is None:
+        return unpacked(keys)
+    if not surveyed:
+        packing.survey(None)
+    return packing.finish(None)
+
+
+def _require_statistics(
+    keys: Tensor,
+    keys_avg: Tensor,
+    cluster_size: Tensor,
+    hits: Tensor,
+    sums: Tensor,
+    spare: Tensor | None,
+    usable: Tensor | None,
+) -> None:
+    require(
+        keys.dim() == 3 and keys.is_floating_point(),
+        f"expected floating-point keys [C, K, D], got {keys.dtype} {tuple(keys.shape)}",
+    )
+    C, K, D = keys.shape
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    wanted = {
+        "keys": (keys, keys.dtype, (C, K, D)),
+        "keys_avg": (keys_avg, keys.dtype, (C, K, D)),
+        "cluster_size": (cluster_size, keys.dtype, (C, K)),
+        "hits": (hits, exact, (C, K)),
+        "sums": (sums, exact, (C, K, D)),
+    }
+    require((spare is None) == (usable is None), "expected spare rows and how many are usable, or neither")
+    if spare is not None and usable is not None:
+        wanted["spare"] = spare, keys.dtype, (C, max(1, spare.shape[1]), D)
+        wanted["usable"] = usable, torch.int64, (C,)
+    for name, (tensor, dtype, shape) in wanted.items():
+        require(
+            tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.device == keys.device,
+            f"expected contiguous {name} {dtype} {shape} on {keys.device}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}",
+        )
