@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvb.kernels import pack, scan, search
+from kvb.kernels import pack, resident, scan, search
 from kvb.kernels.device import ceil_div, multiple, power_of_two, processors, require, run, target
 from kvb.kernels.launch_values import gather
 
@@ -133,6 +133,7 @@ SMALL_ROWS = 64  # BN for batches that fit into it, with 4 warps
 RESIDENT_K = 256  # codebooks up to here may stay on the chip
 RESIDENT_ROWS, RESIDENT_WARPS = 64, 4
 RESIDENT_PROGRAMS = 8  # for each processor: they take turns at memory and arithmetic
+REFINE_ROWS, REFINE_PROGRAMS = 8, 4  # at once, and for each program of ``resident``
 
 FEW = 2  # queries a codebook up to which ``scan`` has no rival
 SCAN_ROWS = 16  # at once, where there are so many
@@ -158,7 +159,7 @@ WHOLE = 256  # rows of the largest tile
 class Layout(NamedTuple):
     """Where things lie in one packed codebook: floats first, counted in float32, then parts of keys, in float16.
 
-    scale | centre [D] | radii [TILES], squared | NORMS: half norms [Kp] | HIGH: [Kp, DP] | LOW: [Kp, DP]
+    scale | centre [D] | RADII: squared norms, then squared rests, at most, [2, TILES] | NORMS: half norms [Kp] | HIGH: [Kp, DP] | LOW: [Kp, DP]
     """
 
     FORM: int
@@ -187,7 +188,7 @@ def layout(K: int, D: int) -> Layout:
     Kp = multiple(K, 64 if K <= 1024 else 128)
     tiles = ceil_div(Kp, PACK_KEYS)
     radii = multiple(1 + D, 16)
-    norms = radii + multiple(tiles, 16)
+    norms = radii + multiple(2 * tiles, 16)
     high = 2 * (norms + Kp)
     low = high if form == 0 else high + Kp * DP
     return Layout(form, DP, Kp, tiles, radii, norms, high, low, multiple(2 * (low + Kp * DP), 64))
@@ -443,23 +444,40 @@ def _scan(
 def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Tensor) -> Tensor:
     """Search a small codebook; how many rows it listed."""
     C, K, D = keys.shape
-    group = SEARCH[target(keys.device)].group
-    count = torch.zeros(1, dtype=torch.int32, device=keys.device)
+    _, L, E = SEARCH[target(keys.device)].group
     parts = [part for part in (128, 64, 32) if multiple(K, 32) & part] if K <= 224 else [128, 128]
     parts += [0] * (3 - len(parts))
-    workers = min(ceil_div(rows.count, RESIDENT_ROWS), ceil_div(RESIDENT_PROGRAMS * processors(keys.device), C))
+    tiles = ceil_div(rows.count, RESIDENT_ROWS)
+    workers = min(tiles, ceil_div(RESIDENT_PROGRAMS * processors(keys.device), C))
+    capacity = ceil_div(tiles, workers) * RESIDENT_ROWS
+    words = multiple(sum(parts) // 16, L)
+    counts = torch.zeros(1 + workers * C, dtype=torch.int32, device=keys.device)
+    count, opened = counts[:1], counts[1:]
+    open_rows = listed.new_empty(workers * C * capacity)
+    open_words = torch.empty((workers * C * capacity, words), dtype=torch.int16, device=keys.device)
+    floats = packed.view(torch.float32)
     run(
-        search.resident,
+        resident.resident,
         (workers * C,),
-        *(rows.queries, keys, packed.view(torch.float32), packed.view(torch.float16), rows.indices, rows.distances),
-        *(listed, count, rows.count, *rows.strides, C, K, workers),
-        **facts.constants("NBYTES", "TILES", "RADII", "NORMS", "HIGH", "LOW", "FORM", "DP"),
+        *(rows.queries, keys, floats, packed.view(torch.float16), rows.indices, rows.distances),
+        *(open_rows, open_words, opened, rows.count, *rows.strides, C, K, workers, capacity),
+        **facts.constants("NBYTES", "TILES", "RADII", "NORMS", "HIGH", "FORM", "DP"),
         **rows.constants,
         **{"DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
         **{"P0": parts[0], "P1": parts[1], "P2": parts[2]},
-        **{"BN": RESIDENT_ROWS, "BD": min(16, power_of_two(D)), **group._asdict()},
+        **{"BN": RESIDENT_ROWS, "L": L, "E": E, "WORDS": words},
         num_warps=RESIDENT_WARPS,
         num_stages=1,
+    )
+    run(
+        resident.refine,
+        (workers * C, REFINE_PROGRAMS),
+        *(rows.queries, keys, floats, open_rows, open_words, opened, rows.indices, rows.distances, listed, count),
+        *(*rows.strides, C, K, capacity),
+        **facts.constants("NBYTES", "NORMS"),
+        **rows.constants,
+        **{"BR": REFINE_ROWS, "BD": power_of_two(D), "L": L, "E": E, "WORDS": words, "WIDTH": power_of_two(words)},
+        num_warps=1,
     )
     return count
 
