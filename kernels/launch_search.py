@@ -133,7 +133,8 @@ SMALL_ROWS = 64  # BN for batches that fit into it, with 4 warps
 RESIDENT_K = 256  # codebooks up to here may stay on the chip
 RESIDENT_ROWS, RESIDENT_WARPS = 64, 4
 RESIDENT_PROGRAMS = 8  # for each processor: they take turns at memory and arithmetic
-REFINE_ROWS, REFINE_PROGRAMS = 8, 4  # at once, and for each program of ``resident``
+REFINE_ROWS, REFINE_COLUMNS = 32, 4  # one thread a row: more would repeat its addresses
+REFINE_PROGRAMS = 4  # for each program of ``resident``
 
 FEW = 2  # queries a codebook up to which ``scan`` has no rival
 SCAN_ROWS = 16  # at once, where there are so many
@@ -159,7 +160,7 @@ WHOLE = 256  # rows of the largest tile
 class Layout(NamedTuple):
     """Where things lie in one packed codebook: floats first, counted in float32, then parts of keys, in float16.
 
-    scale | centre [D] | RADII: squared norms, then squared rests, at most, [2, TILES] | NORMS: half norms [Kp] | HIGH: [Kp, DP] | LOW: [Kp, DP]
+    scale | centre [D] | radii [TILES], squared | NORMS: half norms [Kp] | HIGH: [Kp, DP] | LOW: [Kp, DP]
     """
 
     FORM: int
@@ -188,7 +189,7 @@ def layout(K: int, D: int) -> Layout:
     Kp = multiple(K, 64 if K <= 1024 else 128)
     tiles = ceil_div(Kp, PACK_KEYS)
     radii = multiple(1 + D, 16)
-    norms = radii + multiple(2 * tiles, 16)
+    norms = radii + multiple(tiles, 16)
     high = 2 * (norms + Kp)
     low = high if form == 0 else high + Kp * DP
     return Layout(form, DP, Kp, tiles, radii, norms, high, low, multiple(2 * (low + Kp * DP), 64))
@@ -383,7 +384,7 @@ def _nearest(
     packed = packed if mask is None else _pack(keys, mask)
     facts = layout(K, D)
     small = K <= RESIDENT_K and SEARCH[target(keys.device)].resident >= D
-    for rows in _chunks(queries, indices, distances, 16 if small else 16 + 4 * facts.DP):
+    for rows in _chunks(queries, indices, distances, 24 if small else 16 + 4 * facts.DP):
         listed = indices.new_empty(rows.cells, dtype=torch.int32)
         count = (_resident if small else _filter)(rows, keys, packed, facts, listed)
         run(
@@ -445,16 +446,16 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
     """Search a small codebook; how many rows it listed."""
     C, K, D = keys.shape
     _, L, E = SEARCH[target(keys.device)].group
+    group = Group(math.isqrt(RESIDENT_K // L) // E, L, E)  # as many groups as places in one
     parts = [part for part in (128, 64, 32) if multiple(K, 32) & part] if K <= 224 else [128, 128]
     parts += [0] * (3 - len(parts))
     tiles = ceil_div(rows.count, RESIDENT_ROWS)
     workers = min(tiles, ceil_div(RESIDENT_PROGRAMS * processors(keys.device), C))
     capacity = ceil_div(tiles, workers) * RESIDENT_ROWS
-    words = multiple(sum(parts) // 16, L)
     counts = torch.zeros(1 + workers * C, dtype=torch.int32, device=keys.device)
     count, opened = counts[:1], counts[1:]
     open_rows = listed.new_empty(workers * C * capacity)
-    open_words = torch.empty((workers * C * capacity, words), dtype=torch.int16, device=keys.device)
+    open_words = listed.new_empty(workers * C * capacity * L)
     floats = packed.view(torch.float32)
     run(
         resident.resident,
@@ -465,7 +466,7 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
         **rows.constants,
         **{"DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
         **{"P0": parts[0], "P1": parts[1], "P2": parts[2]},
-        **{"BN": RESIDENT_ROWS, "L": L, "E": E, "WORDS": words},
+        **{"BN": RESIDENT_ROWS, **group._asdict()},
         num_warps=RESIDENT_WARPS,
         num_stages=1,
     )
@@ -476,7 +477,7 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
         *(*rows.strides, C, K, capacity),
         **facts.constants("NBYTES", "NORMS"),
         **rows.constants,
-        **{"BR": REFINE_ROWS, "BD": power_of_two(D), "L": L, "E": E, "WORDS": words, "WIDTH": power_of_two(words)},
+        **{"BR": REFINE_ROWS, "BD": min(REFINE_COLUMNS, power_of_two(D)), **group._asdict()},
         num_warps=1,
     )
     return count

@@ -196,13 +196,11 @@ def pack(
 
     if FORM == ADDED:
         norm = tl.zeros((BK,), tl.float64)
-        rest = tl.zeros((BK,), tl.float32)
         for start in range(0, DP, BD):
             d = start + tl.arange(0, BD)
             part = _scaled(keys, surveys, row, d, usable, scale, D, SLICES, WIDTH)
             norm += tl.sum(part.to(tl.float64) * part.to(tl.float64), 1)
             high, low = halves(part)
-            rest += tl.sum(low.to(tl.float32) * low.to(tl.float32), 1)
             tl.store(words + HIGH + row[:, None] * DP + d[None, :], high, mask=inside[:, None])
             tl.store(words + LOW + row[:, None] * DP + d[None, :], low, mask=inside[:, None])
         half = tl.where(usable, (norm / 2).to(tl.float32), NEVER)
@@ -215,8 +213,6 @@ def pack(
         half = tl.where(usable, (norm / 2).to(tl.float32), NEVER)
         first, second = halves(half)
         high, low = halves(part)
-        rest = tl.where((column < D)[None, :], low.to(tl.float32), 0.0)
-        rest = tl.sum(rest * rest, 1)
         folded = tl.where(norm_high[None, :], first[:, None], tl.where(norm_low[None, :], second[:, None], 0.0))
         both = tl.where(in_high[None, :], high, tl.where(in_low[None, :], low, folded.to(tl.float16)))
         tl.store(words + HIGH + row[:, None] * DP + column[None, :], both, mask=inside[:, None])
@@ -228,6 +224,5 @@ def pack(
             )
     tl.store(floats + NORMS + row, half, mask=inside)
     tl.store(floats + RADII + tile, tl.max(tl.where(usable, norm, 0.0), 0).to(tl.float32))
-    tl.store(floats + RADII + TILES + tile, tl.max(rest, 0))
     if tile == 0:
         tl.store(floats, scale)

@@ -1,14 +1,15 @@
 """The search of small codebooks, whose keys stay on the chip: one float16 product leaves each row a few candidates.
 
-``resident`` scores tiles of rows against all keys. The score of a key is off by at most ``error``, so the nearest key
-is among the candidates, those that score within twice that of the least. Where there is one, it is the nearest. The
-candidates of all other rows, about two for each, are bits of words: ``refine`` measures them.
+``resident`` scores tiles of rows against all keys. The score of a key is off by at most ``_error``, so the nearest key
+is among the candidates: those that score within twice that of the least. A thread keeps the minimum of each group of
+its keys, and of each place in a group; the groups and the places within the limit are bits that meet in the candidates.
+Where there is one, it is the nearest. All other rows stay open, about one of twenty, and ``refine`` measures their
+candidates, about two.
 
-The bound, for a row x and a key k that float16 leaves off by e and f: x.k - (x - e).(k - f) = e.(k - f) + x.f, at most
-|e| r + |x| max |f|. Both are measured, which makes them less than half of what rounding could do. To that comes
-``score_error``. Rows of at most 10 coordinates need neither: one product holds all three of ``search``.
-
-Rows that no score can be trusted for get NaN as their error, and no candidate.
+The bound is that of search.py, and for keys k and rows x that float16 leaves off by f and e, each at most 2^-11 of
+them: x.k - (x - e).(k - f) = e.(k - f) + x.f, at most (2 * 2^-11 + 2^-22) |x| r. Rows of at most 10 coordinates need
+not add that: one product holds all three of ``search``. Rows that no score can be trusted for have NaN as their error,
+and no candidate: ``rescan`` takes them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ def _part(words, norms, start: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, FORM: tl.constexpr):
+    """How far a score may be off that one product makes of high parts alone."""
+    error = score_error(norm, t, radius, D, DEPTH)
+    if FORM != CONCAT:
+        error += norm * (radius * (1.001 * 2.0**-10))
+    return error
+
+
+@triton.jit
 def _scores(left, t, right, norm, FORM: tl.constexpr):
     scores = tl.dot(left, right)
     if FORM == ADDED:
@@ -51,42 +61,35 @@ def _scores(left, t, right, norm, FORM: tl.constexpr):
 
 
 @triton.jit
-def _least(scores, BN: tl.constexpr, P: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
-    """The least score of each row and thread."""
-    return tl.min(tl.min(tl.reshape(scores, (BN, P // (L * E), L, E)), 3), 1)
+def _minima(scores, BN: tl.constexpr, P: tl.constexpr, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+    """The least of each group, [BN, L, G], and of each place in a group, [BN, L, J * E], of every thread."""
+    scores = tl.permute(tl.reshape(scores, (BN, P // (J * L * E), J, L, E)), (0, 3, 1, 2, 4))
+    return tl.min(tl.min(scores, 4), 3), tl.reshape(tl.min(scores, 2), (BN, L, J * E))
 
 
 @triton.jit
-def _candidates(scores, limit, BN: tl.constexpr, P: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
-    """Which of P scores are within the limit: words [BN, P / (16 L), L] of 16 bits, one for each key of a thread."""
-    J: tl.constexpr = min(16 // E, P // (L * E))
-    W: tl.constexpr = P // (J * L * E)
-    near = tl.permute(tl.reshape(scores, (BN, W, J, L, E)), (0, 1, 3, 2, 4)) <= limit[:, None, None, None, None]
-    # In floats, which another pipe adds up; of 16 bits they are exact. A product and a sum would become a choice.
-    bits = tl.where(near, 1.0, 0.0)
-    for level in tl.static_range(4 if J * E == 16 else 3):
-        low, high = tl.split(tl.reshape(bits, (BN, W, L, J * E // 2 ** (level + 1), 2)))
-        bits = tl.fma(high, 2.0 ** (2**level), low)
-    return tl.reshape(bits, (BN, W, L)).to(tl.int32)
+def _bits(minima, limit, BN: tl.constexpr, L: tl.constexpr, N: tl.constexpr):
+    """Which of N minima of a thread are within the limit, as the bits of a number; [BN, L] in float32.
 
-
-@triton.jit
-def _key(word, bit, L: tl.constexpr, E: tl.constexpr):
-    """The key of a bit of a word."""
-    return word // L * (16 * L) + word % L * E + bit // E * (L * E) + bit % E
+    Another pipe than that of comparisons sums up floats, but not where a product of 0 or 1 can be a choice.
+    """
+    bits = tl.where(minima <= limit[:, None, None], 1.0, 0.0)
+    for level in tl.static_range(4):
+        if N >> level > 1:
+            low, high = tl.split(tl.reshape(bits, (BN, L, N >> level + 1, 2)))
+            bits = tl.fma(high, 2.0 ** (2**level), low)
+    return tl.reshape(bits, (BN, L))
 
 
 @triton.jit
 def _highest(bits):
-    """The place of the highest bit; 1 to 65535."""
-    return (bits.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127 & 15
+    """The place of the highest bit of a positive number below 2^24."""
+    return (bits.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit
-def _summary(words, first: tl.constexpr, W: tl.constexpr, L: tl.constexpr):
-    """A sum over all words of a row that tells of a single candidate: nonzero words | their places | the words."""
-    place = first + tl.arange(0, W)[:, None] * L + tl.arange(0, L)[None, :]
-    return tl.sum(tl.where(words != 0, words + (place << 20) + (1 << 27), 0), 1)
+def _key(group, place, thread, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+    return group * (J * L * E) + place // E * (L * E) + thread * E + place % E
 
 
 @triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "workers", "capacity"])
@@ -125,9 +128,9 @@ def resident(
     P1: tl.constexpr,
     P2: tl.constexpr,
     BN: tl.constexpr,
+    J: tl.constexpr,
     L: tl.constexpr,
     E: tl.constexpr,
-    WORDS: tl.constexpr,
 ):
     """The nearest keys of tiles of BN rows that pass by one codebook; rows with more than one candidate stay open.
 
@@ -139,7 +142,6 @@ def resident(
     words += book * (NBYTES // 2) + HIGH
     norms = floats + NORMS
     radius = largest(floats + RADII, TILES, RADII_WIDTH)
-    rest = largest(floats + RADII + TILES, TILES, RADII_WIDTH)
     right_0, norm_0 = _part(words, norms, 0, DP, P0)
     if P1 > 0:
         right_1, norm_1 = _part(words, norms, P0, DP, P1)
@@ -150,8 +152,8 @@ def resident(
     d = key_columns(column, D, FORM)[0]
     scale = tl.load(floats)
     centre = tl.load(floats + CENTRE + d, mask=d < D, other=0.0) * scale
+    opened += tl.program_id(0)
     slot = tl.program_id(0) * capacity.to(tl.int64)
-    filled = 0
     for tile in tl.range(tl.program_id(0) // C, tl.cdiv(rows, BN), workers):
         line = tile * BN + tl.arange(0, BN)
         row_ok = line < rows
@@ -161,36 +163,30 @@ def resident(
         norm = tl.sqrt(tl.sum(tl.where(real, q * q, 0.0), 1))
         t, fits = power_of_two(norm)
         left = left_parts(q, t, column, D, FORM)[0]
-        norm *= t
-        error = score_error(norm, t, radius, D, DEPTH)
-        if FORM != CONCAT:
-            lost = tl.where(real, -q * t[:, None] - left.to(tl.float32), 0.0)
-            error += 1.001 * (tl.sqrt(tl.sum(lost * lost, 1)) * radius + norm * rest)
-        error = tl.where(fits, error, float("nan"))
+        error = tl.where(fits, _error(norm * t, t, radius, D, DEPTH, FORM), float("nan"))
 
-        scores_0 = _scores(left, t, right_0, norm_0, FORM)
-        least = _least(scores_0, BN, P0, L, E)
+        groups_0, places = _minima(_scores(left, t, right_0, norm_0, FORM), BN, P0, J, L, E)
         if P1 > 0:
-            scores_1 = _scores(left, t, right_1, norm_1, FORM)
-            least = tl.minimum(least, _least(scores_1, BN, P1, L, E))
+            groups_1, others = _minima(_scores(left, t, right_1, norm_1, FORM), BN, P1, J, L, E)
+            places = tl.minimum(places, others)
         if P2 > 0:
-            scores_2 = _scores(left, t, right_2, norm_2, FORM)
-            least = tl.minimum(least, _least(scores_2, BN, P2, L, E))
-        least = tl.min(least, 1)
+            groups_2, others = _minima(_scores(left, t, right_2, norm_2, FORM), BN, P2, J, L, E)
+            places = tl.minimum(places, others)
+        least = tl.min(tl.min(places, 2), 1)
         limit = least + 2 * error
-        words_0 = _candidates(scores_0, limit, BN, P0, L, E)
-        summary = _summary(words_0, 0, words_0.shape[1], L)
+        places = _bits(places, limit, BN, L, J * E)
+        groups = _bits(groups_0, limit, BN, L, P0 // (J * L * E))
         if P1 > 0:
-            words_1 = _candidates(scores_1, limit, BN, P1, L, E)
-            summary += _summary(words_1, P0 // 16, words_1.shape[1], L)
+            groups = tl.fma(_bits(groups_1, limit, BN, L, P1 // (J * L * E)), 2.0 ** (P0 // (J * L * E)), groups)
         if P2 > 0:
-            words_2 = _candidates(scores_2, limit, BN, P2, L, E)
-            summary += _summary(words_2, (P0 + P1) // 16, words_2.shape[1], L)
-        summary = tl.sum(summary, 1)
+            groups = tl.fma(_bits(groups_2, limit, BN, L, P2 // (J * L * E)), 2.0 ** ((P0 + P1) // (J * L * E)), groups)
 
-        word = summary & 0xFFFFF
-        sure = (summary >> 27 == 1) & ((word & (word - 1)) == 0) & (least < t * SEEN)
-        choice = tl.where(sure, _key(summary >> 20 & 127, _highest(word), L, E), 0)
+        # Over the threads of a row, with 256 for each candidate: a power of two has one bit.
+        both = groups.to(tl.int32, bitcast=True) | places.to(tl.int32, bitcast=True)
+        key = 256 + _key(_highest(groups), _highest(places) & 15, tl.arange(0, L)[None, :], J, L, E)
+        choice = tl.sum(tl.where(groups == 0, 0, tl.where(both & 0x7FFFFF == 0, key, 1024)), 1)
+        sure = (choice >> 8 == 1) & (least < t * SEEN)
+        choice = tl.where(sure, choice & 255, 0)
         key = tl.load(keys + choice[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
         apart = tl.where(real, query.to(tl.float64) - key.to(tl.float64), 0.0)
         cell = line.to(tl.int64) * C + book
@@ -198,21 +194,10 @@ def resident(
         tl.store(distances + cell, tl.sum(apart * apart, 1), mask=row_ok & sure)
 
         left_open = row_ok & ~sure
-        place = slot + filled + tl.cumsum(left_open.to(tl.int32), 0) - 1
-        filled += tl.sum(left_open.to(tl.int32), 0)
+        place = slot + tl.atomic_add(opened + tl.zeros_like(choice), 1, mask=left_open, sem="relaxed")
         tl.store(open_rows + place, line, mask=left_open)
-        _keep(open_words + place * WORDS, words_0, 0, left_open, words_0.shape[1], L)
-        if P1 > 0:
-            _keep(open_words + place * WORDS, words_1, P0 // 16, left_open, words_1.shape[1], L)
-        if P2 > 0:
-            _keep(open_words + place * WORDS, words_2, (P0 + P1) // 16, left_open, words_2.shape[1], L)
-    tl.store(opened + tl.program_id(0), filled)
-
-
-@triton.jit
-def _keep(out, words, first: tl.constexpr, row_ok, W: tl.constexpr, L: tl.constexpr):
-    place = first + tl.arange(0, W)[:, None] * L + tl.arange(0, L)[None, :]
-    tl.store(out[:, None, None] + place[None], words.to(tl.int16), mask=row_ok[:, None, None])
+        bits = groups.to(tl.int32) << 16 | places.to(tl.int32)
+        tl.store(open_words + place[:, None] * L + tl.arange(0, L)[None, :], bits, mask=left_open[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "capacity"])
@@ -241,37 +226,39 @@ def refine(
     NORMS: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
+    J: tl.constexpr,
     L: tl.constexpr,
     E: tl.constexpr,
-    WORDS: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
     """The nearest candidate of the rows that one program of ``resident`` left open; what is not sure is listed."""
     book = (tl.program_id(0) % C).to(tl.int64)
     at_keys = book * K * D
     norms = floats + book * (NBYTES // 4) + NORMS
-    slot = tl.program_id(0) * capacity.to(tl.int64)
+    slots = tl.program_id(0) * capacity.to(tl.int64)
     total = tl.load(opened + tl.program_id(0))
-    word = tl.arange(0, WIDTH)
+    thread = tl.arange(0, L)[None, :]
     for first in range(tl.program_id(1) * BR, total, tl.num_programs(1) * BR):
         item = first + tl.arange(0, BR)
         row_ok = item < total
-        place = slot + tl.minimum(item, total - 1)
-        line = tl.load(open_rows + place)
+        slot = slots + tl.minimum(item, total - 1)
+        line = tl.load(open_rows + slot)
         at = row_offsets(line, book, S, stride_b, stride_s, stride_c, FLAT, ALIGN)
-        inside = row_ok[:, None] & (word < WORDS)[None, :]
-        left = tl.load(open_words + place[:, None] * WORDS + word[None, :], mask=inside, other=0).to(tl.int32) & 0xFFFF
+        word = tl.load(open_words + slot[:, None] * L + thread, mask=row_ok[:, None], other=0)
+        groups, left = word >> 16 & 0xFFFF, word & 0xFFFF
+        places = left
         least = tl.full((BR,), FAR, tl.float32)
         runner = least
         choice = tl.zeros((BR,), tl.int32)
-        while tl.max(tl.max(left, 1), 0) != 0:
-            # One candidate of every row that has one left.
-            lowest = left & -left
-            candidates = tl.where(left != 0, _key(word[None, :], _highest(lowest), L, E), 16 * WORDS)
-            key = tl.min(candidates, 1)
-            left = tl.where(candidates == key[:, None], left ^ lowest, left)
-            some = key < 16 * WORDS
-            usable = some & (tl.load(norms + key, mask=some, other=FAR) < SEEN)
+        while tl.max(tl.max(groups, 1), 0) != 0:
+            # The next candidate of every row: one more place in a group, or the next group.
+            group, place = groups & -groups, left & -left
+            found = tl.where(groups != 0, _key(_highest(group), _highest(place), thread, J, L, E), 256)
+            key = tl.min(found, 1)
+            taken = found == key[:, None]
+            left = tl.where(taken, left ^ place, left)
+            groups = tl.where(left == 0, groups ^ group, groups)
+            left = tl.where(left == 0, places, left)
+            usable = (key < 256) & (tl.load(norms + key, mask=key < 256, other=FAR) < SEEN)
             near = measured(queries, at, keys, at_keys + key.to(tl.int64) * D, usable, D, BR, BD)
             runner = tl.minimum(runner, tl.maximum(least, near))
             choice = tl.where(near < least, key, choice)

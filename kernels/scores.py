@@ -59,7 +59,7 @@ def key_columns(column, D: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def largest(packed, tiles, WIDTH: tl.constexpr):
-    """The norm no scaled key, or rest of one, exceeds: the packing left the largest of every tile."""
+    """The norm no scaled key exceeds: the packing left the largest of every tile."""
     tile = tl.arange(0, WIDTH)
     return tl.sqrt(tl.max(tl.load(packed + tile, mask=tile < tiles, other=0.0), 0)) * 1.0001
 
@@ -96,9 +96,10 @@ def left_parts(q, t, column, D: tl.constexpr, FORM: tl.constexpr):
 @triton.jit
 def score_error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr):
     """How far a score may be off; NaN or Inf where anything overflowed, which fails every comparison."""
-    half = t * radius * radius / 2
-    small = 2.0**-25 * (D**0.5) * (norm + radius)
-    return ((DEPTH + 9) * norm * radius + (DEPTH + 4) * half) * EPSILON + small
+    small: tl.constexpr = 2.0**-25 * (D**0.5)
+    of_norm = (DEPTH + 9) * EPSILON * radius + small
+    of_half = (DEPTH + 4) * EPSILON * radius * radius / 2
+    return norm * of_norm + (t * of_half + small * radius)
 
 
 @triton.jit

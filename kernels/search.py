@@ -74,12 +74,12 @@ def _range(norm, good, radius, D: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def _group_minima(scores, BN: tl.constexpr, G: tl.constexpr, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+def group_minima(scores, BN: tl.constexpr, G: tl.constexpr, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
     return tl.min(tl.min(tl.reshape(scores, (BN, G, J, L, E)), 4), 2)
 
 
 @triton.jit
-def _best_of(best, tile, second, BN: tl.constexpr, P: tl.constexpr):
+def best_of(best, tile, second, BN: tl.constexpr, P: tl.constexpr):
     """Over the P places of a row: the best minimum, its place and tile, and the second best minimum of all."""
     best = tl.reshape(best, (BN, P))
     places = tl.broadcast_to(tl.arange(0, P)[None, :], (BN, P))
@@ -262,12 +262,12 @@ def search(
                 scores = tl.dot(high, right, scores)
         if FORM == ADDED:
             scores += t[:, None] * tl.load(norms + key)[None, :]
-        least = _group_minima(scores, BN, G, J, L, E)
+        least = group_minima(scores, BN, G, J, L, E)
         second = tl.minimum(second, tl.maximum(best, least))
         best_tile = tl.where(least < best, tile, best_tile)
         best = tl.minimum(best, least)
 
-    least, place, tile, runner = _best_of(best, best_tile, second, BN, G * L)
+    least, place, tile, runner = best_of(best, best_tile, second, BN, G * L)
     base = tile * BK + place // L * (J * L * E) + place % L * E
     error = tl.load(prepared_floats + 2 * line + 1)
     # Negated, so that NaN is not sure.
