@@ -2,7 +2,7 @@
 
 Which kernels search:
     ``scan``: float64; more than one neighbour; few queries a codebook, where reading the keys is all there is to do
-    ``resident``, ``rescan``: small codebooks, whose packed keys stay on the chip
+    ``resident``, ``refine``, ``rescan``: small codebooks, whose packed keys stay on the chip
     ``prepare``, ``search``, ``settle``, ``rescan``: everything else
 ``rescan`` runs through the rows that the filter is not sure of. How many they are, only the device knows: it never
 makes the host wait, nor does anything else here.
@@ -51,7 +51,7 @@ class Target(NamedTuple):
 
     Large tiles feed the matrix units; registers and shared memory bound them. ``resident`` is the largest key dim for
     which ``resident`` keeps a whole small codebook on the chip: where products take both factors from registers, the
-    keys do not fit beside the scores.
+    keys do not fit beside the scores of a row.
     """
 
     group: Group
@@ -91,7 +91,7 @@ SEARCH = {
             128: Filter(128, 64, 4, 2),
             0: Filter(128, 64, 8, 2),
         },
-        resident=0,
+        resident=30,
     ),
     "sm_120": Target(
         LANES,
@@ -113,7 +113,7 @@ SEARCH = {
             128: Filter(64, 64, 4, 2),
             0: Filter(64, 64, 4, 2),
         },
-        resident=0,
+        resident=32,
     ),
     "gfx950": Target(
         LANES,
@@ -124,7 +124,7 @@ SEARCH = {
             128: Filter(64, 64, 4, 2),
             0: Filter(64, 64, 4, 2),
         },
-        resident=0,
+        resident=32,
     ),
 }
 PIECE = 64  # columns at a time of rows with more than 128
@@ -451,7 +451,7 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
     parts += [0] * (3 - len(parts))
     tiles = ceil_div(rows.count, RESIDENT_ROWS)
     workers = min(tiles, ceil_div(RESIDENT_PROGRAMS * processors(keys.device), C))
-    capacity = ceil_div(tiles, workers) * RESIDENT_ROWS
+    capacity = min(ceil_div(tiles, workers) * RESIDENT_ROWS, rows.count)  # rows of one program
     counts = torch.zeros(1 + workers * C, dtype=torch.int32, device=keys.device)
     count, opened = counts[:1], counts[1:]
     open_rows = listed.new_empty(workers * C * capacity)

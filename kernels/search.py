@@ -6,7 +6,7 @@ group being the J*E keys that one thread holds next to each other and L the thre
 is one minimum; per row, thread and place in the tile the best group and the second best minimum. No score leaves its
 thread before the last key.
 
-The score of a key is off by at most ``error``. So where the second best group lies more than twice that above the
+The score of a key is off by at most ``score_error``. So where the second best group lies more than twice that above the
 best, the nearest key is in the best group, and direct differences in float32 and float64 find it there. All other rows
 are listed for ``rescan``, which looks at every key. The bound, for a row x = t * q and keys k, at most r long, with u =
 2^-23 (a truncating matrix unit):

@@ -38,6 +38,7 @@ KERNEL_FLOORS = {
     "launch_values": 3,
     "scatter": 2,
     "pack": 1,
+    "resident": 1,
     "scan": 1,
     "search": 1,
     "values": 1,
