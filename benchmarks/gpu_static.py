@@ -2,8 +2,8 @@
 
 Every shape goes through ``launch.nearest``, whose kernels are compiled for sm_90 and disassembled. Instructions and
 matrix products are counted, once for every time they run, and divided by what the card does in a second. The same is
-done for a plain kernel that reduces every score with ``tl.min`` and ``tl.argmin``, and for the loop of ``search`` without
-its certificate. Letters as in ``kvb/ops.py``.
+done for a plain kernel that reduces every score with ``tl.min`` and ``tl.argmin``, and for the loop of ``search``
+without its certificate. Letters as in ``kvb/ops.py``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _plain_kernels(shape: Lookup) -> tuple[list[Compiled], int]:
     return kernels, 2 * parts.nbytes
 
 
-# --- the loop of the search without its certificate --------------------------------------------------------------------
+# --- the loop of the search without its certificate -------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["rows"])
