@@ -362,12 +362,12 @@ def test_rows_that_one_product_leaves_open(target, K, D, dtype, data, launched, 
 
 
 def test_every_row_may_stay_open(launched):
-    """All keys are candidates of every row, and of codebooks without a usable key none is."""
-    queries, keys = normal(70, 2, 200, 32)
-    keys[0] = keys[0, 0] + keys[0] * 1e-6
-    keys[1] = torch.nan
+    """Nearly all keys are candidates of every row: one far key leaves the others too close together."""
+    queries, keys = normal(20, 1, 200, 32)
+    keys = keys[:, :1] + keys * 1e-4
+    keys[:, -1] += 100
     require_the_nearest(queries, keys)
-    assert launched.opened() == 140
+    assert launched.opened() == 20
 
 
 @pytest.mark.parametrize(("target", "D"), list(zip(launch_search.SEARCH, (130, 14, 64, 10, 100, 32), strict=True)))
