@@ -2,7 +2,8 @@
 
 Every shape goes through ``launch.nearest``, whose kernels are compiled for sm_90 and disassembled. Instructions and
 matrix products are counted, once for every time they run, and divided by what the card does in a second. The same is
-done for a plain kernel that reduces every score with ``tl.min`` and ``tl.argmin``. Letters as in ``kvb/ops.py``.
+done for a plain kernel that reduces every score with ``tl.min`` and ``tl.argmin``, and for the loop of ``search``
+without its certificate. Letters as in ``kvb/ops.py``.
 """
 
 from __future__ import annotations
@@ -27,11 +28,18 @@ from benchmarks import machine_code
 from benchmarks.offline import Compiled, Launch, compiling_for
 from benchmarks.shapes import GPU, Lookup
 from kvb.kernels import launch
+from kvb.kernels.scores import ADDED, CONCAT, FAR
+from kvb.kernels.search import best_of, group_minima
 
 TARGET = "sm_90"
 # A second of an H100: lane operations of the ALU pipe, of all pipes together, matrix operations, bytes of memory.
 ALU, ISSUE, MATRIX, MEMORY = 16.5e12, 33e12, 798e12, 3.0e12
+# Where the loop over keys is everything, for what it costs with and without its certificate.
+LOOPS = {f"loop-d{D}": Lookup(65536, 1, 65536, D, D) for D in (8, 14, 32, 64)}
+SHAPES = GPU | LOOPS
 UNROLLED = 2  # keys of a group that ``settle`` measures in one trip of its loop
+# Of normal queries and keys, K=200, D=32: rows that ``resident`` leaves open, and most candidates of 32 such rows.
+OPEN, CANDIDATES = 0.07, 5
 
 
 # --- the plain kernel -------------------------------------------------------------------------------------------------
@@ -81,6 +89,66 @@ def _plain_kernels(shape: Lookup) -> tuple[list[Compiled], int]:
     return kernels, 2 * parts.nbytes
 
 
+# --- the loop of the search without its certificate -------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows"])
+def best_alone(
+    prepared_words, prepared_floats, floats, words, groups, rows, C, K,
+    NBYTES: tl.constexpr, NORMS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, FORM: tl.constexpr,
+    DP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """``search`` without the second best minimum, so that no row can be sure."""
+    G: tl.constexpr = BK // (J * L * E)
+    book = (tl.program_id(0) % C).to(tl.int64)
+    row, d = tl.program_id(0) // C * BN + tl.arange(0, BN), tl.arange(0, DP)
+    line = book * rows + tl.minimum(row, rows - 1)
+    t = tl.load(prepared_floats + 2 * line)
+    left = prepared_words + line[:, None] * (DP if FORM == CONCAT else 2 * DP) + d[None, :]
+    high = tl.load(left)
+    if FORM != CONCAT:
+        low = tl.load(left + DP)
+    words += book * (NBYTES // 2) + HIGH
+    lows = words + (LOW - HIGH)
+    norms = floats + book * (NBYTES // 4) + NORMS
+    inner_at = tl.arange(0, BK)[None, :] * DP + d[:, None]
+    best = tl.full((BN, G, L), FAR, tl.float32)
+    best_tile = tl.zeros((BN, G, L), tl.int32)
+    for tile in tl.range(0, tl.cdiv(K, BK)):
+        right = tl.load(words + tile * (BK * DP) + inner_at)
+        if FORM == CONCAT:
+            scores = tl.dot(high, right)
+        else:
+            scores = tl.dot(low, right)
+            scores = tl.dot(high, tl.load(lows + tile * (BK * DP) + inner_at), scores)
+            scores = tl.dot(high, right, scores)
+        if FORM == ADDED:
+            scores += t[:, None] * tl.load(norms + tile * BK + tl.arange(0, BK))[None, :]
+        least = group_minima(scores, BN, G, J, L, E)
+        best_tile = tl.where(least < best, tile, best_tile)
+        best = tl.minimum(best, least)
+    _, place, tile, _ = best_of(best, best_tile, best, BN, G * L)
+    base = tile * BK + place // L * (J * L * E) + place % L * E
+    tl.store(groups + row.to(tl.int64) * C + book, base, mask=row < rows)
+
+
+def _best_alone(ours: Sequence[Compiled], shape: Lookup) -> list[Compiled]:
+    """That kernel with the constants, and for the codebooks, that ``search`` was launched with.
+
+    In one stage: what it takes to copy tiles ahead belongs to no filter.
+    """
+    like = next(kernel for kernel in ours if kernel.name == "search")
+    names = ("NBYTES", "NORMS", "HIGH", "LOW", "FORM", "DP", "BN", "BK", "J", "L", "E")
+    one, half = _untouched(1), _untouched(1, dtype=torch.float16)
+    with compiling_for(TARGET) as kernels:
+        best_alone[(triton.cdiv(shape.N, like.constants["BN"]) * shape.C,)](
+            half, one, one, half, _untouched(1, dtype=torch.int32), shape.N, shape.C, shape.K,
+            **{name: like.constants[name] for name in names},
+            num_warps=like.num_warps, num_stages=1,
+        )  # fmt: skip
+    return kernels
+
+
 # --- what a launch costs ----------------------------------------------------------------------------------------------
 
 
@@ -104,14 +172,16 @@ def _nest(kernel: Compiled, launch: Launch) -> list[float] | None:
     """Trips of the loops of a kernel, outermost first, on average; nothing for kernels that hardly ever do work."""
     given = launch.arguments
     # Trips that the compiler knows; a loop of one trip is none to it.
-    pieces = triton.cdiv(given.get("DP", given.get("D", 1)), given.get("BD") or 1)
+    pieces = triton.cdiv(given.get("DP", given.get("D", 1)), given["BD"]) if "BD" in given else 1
     inner = [pieces] if pieces > 1 else []
-    if kernel.name == "plain":
+    if kernel.name in ("plain", "best_alone"):
         return [triton.cdiv(given["K"], given["BK"])]
     if kernel.name in ("search", "scan"):
         return [triton.cdiv(given["K"], given["BK"]) / given["splits"], *inner]
     if kernel.name == "resident":
         return [triton.cdiv(given["rows"], given["BN"]) / given["workers"], *inner]
+    if kernel.name == "refine":
+        return [OPEN * given["capacity"] / (given["BR"] * launch.grid[1]), CANDIDATES, *inner]
     if kernel.name == "prepare":
         return inner
     if kernel.name == "settle":
@@ -124,12 +194,15 @@ def _bytes(kernel: Compiled, launch: Launch, shape: Lookup, packed: int) -> floa
     given, name = launch.arguments, kernel.name
     rows = given.get("N", given.get("rows", given.get("count")))
     queries, results = 4 * shape.D, 12
+    if name == "refine":  # what ``resident`` wrote of open rows and this reads; keys stay in the cache
+        return OPEN * launch.grid[0] * given["capacity"] * (queries + results + 2 * (4 + 4 * given["L"]))
     parts = 2 * given.get("DP", 0) * (1 if given.get("FORM") == 0 else 2) + 8
     groups = 4 * given.get("splits", 1)
     of_a_query = {
         "plain": queries + results,
         "prepare": queries + parts,
         "search": parts + groups,
+        "best_alone": parts + groups,
         "settle": queries + groups + results,
         "resident": queries + results,
         "scan": queries + results,
@@ -206,8 +279,8 @@ class Cost:
 
 
 def _depth(kernel: Compiled) -> int:
-    """Of all products of a pair: three of DP columns each, or all three in one."""
-    return kernel.constants["DP"] * (1 if kernel.constants.get("FORM") == 0 else 3)
+    """Of all products of a pair: three of DP columns each, one, or all three in one."""
+    return kernel.constants["DP"] * (1 if kernel.name == "resident" or kernel.constants.get("FORM") == 0 else 3)
 
 
 def cost(kernels: Sequence[Compiled], shape: Lookup, packed: int) -> Cost:
@@ -262,9 +335,11 @@ def floor(shape: Lookup) -> tuple[float, float]:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def bars(shape: Lookup) -> dict[str, float]:
-    """Upper bounds of figures, by name; a shape that no bar is set for has none."""
+def bars(shape: Lookup, who: str = "kvb") -> dict[str, float]:
+    """Upper bounds of figures, by name, of a search or of its loop alone; a shape that no bar is set for has none."""
     found = {}
+    if who == "alone":
+        return {"loop_alu": 1.5, "loop_all": 2.0 if shape.D <= 14 else 3.1 if shape.D <= 32 else 3.5}
     if shape.K > 256 and shape.D <= 64:
         found["loop_alu"] = 1.8
         found["loop_all"] = 2.5 if shape.D <= 14 else 3.6 if shape.D <= 32 else 4.1
@@ -296,7 +371,7 @@ def _time(seconds: float) -> str:
 
 def report(name: str, who: str, kernels: Sequence[Compiled], packed: int, limits: dict[str, float]) -> dict[str, Any]:
     """Print a line; what the JSON report says of it."""
-    shape = GPU[name]
+    shape = SHAPES[name]
     found, lowest = cost(kernels, shape, packed), floor(shape)
     figures = dataclasses.asdict(found) | {"ratio": found.seconds / max(lowest)}
     verdict = _verdict(figures, limits)
@@ -346,17 +421,22 @@ def call_times(shape: Lookup) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=GPU, help=f"shapes: {', '.join(GPU)}")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=SHAPES, help=f"shapes: {', '.join(SHAPES)}")
     options = parser.parse_args(arguments)
     print(
         f"triton {triton.__version__}, {TARGET}: ALU and all instructions a pair of query and key, seconds of an H100"
     )
     print(HEAD)
     rows = []
-    for name in options.only or GPU:
-        rows.append(report(name, "kvb", *_our_kernels(GPU[name]), bars(GPU[name])))
-        rows.append(report(name, "plain", *_plain_kernels(GPU[name]), {}))
-    calls = {name: call_times(GPU[name]) for name in options.only or ("few-queries", "paper-256", "seed")}
+    for name in options.only or SHAPES:
+        shape = SHAPES[name]
+        ours, packed = _our_kernels(shape)
+        rows.append(report(name, "kvb", ours, packed, bars(shape)))
+        if name in LOOPS:
+            rows.append(report(name, "alone", _best_alone(ours, shape), packed, bars(shape, "alone")))
+        else:
+            rows.append(report(name, "plain", *_plain_kernels(shape), {}))
+    calls = {name: call_times(SHAPES[name]) for name in options.only or ("few-queries", "paper-256", "seed")}
     for name, times in calls.items():
         print(f"{name}: Python a call, " + ", ".join(f"{call} {time:.0f} us" for call, time in times.items()))
     if options.json:

@@ -2,7 +2,7 @@
 
 Which kernels search:
     ``scan``: float64; more than one neighbour; few queries a codebook, where reading the keys is all there is to do
-    ``resident``, ``rescan``: small codebooks, whose packed keys stay on the chip
+    ``resident``, ``refine``, ``rescan``: small codebooks, whose packed keys stay on the chip
     ``prepare``, ``search``, ``settle``, ``rescan``: everything else
 ``rescan`` runs through the rows that the filter is not sure of. How many they are, only the device knows: it never
 makes the host wait, nor does anything else here.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvb.kernels import pack, scan, search
+from kvb.kernels import pack, resident, scan, search
 from kvb.kernels.device import ceil_div, multiple, power_of_two, processors, require, run, target
 from kvb.kernels.launch_values import gather
 
@@ -51,7 +51,7 @@ class Target(NamedTuple):
 
     Large tiles feed the matrix units; registers and shared memory bound them. ``resident`` is the largest key dim for
     which ``resident`` keeps a whole small codebook on the chip: where products take both factors from registers, the
-    keys do not fit beside the scores.
+    keys do not fit beside the scores of a row.
     """
 
     group: Group
@@ -91,7 +91,7 @@ SEARCH = {
             128: Filter(128, 64, 4, 2),
             0: Filter(128, 64, 8, 2),
         },
-        resident=0,
+        resident=30,
     ),
     "sm_120": Target(
         LANES,
@@ -113,7 +113,7 @@ SEARCH = {
             128: Filter(64, 64, 4, 2),
             0: Filter(64, 64, 4, 2),
         },
-        resident=0,
+        resident=32,
     ),
     "gfx950": Target(
         LANES,
@@ -124,7 +124,7 @@ SEARCH = {
             128: Filter(64, 64, 4, 2),
             0: Filter(64, 64, 4, 2),
         },
-        resident=0,
+        resident=32,
     ),
 }
 PIECE = 64  # columns at a time of rows with more than 128
@@ -133,6 +133,8 @@ SMALL_ROWS = 64  # BN for batches that fit into it, with 4 warps
 RESIDENT_K = 256  # codebooks up to here may stay on the chip
 RESIDENT_ROWS, RESIDENT_WARPS = 64, 4
 RESIDENT_PROGRAMS = 8  # for each processor: they take turns at memory and arithmetic
+REFINE_ROWS, REFINE_COLUMNS = 32, 4  # one thread a row: more would repeat its addresses
+REFINE_PROGRAMS = 4  # for each program of ``resident``
 
 FEW = 2  # queries a codebook up to which ``scan`` has no rival
 SCAN_ROWS = 16  # at once, where there are so many
@@ -406,7 +408,7 @@ def _nearest(
     packed = packed if mask is None else _pack(keys, mask)
     facts = layout(K, D)
     small = K <= RESIDENT_K and SEARCH[target(keys.device)].resident >= D
-    for rows in _chunks(queries, indices, distances, 16 if small else 16 + 4 * facts.DP):
+    for rows in _chunks(queries, indices, distances, 24 if small else 16 + 4 * facts.DP):
         listed = indices.new_empty(rows.cells, dtype=torch.int32)
         count = (_resident if small else _filter)(rows, keys, packed, facts, listed)
         run(
@@ -467,23 +469,40 @@ def _scan(
 def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Tensor) -> Tensor:
     """Search a small codebook; how many rows it listed."""
     C, K, D = keys.shape
-    group = SEARCH[target(keys.device)].group
-    count = torch.zeros(1, dtype=torch.int32, device=keys.device)
+    _, L, E = SEARCH[target(keys.device)].group
+    group = Group(math.isqrt(RESIDENT_K // L) // E, L, E)  # as many groups as places in one
     parts = [part for part in (128, 64, 32) if multiple(K, 32) & part] if K <= 224 else [128, 128]
     parts += [0] * (3 - len(parts))
-    workers = min(ceil_div(rows.count, RESIDENT_ROWS), ceil_div(RESIDENT_PROGRAMS * processors(keys.device), C))
+    tiles = ceil_div(rows.count, RESIDENT_ROWS)
+    workers = min(tiles, ceil_div(RESIDENT_PROGRAMS * processors(keys.device), C))
+    capacity = min(ceil_div(tiles, workers) * RESIDENT_ROWS, rows.count)  # rows of one program
+    counts = torch.zeros(1 + workers * C, dtype=torch.int32, device=keys.device)
+    count, opened = counts[:1], counts[1:]
+    open_rows = listed.new_empty(workers * C * capacity)
+    open_words = listed.new_empty(workers * C * capacity * L)
+    floats = packed.view(torch.float32)
     run(
-        search.resident,
+        resident.resident,
         (workers * C,),
-        *(rows.queries, keys, packed.view(torch.float32), packed.view(torch.float16), rows.indices, rows.distances),
-        *(listed, count, rows.count, *rows.strides, C, K, workers),
-        **facts.constants("NBYTES", "TILES", "RADII", "NORMS", "HIGH", "LOW", "FORM", "DP"),
+        *(rows.queries, keys, floats, packed.view(torch.float16), rows.indices, rows.distances),
+        *(open_rows, open_words, opened, rows.count, *rows.strides, C, K, workers, capacity),
+        **facts.constants("NBYTES", "TILES", "RADII", "NORMS", "HIGH", "FORM", "DP"),
         **rows.constants,
         **{"DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
         **{"P0": parts[0], "P1": parts[1], "P2": parts[2]},
-        **{"BN": RESIDENT_ROWS, "BD": min(16, power_of_two(D)), **group._asdict()},
+        **{"BN": RESIDENT_ROWS, **group._asdict()},
         num_warps=RESIDENT_WARPS,
         num_stages=1,
+    )
+    run(
+        resident.refine,
+        (workers * C, REFINE_PROGRAMS),
+        *(rows.queries, keys, floats, open_rows, open_words, opened, rows.indices, rows.distances, listed, count),
+        *(*rows.strides, C, K, capacity),
+        **facts.constants("NBYTES", "NORMS"),
+        **rows.constants,
+        **{"BR": REFINE_ROWS, "BD": min(REFINE_COLUMNS, power_of_two(D)), **group._asdict()},
+        num_warps=1,
     )
     return count
 

@@ -18,6 +18,7 @@ CENTRE = tl.constexpr(1)  # the float where the centre begins: before it stands 
 NEVER = tl.constexpr(60000.0)  # half norm of what must not win: padding, broken, masked keys and later twins
 SEEN = tl.constexpr(30000.0)  # half norms of all others lie below
 EPSILON = tl.constexpr(2.0**-23)
+FAR = tl.constexpr(3.0e38)  # more than any score or distance that decides
 
 
 @triton.jit
@@ -77,3 +78,73 @@ def halves(x):
     """x as a sum of two float16."""
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def left_parts(q, t, column, D: tl.constexpr, FORM: tl.constexpr):
+    """Columns of the left factors, so that they meet what ``key_columns`` says of the keys'."""
+    _, _, _, norm_high, norm_low = key_columns(column, D, FORM)
+    high, low = halves(-q * t[:, None])
+    if FORM == CONCAT:
+        # [high | high | low | t | t] meets the keys' [high | low | high | norm]: every pair but low and low.
+        high = tl.where(((column >= 2 * D) & (column < 3 * D))[None, :], low, high)
+    if FORM != ADDED:
+        high = tl.where((norm_high | norm_low)[None, :], t[:, None].to(tl.float16), high)
+    return high, low
+
+
+@triton.jit
+def score_error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr):
+    """How far a score may be off; NaN or Inf where anything overflowed, which fails every comparison."""
+    small: tl.constexpr = 2.0**-25 * (D**0.5)
+    of_norm = (DEPTH + 9) * EPSILON * radius + small
+    of_half = (DEPTH + 4) * EPSILON * radius * radius / 2
+    return norm * of_norm + (t * of_half + small * radius)
+
+
+@triton.jit
+def measured(queries, at, keys, at_keys, usable, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    """The squared distance of one row and one key each, in float32; FAR where the key is not usable."""
+    near = tl.zeros((BR,), tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        inside = usable[:, None]
+        if D % BD != 0:
+            inside = inside & (d < D)[None, :]
+        q = tl.load(queries + at[:, None] + d[None, :], mask=inside, other=0.0)
+        k = tl.load(keys + at_keys[:, None] + d[None, :], mask=inside, other=0.0)
+        apart = q.to(tl.float32) - k.to(tl.float32)
+        near += tl.sum(apart * apart, 1)
+    return tl.where(usable, near, FAR)
+
+
+@triton.jit
+def certain(least, runner, D: tl.constexpr):
+    """Whether rounding in float32 cannot explain that one distance is less than the other."""
+    return (runner - least > runner * ((D + 8) * EPSILON) + D * 2.4e-38) & (least < FAR)
+
+
+@triton.jit
+def exact(queries, at, row_ok, keys, at_keys, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    """The squared distance of one row and one key each, in float64, and whether the row is finite."""
+    distance = tl.zeros((BR,), tl.float64)
+    good = row_ok
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        inside = row_ok[:, None] & (d < D)[None, :]
+        q = tl.load(queries + at[:, None] + d[None, :], mask=inside, other=0.0)
+        k = tl.load(keys + at_keys[:, None] + d[None, :], mask=inside, other=0.0)
+        good = good & (tl.min(finite(q).to(tl.int32), 1) != 0)
+        apart = q.to(tl.float64) - k.to(tl.float64)
+        distance += tl.sum(apart * apart, 1)
+    return distance, good
+
+
+@triton.jit
+def finish(indices, distances, listed, count, cell, row_ok, good, sure, choice, distance):
+    """Store the nearest keys, and list the rows that are not sure for ``rescan``."""
+    tl.store(indices + cell, tl.where(good, choice, 0), mask=row_ok)
+    tl.store(distances + cell, tl.where(good, distance, float("nan")), mask=row_ok)
+    left = row_ok & good & ~sure
+    place = tl.atomic_add(count + tl.zeros_like(choice), left.to(tl.int32), mask=left, sem="relaxed")
+    tl.store(listed + place, cell.to(tl.int32), mask=left)

@@ -6,7 +6,7 @@ group being the J*E keys that one thread holds next to each other and L the thre
 is one minimum; per row, thread and place in the tile the best group and the second best minimum. No score leaves its
 thread before the last key.
 
-The score of a key is off by at most ``error``. So where the second best group lies more than twice that above the
+The score of a key is off by at most ``score_error``. So where the second best group lies more than twice that above the
 best, the nearest key is in the best group, and direct differences in float32 and float64 find it there. All other rows
 are listed for ``rescan``, which looks at every key. The bound, for a row x = t * q and keys k, at most r long, with u =
 2^-23 (a truncating matrix unit):
@@ -24,17 +24,20 @@ from kvb.kernels.scores import (
     ADDED,
     CENTRE,
     CONCAT,
-    EPSILON,
+    FAR,
     SEEN,
+    certain,
+    exact,
+    finish,
     finite,
-    halves,
     key_columns,
     largest,
+    left_parts,
+    measured,
     power_of_two,
     row_offsets,
+    score_error,
 )
-
-FAR = tl.constexpr(3.0e38)
 
 
 @triton.jit
@@ -50,14 +53,6 @@ def _centred(queries, at, row_ok, floats, d, D: tl.constexpr):
 
 
 @triton.jit
-def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr):
-    """How far a score may be off; NaN or Inf where anything overflowed, which fails every comparison."""
-    half = t * radius * radius / 2
-    small = 2.0**-25 * (D**0.5) * (norm + radius)
-    return ((DEPTH + 9) * norm * radius + (DEPTH + 4) * half) * EPSILON + small
-
-
-@triton.jit
 def _operand(
     queries, at, row_ok, floats, radius, D: tl.constexpr, DP: tl.constexpr, FORM: tl.constexpr, DEPTH: tl.constexpr
 ):
@@ -67,7 +62,7 @@ def _operand(
     q, good = _centred(queries, at, row_ok, floats, d, D)
     once = tl.where((column < D)[None, :], q, 0.0)
     t, error = _range(tl.sqrt(tl.sum(once * once, 1)), good, radius, D, DEPTH)
-    high, low = _parts(q, t, column, D, FORM)
+    high, low = left_parts(q, t, column, D, FORM)
     return high, low, t, error
 
 
@@ -75,29 +70,16 @@ def _operand(
 def _range(norm, good, radius, D: tl.constexpr, DEPTH: tl.constexpr):
     """The t of rows of this norm, and the error of their scores; Inf where nothing can be said of them."""
     t, fits = power_of_two(norm)
-    return t, tl.where(fits & good, _error(norm * t, t, radius, D, DEPTH), float("inf"))
+    return t, tl.where(fits & good, score_error(norm * t, t, radius, D, DEPTH), float("inf"))
 
 
 @triton.jit
-def _parts(q, t, column, D: tl.constexpr, FORM: tl.constexpr):
-    """Columns of the left factors, so that they meet what ``key_columns`` says of the keys'."""
-    _, _, _, norm_high, norm_low = key_columns(column, D, FORM)
-    high, low = halves(-q * t[:, None])
-    if FORM == CONCAT:
-        # [high | high | low | t | t] meets the keys' [high | low | high | norm]: every pair but low and low.
-        high = tl.where(((column >= 2 * D) & (column < 3 * D))[None, :], low, high)
-    if FORM != ADDED:
-        high = tl.where((norm_high | norm_low)[None, :], t[:, None].to(tl.float16), high)
-    return high, low
-
-
-@triton.jit
-def _group_minima(scores, BN: tl.constexpr, G: tl.constexpr, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+def group_minima(scores, BN: tl.constexpr, G: tl.constexpr, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
     return tl.min(tl.min(tl.reshape(scores, (BN, G, J, L, E)), 4), 2)
 
 
 @triton.jit
-def _best_of(best, tile, second, BN: tl.constexpr, P: tl.constexpr):
+def best_of(best, tile, second, BN: tl.constexpr, P: tl.constexpr):
     """Over the P places of a row: the best minimum, its place and tile, and the second best minimum of all."""
     best = tl.reshape(best, (BN, P))
     places = tl.broadcast_to(tl.arange(0, P)[None, :], (BN, P))
@@ -107,58 +89,6 @@ def _best_of(best, tile, second, BN: tl.constexpr, P: tl.constexpr):
     tile = tl.sum(tl.where(chosen, tl.reshape(tile, (BN, P)), 0), 1)
     second = tl.min(tl.where(chosen, tl.reshape(second, (BN, P)), best), 1)
     return least, place, tile, second
-
-
-@triton.jit
-def _part(words, norms, start: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr, FORM: tl.constexpr, P: tl.constexpr):
-    """P keys from key ``start`` on as right factors, [DP, P], and their half norms."""
-    key = start + tl.arange(0, P)
-    at = words + key[None, :] * DP + tl.arange(0, DP)[:, None]
-    high = tl.load(at)
-    low = high
-    if FORM != CONCAT:
-        low = tl.load(at + LOW)
-    return high, low, tl.load(norms + key)
-
-
-@triton.jit
-def _product(high, low, t, key_high, key_low, norm, FORM: tl.constexpr):
-    """Scores of rows and keys in two parts each; low times low is left out, the small products come first."""
-    if FORM == CONCAT:
-        return tl.dot(high, key_high)
-    scores = tl.dot(low, key_high)
-    scores = tl.dot(high, key_low, scores)
-    scores = tl.dot(high, key_high, scores)
-    if FORM == ADDED:
-        scores += t[:, None] * norm[None, :]
-    return scores
-
-
-@triton.jit
-def _merge(
-    best,
-    group,
-    second,
-    classes,
-    scores,
-    start: tl.constexpr,
-    BN: tl.constexpr,
-    P: tl.constexpr,
-    J: tl.constexpr,
-    L: tl.constexpr,
-    E: tl.constexpr,
-):
-    """Add the scores of P keys from key ``start`` on to what is known of each row and thread."""
-    G: tl.constexpr = P // (J * L * E)
-    minima = _group_minima(scores, BN, G, J, L, E)
-    places = tl.broadcast_to(tl.arange(0, G)[None, :, None], (BN, G, L))
-    least = tl.min(minima, 1, keep_dims=True)
-    place = tl.min(tl.where(minima == least, places, G), 1, keep_dims=True)
-    second = tl.minimum(second, tl.min(tl.where(places == place, FAR, minima), 1, keep_dims=True))
-    second = tl.minimum(second, tl.maximum(best, least))
-    group = tl.where(least < best, start + place * (J * L * E), group)
-    classes = tl.minimum(classes, tl.min(tl.reshape(scores, (BN, G, J, L, E)), 1))
-    return tl.minimum(best, least), group, second, classes
 
 
 @triton.jit
@@ -183,53 +113,11 @@ def _measure(
     for member in tl.range(0, J * E, loop_unroll_factor=2):
         key = base + member // E * (L * E) + member % E
         usable = tl.load(norms + key) < SEEN
-        near = tl.zeros((BR,), tl.float32)
-        for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
-            inside = usable[:, None]
-            if D % BD != 0:
-                inside = inside & (d < D)[None, :]
-            q = tl.load(queries + at[:, None] + d[None, :], mask=inside, other=0.0)
-            k = tl.load(keys + (at_keys + key.to(tl.int64) * D)[:, None] + d[None, :], mask=inside, other=0.0)
-            apart = q.to(tl.float32) - k.to(tl.float32)
-            near += tl.sum(apart * apart, 1)
-        near = tl.where(usable, near, FAR)
+        near = measured(queries, at, keys, at_keys + key.to(tl.int64) * D, usable, D, BR, BD)
         runner = tl.minimum(runner, tl.maximum(least, near))
         choice = tl.where(near < least, key, choice)
         least = tl.minimum(least, near)
     return least, runner, choice
-
-
-@triton.jit
-def _apart(least, runner, D: tl.constexpr):
-    """Whether rounding in float32 cannot explain that one distance is less than the other."""
-    return (runner - least > runner * ((D + 8) * EPSILON) + D * 2.4e-38) & (least < FAR)
-
-
-@triton.jit
-def _distance(queries, at, row_ok, keys, at_keys, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
-    """The squared distance of one row and one key each, in float64, and whether the row is finite."""
-    distance = tl.zeros((BR,), tl.float64)
-    good = row_ok
-    for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        inside = row_ok[:, None] & (d < D)[None, :]
-        q = tl.load(queries + at[:, None] + d[None, :], mask=inside, other=0.0)
-        k = tl.load(keys + at_keys[:, None] + d[None, :], mask=inside, other=0.0)
-        good = good & (tl.min(finite(q).to(tl.int32), 1) != 0)
-        apart = q.to(tl.float64) - k.to(tl.float64)
-        distance += tl.sum(apart * apart, 1)
-    return distance, good
-
-
-@triton.jit
-def _store(indices, distances, listed, count, cell, row_ok, good, sure, choice, distance):
-    """Store the nearest keys, and list the rows that are not sure for ``rescan``."""
-    tl.store(indices + cell, tl.where(good, choice, 0), mask=row_ok)
-    tl.store(distances + cell, tl.where(good, distance, float("nan")), mask=row_ok)
-    left = row_ok & good & ~sure
-    place = tl.atomic_add(count + tl.zeros_like(choice), left.to(tl.int32), mask=left, sem="relaxed")
-    tl.store(listed + place, cell.to(tl.int32), mask=left)
 
 
 @triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c"])
@@ -283,7 +171,7 @@ def prepare(
         for start in range(0, DP, BD):
             column = start + tl.arange(0, BD)
             q, _ = _centred(queries, at, good, floats, column, D)
-            high, low = _parts(q, t, column, D, FORM)
+            high, low = left_parts(q, t, column, D, FORM)
             _store_parts(out + column[None, :], high, low, row_ok, DP, FORM)
     tl.store(prepared_floats + 2 * line, t, mask=row_ok)
     tl.store(prepared_floats + 2 * line + 1, error, mask=row_ok)
@@ -374,12 +262,12 @@ def search(
                 scores = tl.dot(high, right, scores)
         if FORM == ADDED:
             scores += t[:, None] * tl.load(norms + key)[None, :]
-        least = _group_minima(scores, BN, G, J, L, E)
+        least = group_minima(scores, BN, G, J, L, E)
         second = tl.minimum(second, tl.maximum(best, least))
         best_tile = tl.where(least < best, tile, best_tile)
         best = tl.minimum(best, least)
 
-    least, place, tile, runner = _best_of(best, best_tile, second, BN, G * L)
+    least, place, tile, runner = best_of(best, best_tile, second, BN, G * L)
     base = tile * BK + place // L * (J * L * E) + place % L * E
     error = tl.load(prepared_floats + 2 * line + 1)
     # Negated, so that NaN is not sure.
@@ -436,94 +324,6 @@ def settle(
         least, runner, choice = _measure(
             queries, at, keys, at_keys, norms, base, least, runner, choice, D, BR, BD, J, L, E
         )
-    sure = sure & _apart(least, runner, D)
-    distance, good = _distance(queries, at, row_ok, keys, at_keys + choice.to(tl.int64) * D, D, BR, BD)
-    _store(indices, distances, listed, count, cell, row_ok, good, sure, choice, distance)
-
-
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "workers"])
-def resident(
-    queries,
-    keys,
-    floats,
-    words,
-    indices,
-    distances,
-    listed,
-    count,
-    rows,
-    S,
-    stride_b,
-    stride_s,
-    stride_c,
-    C,
-    K,
-    workers,
-    FLAT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    NBYTES: tl.constexpr,
-    TILES: tl.constexpr,
-    RADII: tl.constexpr,
-    NORMS: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    FORM: tl.constexpr,
-    DP: tl.constexpr,
-    DEPTH: tl.constexpr,
-    RADII_WIDTH: tl.constexpr,
-    P0: tl.constexpr,
-    P1: tl.constexpr,
-    P2: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    J: tl.constexpr,
-    L: tl.constexpr,
-    E: tl.constexpr,
-):
-    """The whole search of a small codebook, whose keys stay on the chip while tiles of BN rows pass by.
-
-    The keys come in up to three parts, P0 >= P1 >= P2, powers of two, so that few products fall on padding.
-    """
-    book = (tl.program_id(0) % C).to(tl.int64)
-    at_keys = book * K * D
-    floats += book * (NBYTES // 4)
-    words += book * (NBYTES // 2) + HIGH
-    norms = floats + NORMS
-    radius = largest(floats + RADII, TILES, RADII_WIDTH)
-    high_0, low_0, norm_0 = _part(words, norms, 0, DP, LOW - HIGH, FORM, P0)
-    if P1 > 0:
-        high_1, low_1, norm_1 = _part(words, norms, P0, DP, LOW - HIGH, FORM, P1)
-    if P2 > 0:
-        high_2, low_2, norm_2 = _part(words, norms, P0 + P1, DP, LOW - HIGH, FORM, P2)
-    for tile in tl.range(tl.program_id(0) // C, tl.cdiv(rows, BN), workers):
-        line = tile * BN + tl.arange(0, BN)
-        row_ok = line < rows
-        at = row_offsets(line, book, S, stride_b, stride_s, stride_c, FLAT, ALIGN)
-        high, low, t, error = _operand(queries, at, row_ok, floats, radius, D, DP, FORM, DEPTH)
-        best = tl.full((BN, 1, L), FAR, tl.float32)
-        second = best
-        group = tl.zeros((BN, 1, L), tl.int32)
-        classes = tl.full((BN, J, L, E), FAR, tl.float32)
-        scores = _product(high, low, t, high_0, low_0, norm_0, FORM)
-        best, group, second, classes = _merge(best, group, second, classes, scores, 0, BN, P0, J, L, E)
-        if P1 > 0:
-            scores = _product(high, low, t, high_1, low_1, norm_1, FORM)
-            best, group, second, classes = _merge(best, group, second, classes, scores, P0, BN, P1, J, L, E)
-        if P2 > 0:
-            scores = _product(high, low, t, high_2, low_2, norm_2, FORM)
-            best, group, second, classes = _merge(best, group, second, classes, scores, P0 + P1, BN, P2, J, L, E)
-        # Two ways to part the keys, by group and by place in the group: the best of both meet in one key.
-        lead = tl.min(tl.min(classes, 3, keep_dims=True), 1, keep_dims=True)
-        place = tl.arange(0, J)[None, :, None, None] * (L * E) + tl.arange(0, E)[None, None, None, :]
-        member = tl.min(tl.min(tl.where(classes == lead, place, 2147483647), 3, keep_dims=True), 1, keep_dims=True)
-        rival = tl.min(tl.min(tl.where(place == member, FAR, classes), 3), 1)
-        group = group + tl.reshape(member, (BN, 1, L))
-        second = tl.minimum(second, tl.reshape(rival, (BN, 1, L)))
-        least, lane, choice, runner = _best_of(best, group, second, BN, L)
-        choice = tl.minimum(choice + lane * E, K - 1)  # padding is never sure
-        # Negated, so that NaN is not sure.
-        sure = (runner - least > 2 * error) & (least < t * SEEN)
-        distance, good = _distance(queries, at, row_ok, keys, at_keys + choice.to(tl.int64) * D, D, BN, BD)
-        cell = line.to(tl.int64) * C + book
-        _store(indices, distances, listed, count, cell, row_ok, good, sure, choice, distance)
+    sure = sure & certain(least, runner, D)
+    distance, good = exact(queries, at, row_ok, keys, at_keys + choice.to(tl.int64) * D, D, BR, BD)
+    finish(indices, distances, listed, count, cell, row_ok, good, sure, choice, distance)

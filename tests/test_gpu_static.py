@@ -25,9 +25,12 @@ from kvb.kernels.launch_search import SEARCH
 
 # A key dim for every form and every column of the launch table, and a K for each of its regimes.
 DIMS = (8, 14, 30, 32, 64, 128, 300)
-PAIRS = (200, 600, 5000)
+PAIRS = (200, 256, 600, 5000)
 # CI takes every kernel and table entry once a target; `make test-all` takes the whole product.
-ENTRIES = ((8, 200), (32, 200), (64, 200), (8, 600), (14, 5000), (32, 5000), (64, 5000), (128, 5000), (300, 600))
+ENTRIES = (
+    *((8, 200), (14, 256), (32, 200), (32, 256), (64, 200)),
+    *((8, 600), (14, 5000), (32, 5000), (64, 5000), (128, 5000), (300, 600)),
+)
 PRODUCT = tuple((D, K) for D in DIMS for K in PAIRS)
 
 

@@ -46,6 +46,7 @@ KERNEL_FLOORS = {
     "scatter": 2,
     "update": 2,
     "pack": 1,
+    "resident": 1,
     "scan": 1,
     "search": 1,
     "values": 1,

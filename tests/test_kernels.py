@@ -24,13 +24,13 @@ op = torch.ops.kvb
 LAUNCHERS = launch_keys, launch_search, launch_training, launch_values
 FEW = launch_search.FEW
 FILTER = ["prepare", "search", "settle", "rescan"]
-RESIDENT = ["resident", "rescan"]
+RESIDENT = ["resident", "refine", "rescan"]
 
 
 class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, ...]
-    arguments: dict[str, int]  # numbers only; ``count``, of listed rows, as the kernel left it
+    arguments: dict[str, int]  # numbers only; ``count``, of listed rows, and ``opened`` as the kernel left them
 
 
 class Spy(list[Launch]):
@@ -39,8 +39,9 @@ class Spy(list[Launch]):
     def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         device.run(kernel, grid, *arguments, **constants)
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-        if isinstance(named.get("count"), Tensor):
-            named["count"] = int(named["count"])
+        for name in ("count", "opened"):
+            if isinstance(named.get(name), Tensor):
+                named[name] = int(named[name].sum())
         numbers = {name: value for name, value in named.items() if type(value) is int}
         self.append(Launch(kernel.fn.__name__, grid, numbers))
 
@@ -51,6 +52,10 @@ class Spy(list[Launch]):
     def listed(self) -> int:
         """How many rows the filter left to ``rescan``."""
         return sum(launch.arguments["count"] for launch in self if launch.kernel == "rescan")
+
+    def opened(self) -> int:
+        """How many rows ``resident`` left to ``refine``."""
+        return sum(launch.arguments["opened"] for launch in self if launch.kernel == "refine")
 
 
 @pytest.fixture
@@ -136,6 +141,13 @@ def test_programs_take_turns_at_a_small_codebook(launched, monkeypatch):
     assert resident.grid == (2 * 4,)  # for seven tiles of 16 rows
 
 
+def test_few_rows_stay_open_and_fewer_are_rescanned(launched):
+    """The share that benchmarks/gpu_static.py predicts with."""
+    require_the_nearest(*normal(512, 2, 200, 32))
+    assert 0 < launched.opened() <= 0.07 * 1024
+    assert launched.listed() <= 2
+
+
 def test_large_codebooks_are_filtered(launched):
     require_the_nearest(*normal(20, 2, 257, 10))
     assert launched.names == ["survey", "pack", *FILTER]
@@ -196,6 +208,23 @@ def test_nothing_is_launched_for_nothing(launched):
 
 
 # --- what they find ---------------------------------------------------------------------------------------------------
+
+
+def near_ties(N, C, K, D):
+    """Pairs of keys one unit in the last place apart, and queries between them."""
+    queries, keys = normal(N, C, K, D)
+    half = K // 2
+    keys[:, half : 2 * half] = keys[:, :half]
+    keys[:, half : 2 * half, 0] = keys[:, :half, 0].nextafter(torch.tensor(torch.inf))
+    queries[:, 0] = keys[torch.arange(C), torch.randint(K, (N, C))]
+    return queries, keys
+
+
+def clusters(N, C, K, D):
+    """Few tight clusters: one product cannot tell their keys apart, three can."""
+    queries, keys = normal(N, C, K, D)
+    places = torch.randn(4, D)
+    return places[torch.arange(N) % 4][:, None, None] + queries / 300, places[torch.arange(K) % 4] + keys / 300
 
 
 def offset(N, C, K, D):
@@ -302,6 +331,44 @@ GRID = [
 def test_the_grid(K, D, dtype, data, memory):
     queries, keys = (part.to(dtype) for part in data(34, 2, K, D))
     require_the_nearest(memory(queries), keys)
+
+
+@pytest.mark.parametrize(
+    ("target", "K", "D", "dtype", "data"),
+    [
+        ("sm_90", 1, 3, torch.float32, outliers),
+        ("sm_90", 2, 32, torch.float32, near_ties),
+        ("sm_100", 33, 14, torch.float32, clusters),
+        ("sm_90", 200, 32, torch.float32, near_ties),
+        ("sm_90", 200, 32, torch.float32, clusters),
+        ("sm_100", 200, 8, torch.float32, clusters),
+        ("gfx942", 256, 32, torch.float32, duplicates),
+        ("sm_100", 97, 30, torch.bfloat16, ties),
+        ("sm_90", 256, 20, torch.float16, clusters),
+        ("sm_90", 130, 32, torch.float16, outliers),
+    ],
+)
+def test_rows_that_one_product_leaves_open(target, K, D, dtype, data, launched, monkeypatch):
+    """In both layouts of scores, with a mask and without."""
+    monkeypatch.setattr(launch_search, "target", lambda device: target)
+    queries, keys = (part.to(dtype) for part in data(40, 2, K, D))
+    packed = op.pack_keys(keys)
+    launched.clear()
+    require_the_nearest(queries, keys, packed=packed)
+    assert launched.names == RESIDENT
+    if data in (near_ties, clusters) and K > 2 and D > 10:
+        assert launched.opened() > 40
+    mask = torch.rand(2, K) < 0.5
+    require_the_nearest(queries, keys, mask, packed=packed)
+
+
+def test_every_row_may_stay_open(launched):
+    """Nearly all keys are candidates of every row: one far key leaves the others too close together."""
+    queries, keys = normal(20, 1, 200, 32)
+    keys = keys[:, :1] + keys * 1e-4
+    keys[:, -1] += 100
+    require_the_nearest(queries, keys)
+    assert launched.opened() == 20
 
 
 @pytest.mark.parametrize(("target", "D"), list(zip(launch_search.SEARCH, (130, 14, 64, 10, 100, 32), strict=True)))
@@ -496,7 +563,8 @@ def test_updates_stay_in_their_memory(K, D, dtype, amid_poison):
 
 # N, K, D, dtype, memory, masked, topk
 SEARCHES = {
-    "resident": (20, 200, 33, torch.float32, contiguous, False, 1),
+    "a small codebook": (20, 200, 33, torch.float32, contiguous, False, 1),
+    "resident, one product": (70, 200, 32, torch.float32, codebooks_first, True, 1),
     "resident, one key": (17, 1, 1, torch.float16, a_slice, False, 1),
     "norms in one row": (20, 257, 10, torch.float32, contiguous, False, 1),
     "norms in spare columns": (20, 300, 14, torch.float16, a_slice, True, 1),
@@ -529,7 +597,9 @@ def test_packed_keys_know_nothing_of_their_surroundings(K, D, monkeypatch, poiso
     assert torch.equal(packed[0], packed[2])
 
 
-@pytest.mark.parametrize(("data", "K", "D"), [(ties, 300, 3), (overflowing, 31, 64), (overflowing, 40, 8)])
+@pytest.mark.parametrize(
+    ("data", "K", "D"), [(ties, 300, 3), (overflowing, 31, 64), (overflowing, 40, 8), (clusters, 200, 32)]
+)
 def test_listed_rows_stay_in_their_memory(data, K, D, amid_poison):
     require_the_nearest(*data(20, 2, K, D))
 

@@ -332,6 +332,7 @@ def test_floors_are_those_of_arithmetic():
 def test_bars_and_verdicts():
     assert gpu_static.bars(GPU["seed"]) == {"padding": 1.15, "ratio": 1.7}
     assert gpu_static.bars(GPU["paper-256"])["ratio"] == 2.5
+    assert gpu_static.bars(gpu_static.LOOPS["loop-d32"], "alone") == {"loop_alu": 1.5, "loop_all": 3.1}
     assert gpu_static._verdict({"ratio": 2.4}, {"ratio": 2.5}) == "ok"
     assert gpu_static._verdict({"ratio": 2.6}, {"ratio": 2.5}) == "above: ratio 2.6 > 2.5"
     assert gpu_static._verdict({"ratio": 2.6}, {}) == ""
