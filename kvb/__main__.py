@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvb demo``, ``python -m kvb check`` and ``python -m kvb info``."""
+"""The command line: ``python -m kvb demo``, ``protocol``, ``check`` and ``info``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,9 +23,35 @@ def _seed(text: str) -> int:
     return seed
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return number
+
+
+def _add_protocol(commands: Any) -> None:
+    protocol = commands.add_parser(
+        "protocol", help="the paper's protocol: three scenarios, four heads, mean and spread over seeds; its ablations"
+    )
+    protocol.add_argument("--data", choices=STUDIES, default="digits", help="as for the demo (%(default)s)")
+    protocol.add_argument("--scenario", choices=("class-incremental", "task-incremental", "iid"), help="only this one")
+    protocol.add_argument("--seeds", type=_count, default=5, metavar="N", help="seeds 0 to N-1 (%(default)s)")
+    protocol.add_argument("--epochs", type=_count, metavar="N", help="passes over a task (as the data needs)")
+    protocol.add_argument("--patience", type=_count, metavar="N", help="end a task N epochs after its lowest loss")
+    protocol.add_argument("--quick", action="store_true", help="everything tiny, for a first look")
+    what = protocol.add_mutually_exclusive_group()
+    axes = ("codebooks", "pairs", "dim_keys", "key_data")
+    what.add_argument("--ablate", choices=axes, help="vary this, as the paper does; the bottleneck only")
+    what.add_argument("--full", action="store_true", help="one class-incremental run of the paper's 400,000 steps")
+    protocol.add_argument(
+        "--out", type=Path, default=Path("protocol_out"), metavar="DIR", help="gets figures, numbers (%(default)s)"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kvb", description=kvb.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,check,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,protocol,check,info}")
     demo = commands.add_parser(
         "demo", help="learn real data a few classes at a time: the bottleneck against a linear and an MLP head"
     )
@@ -38,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="gets a figure and its numbers (%(default)s)"
     )
     demo.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
+    _add_protocol(commands)
     check = commands.add_parser("check", help="hold every operator of every backend of this machine to the contract")
     check.add_argument("--device", metavar="D", help="cpu or cuda (all that are there)")
     commands.add_parser("info", help="versions, and which backend answers on each device")
@@ -64,6 +92,35 @@ def _demo(data: str, out: Path, seed: int) -> None:
         sys.exit(f"{error}\nOr get all that this demo reads with: make data-{data}")
 
 
+def _protocol(chosen: argparse.Namespace) -> None:
+    try:
+        from kvb.experiments import full, report
+        from kvb.experiments.packages import MissingPackageError
+
+        source = importlib.import_module(f"kvb.experiments.{STUDIES[chosen.data]}").SOURCE
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("numpy", "sklearn", "matplotlib"):
+            raise
+        sys.exit(f"The protocol needs {error.name}, which is not installed. Install it with: pip install 'kvb[demo]'")
+    try:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(
+            f"--out must be a folder that can be written to, got {chosen.out} ({error.strerror}). Choose another one."
+        )
+    scenarios = (chosen.scenario,) if chosen.scenario else report.SCENARIOS
+    plan = report.Plan(chosen.seeds, scenarios, chosen.epochs, chosen.patience, chosen.quick)
+    try:
+        if chosen.full:
+            full.main(source, plan, chosen.out)
+        elif chosen.ablate:
+            report.ablate(source, chosen.ablate, plan, chosen.out)
+        else:
+            report.compare(source, plan, chosen.out)
+    except MissingPackageError as error:
+        sys.exit(f"{error}\nOr get all that this reads with: make data-{chosen.data}")
+
+
 def _check(device: str | None) -> int:
     from kvb import check
 
@@ -86,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     if chosen.command == "check":
         return _check(chosen.device)
-    if chosen.command == "demo":
+    if chosen.command == "protocol":
+        _protocol(chosen)
+    elif chosen.command == "demo":
         _demo(chosen.data, chosen.out, chosen.seed)
     else:
         _info()
