@@ -129,7 +129,7 @@ def protocol(runs: Sequence[Run], *, title: str, path: Path) -> None:
     left.set_ylabel("test accuracy")
     left.set_xticks(steps)
     left.legend(frameon=False)
-    right.set_xticks(range(len(scenarios)), scenarios)
+    right.set_xticks(range(len(scenarios)), [name.replace("-", "-\n") for name in scenarios])
     right.set_xlabel("at the end")
     for axes in (left, right):
         _plain(axes)

@@ -26,13 +26,14 @@ from kvb.experiments.protocol import Data, Recipe, Run, Spread
 
 KEY_SHARE = 0.5  # of the training part: set aside for the keys, without labels
 KEY_DATA = "key_data"  # the ablation that is no number of the recipe
-# What small data asks of the paper's recipe: there are fewer features than keys, and hundreds of passes of moving
-# averages over them end below plain samples of them on validation examples; 50 epochs do what 200 do.
+# What small data asks of the paper's recipe. Both were chosen on validation examples: random keys that learn from 1,960
+# batches end at .948 there on mnist (C=32), random features at .950, in a second instead of minutes; 50 epochs a task
+# are as good as 200. C, K and D are the paper's.
 SMALL = Recipe(key_init="sample", key_steps=0, epochs=50)
 WHY = {
-    "key_init": "keys are random key features: on few features, moving averages from random keys end lower",
-    "key_steps": "no moving averages follow",
-    "epochs": "small data: 50 epochs do what 200 do, on validation examples",
+    "key_init": "random key features: as good on validation examples, in seconds",
+    "key_steps": "they stay where they are",
+    "epochs": "as good as 200 on validation examples",
     "classes_per_task": "20 classes in 5 tasks",
 }
 # For a first look: everything tiny.
