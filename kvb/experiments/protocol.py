@@ -72,7 +72,7 @@ class Recipe:
     min_delta: float = 0.0
     classes_per_task: int = 2
     hidden: int = 128
-    rates: tuple[float, ...] = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    rates: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.1, 1.0, 3.0)
 
     @property
     def budget(self) -> Budget:
