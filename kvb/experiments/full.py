@@ -17,7 +17,7 @@ import torch
 from kvb.experiments.class_incremental import Examples, draw_tasks, learn
 from kvb.experiments.heads import BottleneckHead
 from kvb.experiments.protocol import Data, PreparedHead, Recipe, Say, codes_used, learn_keys
-from kvb.experiments.report import Plan, Source, versions
+from kvb.experiments.report import Plan, Source, told_before, versions
 
 SAMPLES = 50_000
 LINES = 20  # of progress, for every task
@@ -126,6 +126,7 @@ def run(recipe: Recipe, data: Data, seed: int, *, num_classes: int, samples: int
     )
 
 
+@told_before()
 def main(source: Source, plan: Plan, out: Path, say: Callable[[str], None] | None = None) -> FullRun:
     """Run seed 0 with the paper's epochs, tell how it goes, and write ``full-NAME.json``."""
     tell: Say = say or (lambda line: print(line, flush=True))

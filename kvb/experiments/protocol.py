@@ -43,6 +43,7 @@ ABLATIONS: dict[str, tuple[int, ...]] = {
     "dim_keys": (4, 8, 12, 14, 16, 32),
 }
 Say = Callable[[str], None]
+Heads = Head | list[Head]  # for all classes, or one for every task
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,16 @@ class PreparedHead(BottleneckHead):
         return self.known[id(features)]
 
 
+def _sizes(tasks: Sequence[Tensor], scenario: str) -> list[int]:
+    """How many classes each head has."""
+    sizes = [len(task) for task in tasks]
+    return sizes if scenario == "task-incremental" else [sum(sizes)]
+
+
+def _of(scenario: str, heads: list[Head]) -> Heads:
+    return heads if scenario == "task-incremental" else heads[0]
+
+
 def _output(layer: nn.Linear) -> nn.Linear:
     """Starting at zero, as the bottleneck's values do: from PyTorch's own start, heads forget more."""
     nn.init.zeros_(layer.weight)
@@ -195,20 +206,20 @@ def _output(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-def _other_heads(name: str, recipe: Recipe, sizes: Sequence[int], seed: int, features: Tensor) -> list[Head]:
-    """A head with so many outputs for each of ``sizes``; those of the MLP share their hidden layer."""
-    channels = features.shape[1]
+def _other(name: str, recipe: Recipe, tasks: Sequence[Tensor], scenario: str, seed: int, features: Tensor) -> Heads:
+    """A head for these features, or one for every task; those of an MLP share their hidden layer."""
+    channels, sizes = features.shape[1], _sizes(tasks, scenario)
     with seeded(seed):
-        if name == "nearest mean":
-            return [NearestMeanHead(channels, size) for size in sizes]
-        if name == "linear":
-            return [NetworkHead(_output(nn.Linear(channels, size))) for size in sizes]
-        hidden = nn.Sequential(nn.Linear(channels, recipe.hidden), nn.ReLU())
-        return [NetworkHead(nn.Sequential(hidden, _output(nn.Linear(recipe.hidden, size)))) for size in sizes]
+        return _of(scenario, _networks(name, recipe, channels, sizes))
 
 
-def _for(scenario: str, heads: list[Head]) -> Head | list[Head]:
-    return heads if scenario == "task-incremental" else heads[0]
+def _networks(name: str, recipe: Recipe, channels: int, sizes: Sequence[int]) -> list[Head]:
+    if name == "nearest mean":
+        return [NearestMeanHead(channels, size) for size in sizes]
+    if name == "linear":
+        return [NetworkHead(_output(nn.Linear(channels, size))) for size in sizes]
+    hidden = nn.Sequential(nn.Linear(channels, recipe.hidden), nn.ReLU())
+    return [NetworkHead(nn.Sequential(hidden, _output(nn.Linear(recipe.hidden, size)))) for size in sizes]
 
 
 # --- one seed ---------------------------------------------------------------------------------------------------------
@@ -266,34 +277,18 @@ def run(
     rates: dict[str, dict[str, float]] = {scenario: {} for scenario in scenarios}
     results: dict[str, dict[str, Result]] = {scenario: {} for scenario in scenarios}
     for scenario in scenarios:
-        sizes = [len(task) for task in tasks] if scenario == "task-incremental" else [V]
-        arguments: dict[str, Any] = {
-            "budget": recipe.budget,
-            "seed": seed,
-            "scenario": scenario,
-            "stop": recipe.stop,
-        }
+        arguments: dict[str, Any] = {"budget": recipe.budget, "seed": seed, "scenario": scenario, "stop": recipe.stop}
         for name in heads:
             if name == "bottleneck":
-                tables = [torch.zeros(recipe.codebooks, recipe.pairs, size) for size in sizes]
-                built: list[Head] = [PreparedHead(keys, known, table) for table in tables]
+                tables = [torch.zeros(recipe.codebooks, recipe.pairs, size) for size in _sizes(tasks, scenario)]
+                built = _of(scenario, [PreparedHead(keys, known, table) for table in tables])
                 rate = recipe.rate
             else:
-                build = partial(_other_heads, name, recipe, sizes, seed)
-                chosen = None
-                if name == "nearest mean":
-                    rate = 0.0
-                else:
-                    chosen = choose_rate(
-                        lambda features, build=build, scenario=scenario: _for(scenario, build(features)),  # type: ignore[misc]
-                        *parts,
-                        tasks,
-                        rates=recipe.rates,
-                        **arguments,
-                    )
-                    rate = chosen[0]
-                built = build(data.train.features)
-            result = Result(list(learn(_for(scenario, built), data.train, data.test, tasks, rate=rate, **arguments)))
+                build = partial(_other, name, recipe, tasks, scenario, seed)
+                built, rate = build(data.train.features), 0.0
+                if name != "nearest mean":
+                    rate, _ = choose_rate(build, *parts, tasks, rates=recipe.rates, **arguments)
+            result = Result(list(learn(built, data.train, data.test, tasks, rate=rate, **arguments)))
             rates[scenario][name], results[scenario][name] = rate, result
             steps = sum(score.steps for score in result.scores)
             line = f"  seed {seed}: {scenario:<17} {name:<12} {result.final:.4f}"

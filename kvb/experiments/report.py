@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,7 @@ def header(source: Source, recipe: Recipe, data: Data) -> list[str]:
         "            centred, and scaled to a mean length of 1, by the key data",
         f"  keys      {len(data.keys):,} other features, half of the training part, without labels: nothing else is "
         "trained on them",
+        *_shortage(recipe, data),
         f"  values    {train:,} labelled examples, the other half; all heads learn from these alone",
         f"  tasks     {V // recipe.classes_per_task} of {recipe.classes_per_task} classes, in another order for each "
         "seed; no replay",
@@ -122,6 +125,21 @@ def header(source: Source, recipe: Recipe, data: Data) -> list[str]:
     ]
 
 
+def _shortage(recipe: Recipe, data: Data) -> list[str]:
+    """What the warning about too few features says, once."""
+    if len(data.keys) >= recipe.pairs:
+        return []
+    return [f"            fewer than a codebook's {recipe.pairs:,} keys: the rest are copies, moved a little"]
+
+
+@contextmanager
+def told_before() -> Iterator[None]:
+    """Without that warning for every seed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="only .* finite rows", category=UserWarning)
+        yield
+
+
 def _differences(source: Source, recipe: Recipe) -> list[str]:
     """Where the recipe is not the paper's, and why."""
     paper = Recipe()
@@ -134,6 +152,7 @@ def _differences(source: Source, recipe: Recipe) -> list[str]:
     return lines
 
 
+@told_before()
 def compare(source: Source, plan: Plan, out: Path, say: Callable[[str], None] = _print) -> tuple[Recipe, list[Run]]:
     """All heads, scenarios and seeds; writes ``protocol-NAME.json``, ``.md`` and ``.png`` into the folder ``out``."""
     begun, recipe, runs = time.perf_counter(), plan.recipe(source), []
@@ -178,6 +197,7 @@ def markdown(runs: Sequence[Run]) -> str:
 # --- ablations --------------------------------------------------------------------------------------------------------
 
 
+@told_before()
 def ablate(
     source: Source, axis: str, plan: Plan, out: Path, say: Callable[[str], None] = _print
 ) -> dict[str, list[Run]]:
