@@ -20,7 +20,7 @@ from kvb.experiments.protocol import Data, PreparedHead, Recipe, Say, codes_used
 from kvb.experiments.report import Plan, Source, told_before, versions
 
 SAMPLES = 50_000
-LINES = 20  # of progress, for every task
+LINES = 10  # of progress, for every task
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class _Clock:
     def __init__(self, steps: int, tasks: int, say: Say) -> None:
         self.steps, self.tasks, self.say = steps, tasks, say  # steps of one task
         self.task, self.seconds, self.told = 0, 0.0, 0
+        self.last = 0, 0.0  # steps and seconds at the last line
         self.start()
 
     def start(self) -> None:
@@ -63,11 +64,12 @@ class _Clock:
         part = taken * LINES // self.steps
         if part > self.told:
             done, total = self.task * self.steps + taken, self.tasks * self.steps
-            pace = done / self.seconds
+            pace = (self.seconds - self.last[1]) / (done - self.last[0])
             self.say(
-                f"  step {done:>7,} of {total:,}  {1000 / pace:.3f} ms a step, {pace:,.0f} steps/s, "
-                f"{(total - done) / pace / 60:.1f} min to go"
+                f"  step {done:>7,} of {total:,}  {1000 * pace:.3f} ms a step, {1 / pace:,.0f} steps/s, "
+                f"{(total - done) * pace / 60:.1f} min to go"
             )
+            self.last = done, self.seconds
         self.told = part
 
     def next_task(self) -> None:
