@@ -36,12 +36,20 @@ def _texts(name: str) -> list[tuple[str, str]]:
 
 
 def posts(part: str, each: int) -> tuple[list[str], Tensor]:
-    """``each`` random posts of every group of the "train" or "test" part, the same ones always, and their groups."""
+    """``each`` random posts of every group of the "train" or "test" part, the same ones always, and their groups.
+
+    All posts of a group that has no more than that, in their order.
+    """
     found: list[list[str]] = [[] for _ in GROUPS]
     for group, text in _texts(f"20newsgroups-{part}.tab"):
         found[GROUPS.index(group)].append(text)
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randperm(len(texts), generator=generator)[:each].tolist() for texts in found]
+    drawn = [
+        torch.randperm(len(texts), generator=generator)[:each].tolist()
+        if each < len(texts)
+        else list(range(len(texts)))
+        for texts in found
+    ]
     chosen = [texts[row] for texts, rows in zip(found, drawn, strict=True) for row in rows]
     sizes = torch.tensor([len(rows) for rows in drawn])
     return chosen, torch.arange(len(GROUPS)).repeat_interleave(sizes)
