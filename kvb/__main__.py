@@ -1,11 +1,11 @@
-"""The command line: ``python -m kvb demo``, ``unlearn``, ``check`` and ``info``."""
+"""The command line: ``python -m kvb demo``, ``protocol``, ``unlearn``, ``check`` and ``info``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,8 @@ import torch
 
 import kvb
 
-STUDIES = {
-    "digits": "digits",
-    "mnist": "mnist",
-    "20ng": "newsgroups",
-    "toy": "toy",
-}  # and their modules in kvb.experiments
+FEATURES = {"digits": "digits", "mnist": "mnist", "20ng": "newsgroups"}  # and their modules in kvb.experiments
+STUDIES = {**FEATURES, "toy": "toy"}
 
 
 def _seed(text: str) -> int:
@@ -28,9 +24,35 @@ def _seed(text: str) -> int:
     return seed
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return number
+
+
+def _add_protocol(commands: Any) -> None:
+    protocol = commands.add_parser(
+        "protocol", help="the paper's protocol: three scenarios, four heads, mean and spread over seeds; its ablations"
+    )
+    protocol.add_argument("--data", choices=FEATURES, default="digits", help="as for the demo (%(default)s)")
+    protocol.add_argument("--scenario", choices=("class-incremental", "task-incremental", "iid"), help="only this one")
+    protocol.add_argument("--seeds", type=_count, default=5, metavar="N", help="seeds 0 to N-1 (%(default)s)")
+    protocol.add_argument("--epochs", type=_count, metavar="N", help="passes over a task (as the data needs)")
+    protocol.add_argument("--patience", type=_count, metavar="N", help="end a task N epochs after its lowest loss")
+    protocol.add_argument("--quick", action="store_true", help="everything tiny, for a first look")
+    what = protocol.add_mutually_exclusive_group()
+    axes = ("codebooks", "pairs", "dim_keys", "key_data")
+    what.add_argument("--ablate", choices=axes, help="vary this, as the paper does; the bottleneck only")
+    what.add_argument("--full", action="store_true", help="one class-incremental run of the paper's 400,000 steps")
+    protocol.add_argument(
+        "--out", type=Path, default=Path("protocol_out"), metavar="DIR", help="gets figures, numbers (%(default)s)"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kvb", description=kvb.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,unlearn,check,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,protocol,unlearn,check,info}")
     demo = commands.add_parser(
         "demo", help="learn real data a few classes at a time: the bottleneck against a linear and an MLP head"
     )
@@ -45,12 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="gets a figure and its numbers (%(default)s)"
     )
     demo.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
+    _add_protocol(commands)
     unlearn = commands.add_parser(
         "unlearn", help="forget classes of real data by masking their pairs, and relearn them"
     )
     unlearn.add_argument(
         "--data",
-        choices=[name for name in STUDIES if name != "toy"],
+        choices=FEATURES,
         default="digits",
         help="as for demo (%(default)s)",
     )
@@ -65,24 +88,57 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _experiment(name: str, data: str, out: Path, seed: int, **options: Any) -> None:
+def _experiment(name: str, chosen: argparse.Namespace, run: Callable[[Any, Any], None]) -> None:
+    """Give ``run`` a module of kvb.experiments and that of the data; say in one line what they lack."""
     try:
         from kvb.experiments.packages import MissingPackageError
 
-        experiment = importlib.import_module(f"kvb.experiments.{name}")
-        study = importlib.import_module(f"kvb.experiments.{STUDIES[data]}").STUDY
+        modules = [importlib.import_module(f"kvb.experiments.{module}") for module in (name, STUDIES[chosen.data])]
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("numpy", "sklearn", "matplotlib"):
             raise
-        sys.exit(f"The demo needs {error.name}, which is not installed. Install it with: pip install 'kvb[demo]'")
+        sys.exit(
+            f"The {chosen.command} command needs {error.name}, which is not installed. "
+            "Install it with: pip install 'kvb[demo]'"
+        )
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        chosen.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(f"--out must be a folder that can be written to, got {out} ({error.strerror}). Choose another one.")
+        sys.exit(
+            f"--out must be a folder that can be written to, got {chosen.out} ({error.strerror}). Choose another one."
+        )
     try:
-        experiment.main(study, out, seed, **options)
+        run(*modules)
     except MissingPackageError as error:
-        sys.exit(f"{error}\nOr get all that this demo reads with: make data-{data}")
+        sys.exit(f"{error}\nOr get all that this reads with: make data-{chosen.data}")
+
+
+def _demo(chosen: argparse.Namespace) -> None:
+    name = "toy" if chosen.data == "toy" else "demo"
+    _experiment(name, chosen, lambda demo, data: demo.main(data.STUDY, chosen.out, chosen.seed))
+
+
+def _unlearn(chosen: argparse.Namespace) -> None:
+    def run(unlearning: Any, data: Any) -> None:
+        unlearning.main(data.STUDY, chosen.out, chosen.seed, classes=chosen.classes)
+
+    _experiment("unlearning", chosen, run)
+
+
+def _protocol(chosen: argparse.Namespace) -> None:
+    def run(report: Any, data: Any) -> None:
+        scenarios = (chosen.scenario,) if chosen.scenario else report.SCENARIOS
+        plan = report.Plan(chosen.seeds, scenarios, chosen.epochs, chosen.patience, chosen.quick)
+        if chosen.full:
+            from kvb.experiments import full
+
+            full.main(data.SOURCE, plan, chosen.out)
+        elif chosen.ablate:
+            report.ablate(data.SOURCE, chosen.ablate, plan, chosen.out)
+        else:
+            report.compare(data.SOURCE, plan, chosen.out)
+
+    _experiment("report", chosen, run)
 
 
 def _check(device: str | None) -> int:
@@ -108,9 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.command == "check":
         return _check(chosen.device)
     if chosen.command == "demo":
-        _experiment("toy" if chosen.data == "toy" else "demo", chosen.data, chosen.out, chosen.seed)
+        _demo(chosen)
+    elif chosen.command == "protocol":
+        _protocol(chosen)
     elif chosen.command == "unlearn":
-        _experiment("unlearning", chosen.data, chosen.out, chosen.seed, classes=chosen.classes)
+        _unlearn(chosen)
     else:
         _info()
     return 0

@@ -12,6 +12,7 @@ from torch import nn
 from kvb import KeyValueBottleneck, __main__
 from kvb.decoders import CodebookVoting
 from kvb.experiments import class_incremental as protocol
+from kvb.experiments.heads import BottleneckHead
 from kvb.splitters import RandomProjection
 
 demo = pytest.importorskip("kvb.experiments.demo", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
@@ -101,7 +102,7 @@ def test_cached_codes_give_what_the_modules_give():
     splitter = RandomProjection(12, 6, 4)
     bottleneck = KeyValueBottleneck(6, 16, 4, 3, init_mode="sample")
     bottleneck.init_keys(splitter(features), epochs=0, progress=False)
-    head = protocol.BottleneckHead(splitter, bottleneck)
+    head = BottleneckHead(splitter, bottleneck)
     assert not bottleneck.values.any()
     nn.init.normal_(bottleneck.values)
     plain = nn.Sequential(splitter, bottleneck, CodebookVoting(3))

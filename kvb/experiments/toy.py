@@ -28,7 +28,8 @@ import kvb
 from kvb import optim
 from kvb.bottleneck import KeyValueBottleneck
 from kvb.experiments import plots
-from kvb.experiments.class_incremental import BottleneckHead, Examples, Head, NetworkHead, Result, Score
+from kvb.experiments.class_incremental import Examples, Result, Score
+from kvb.experiments.heads import BottleneckHead, Head, NetworkHead
 from kvb.splitters import Chunk, RandomProjection
 
 CENTRE_MARGIN, CENTRE_GAP = 0.12, 0.2  # of the classes' centres: from the edge of the square, and from each other

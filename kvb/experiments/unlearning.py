@@ -25,8 +25,8 @@ import kvb
 from kvb import training, unlearning
 from kvb.data import CodeDataset
 from kvb.experiments import demo, plots
-from kvb.experiments.class_incremental import BottleneckHead
 from kvb.experiments.demo import Problem, Study
+from kvb.experiments.heads import BottleneckHead
 
 EPOCHS, BATCH = 10, 32
 PARTS = (0.01, 0.02, 0.03, 0.045, 0.06, 0.075, 0.09, 0.11, 0.13, 0.16, 0.2)  # of all pairs: N_a

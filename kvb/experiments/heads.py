@@ -1,0 +1,130 @@
+"""Heads that learn classes from fixed features, each in its own way; all of them get the same batches.
+
+Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 5, for the bottleneck and
+the linear and the MLP head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvb import functional, training
+from kvb.bottleneck import KeyValueBottleneck
+
+ROWS = 1024  # features that are split into queries at a time: all of them would be C*D/channels times as large
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every head may spend on a task."""
+
+    epochs: int
+    batch_size: int
+    label_smoothing: float
+    clip_norm: float
+
+
+class Head(nn.Module):
+    """Features to logits in two steps: ``prepare`` is what no training changes and runs once, ``forward`` the rest.
+
+    passes: over the examples of a task where the budget's epochs are of no use; None takes these.
+    """
+
+    passes: int | None = None
+
+    def prepare(self, features: Tensor) -> Tensor:
+        return features
+
+    def step(self, prepared: Tensor, labels: Tensor, *, rate: float, budget: Budget) -> Tensor:
+        """Learn from one batch; its loss before, []."""
+        raise NotImplementedError
+
+
+class NetworkHead(Head):
+    """An ordinary network on the features, trained by SGD without momentum."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        logits: Tensor = self.network(prepared)
+        return logits
+
+    def step(self, prepared: Tensor, labels: Tensor, *, rate: float, budget: Budget) -> Tensor:
+        with torch.enable_grad():
+            loss = nn.functional.cross_entropy(self(prepared), labels, label_smoothing=budget.label_smoothing)
+        self.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters(), budget.clip_norm)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=rate)
+        return loss.detach()
+
+
+class BottleneckHead(Head):
+    """Codebook voting on a bottleneck with frozen keys: the codes are searched once, and only the values learn.
+
+    Equivalent to ``CodebookVoting(V)(bottleneck(splitter(features)))``, trained as a ``NetworkHead`` is.
+
+    Args:
+        splitter: features [N, channels] -> [N, C, D].
+        bottleneck: its value dim is the number of classes.
+        table: values [C, K, V] to learn instead of the bottleneck's, which then stay as they are: heads for several
+            tasks share keys in this way. The values that learn are set to zero, as in the paper.
+    """
+
+    def __init__(self, splitter: nn.Module, bottleneck: KeyValueBottleneck, table: Tensor | None = None) -> None:
+        super().__init__()
+        self.splitter = splitter
+        self.bottleneck = bottleneck.freeze_keys()
+        self.table = table
+        nn.init.zeros_(self.values)
+
+    @property
+    def values(self) -> Tensor:
+        return self.bottleneck.values if self.table is None else self.table
+
+    def prepare(self, features: Tensor) -> Tensor:
+        parts = (self.splitter(part) for part in features.split(ROWS))
+        return self.bottleneck.encode_dataset(parts, progress=False).codes
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        return functional.gather(self.values, prepared[:, None], pool="mean")[:, 0]
+
+    def step(self, prepared: Tensor, labels: Tensor, *, rate: float, budget: Budget) -> Tensor:
+        return training.sgd_step(
+            self.values, prepared, labels, lr=rate, max_norm=budget.clip_norm, label_smoothing=budget.label_smoothing
+        ).loss
+
+
+class NearestMeanHead(Head):
+    """The class with the nearest mean of the features: one pass, no rate, nothing to forget; a strong, simple baseline.
+
+    Classes without an example so far are never answered.
+
+    Source: Mensink et al., Distance-based image classification, TPAMI 2013; in class-incremental learning, Rebuffi et
+    al., iCaRL, CVPR 2017 (arXiv:1611.07725).
+    """
+
+    passes = 1
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.sums = torch.zeros(num_classes, channels, dtype=torch.float64)
+        self.counts = torch.zeros(num_classes, dtype=torch.int64)
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        means = self.sums / self.counts.clamp(min=1)[:, None]
+        gaps = torch.cdist(prepared.double(), means, compute_mode="donot_use_mm_for_euclid_dist")
+        return (-gaps).masked_fill(self.counts == 0, -torch.inf)
+
+    def step(self, prepared: Tensor, labels: Tensor, *, rate: float, budget: Budget) -> Tensor:
+        self.sums.index_add_(0, labels, prepared.double())
+        self.counts += labels.bincount(minlength=len(self.counts))
+        return prepared.new_zeros(())
