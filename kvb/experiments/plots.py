@@ -82,9 +82,7 @@ def _curves(axes: Axes, results: Mapping[str, Result], tasks: Sequence[str], cha
     axes.set_xlim(0.85, len(tasks) + 0.85)
     axes.set_ylim(0, 1)
     axes.set_ylabel("test accuracy", fontsize=11)
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain(axes)
 
 
 def _heat_map(axes: Axes, name: str, colour: str, result: Result, tasks: Sequence[str]) -> AxesImage:
