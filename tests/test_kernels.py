@@ -394,7 +394,7 @@ def test_twins_do_not_flood_the_rescan(K, launched):
     assert launched.listed() <= 6  # of 128
 
 
-@pytest.mark.parametrize(("K", "D"), [(200, 8), (600, 8), (300, 20)])
+@pytest.mark.parametrize(("K", "D"), [(257, 8), (600, 8), (300, 20)])
 def test_what_the_filter_cannot_tell_apart_is_rescanned(K, D, launched):
     """Keys that differ in the last bits: no filter in float16 parts can order them."""
     queries, keys = normal(20, 1, K, D)
