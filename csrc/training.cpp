@@ -75,10 +75,10 @@ void mean_values(const T* table, const Walk& all, int64_t V, Sum* means) {
   for (int64_t i = 0; i < N * V; ++i) means[i] = widen<Sum>(static_cast<T>(means[i] / static_cast<Sum>(C)));
 }
 
-// Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets [B, V], and the loss.
+// Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets, and the loss.
 template <class Sum>
 double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t S, int64_t C, int64_t V, Sum smoothing,
-              Sum* logits, Sum* grads) {
+              Sum* logits, Sum* grads, int64_t stride) {
   std::vector<Sum> loss(B);
   const Sum scale = static_cast<Sum>(1.0 / (static_cast<double>(B) * S * C));
   parallel(B, kSerial / std::max<int64_t>((S + 8) * V, 1), [&](int64_t begin, int64_t end) {
@@ -87,7 +87,7 @@ double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t S, in
       std::fill_n(row, V, Sum{0});
       for (int64_t s = 0; s < S; ++s) add_row(row, means + (b * S + s) * V, V);
       for (int64_t v = 0; v < V; ++v) row[v] /= static_cast<Sum>(S);
-      loss[b] = cross_entropy(row, V, targets[b], smoothing, scale, grads + b * V);
+      loss[b] = cross_entropy(row, V, targets[b], smoothing, scale, grads + b * stride);
     }
   });
   double total = 0;
@@ -100,22 +100,47 @@ double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t S, in
 constexpr int64_t kFetched = 32; // rows between a fetch and its use: all of them come from far away
 constexpr int64_t kKept = 1 << 22; // codes whose chains are kept between the passes: 32 MB
 
-// The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.
+constexpr int64_t kLanes = 4; // floats of a vector that every machine has
+constexpr int64_t kColumns = 4 * kLanes; // of a sum that stays in registers
+
+// The gradient rows of fetched values: [B, V], the same one for all S positions of a sample. Zeros end each row, so that
+// it is whole vectors.
 template <class Sum>
 struct Gradient {
   const Sum* rows;
-  int64_t width, positions; // V, S
+  int64_t width, stride, positions; // V, from row to row, S
+
+  static int64_t padded(int64_t width) {
+    return (width + kLanes - 1) / kLanes * kLanes;
+  }
 
   int64_t sample(int64_t position) const {
     return positions == 1 ? position : position / positions; // a division takes longer than all else
   }
   const Sum* at(int64_t position) const {
-    return rows + sample(position) * width;
+    return rows + sample(position) * stride;
   }
-  // The sum over a chain of positions.
+  // The sum over a chain of positions, ``stride`` numbers.
   void add(int32_t position, const int32_t* next, Sum* sum) const {
-    std::fill_n(sum, width, Sum{0});
-    for (; position >= 0; position = next[position]) add_row(sum, at(position), width);
+    for (int64_t v = 0; v < stride; v += kColumns) {
+      switch (std::min(kColumns, stride - v) / kLanes) {
+        case 1: add_columns<kLanes>(position, next, v, sum); break;
+        case 2: add_columns<2 * kLanes>(position, next, v, sum); break;
+        case 3: add_columns<3 * kLanes>(position, next, v, sum); break;
+        default: add_columns<kColumns>(position, next, v, sum);
+      }
+    }
+  }
+
+ private:
+  template <int64_t Columns>
+  void add_columns(int32_t position, const int32_t* next, int64_t v, Sum* sum) const {
+    Sum total[Columns] = {};
+    for (; position >= 0; position = next[position]) {
+      const Sum* const row = at(position) + v;
+      for (int64_t i = 0; i < Columns; ++i) total[i] += row[i];
+    }
+    std::copy_n(total, Columns, sum + v);
   }
 };
 
@@ -168,25 +193,32 @@ struct Chains {
     with_integer(indices.scalar_type(), [&](auto index) { read<decltype(index)>(indices, c0, c1, origin); });
     for (int64_t c = c0; c < c1; ++c) {
       int32_t *const rows = &row[(c - origin) * positions], *const nexts = &next[(c - origin) * positions];
-      heads.clear(positions);
-      int32_t* const firsts = heads.first.data();
-      const int32_t origin = heads.origin; // in a register: the compiler cannot know that writing rows leaves it alone
-      for (int32_t n = static_cast<int32_t>(positions) - 1; n >= 0; --n) {
-        const int32_t at = rows[n], later = firsts[at] - origin;
-        firsts[at] = origin + n;
-        if (later < 0) [[likely]] continue;
-        if (rows[later] >= 0) nexts[later] = kEnd;
-        rows[later] = kLater;
-        nexts[n] = later;
-        rows[n] = -2 - at;
-        heads.joined.push_back(n);
-      }
+      link(rows, nexts, heads);
       for (int32_t n : heads.joined)
         if (rows[n] != kLater) visit(c, n, nexts);
     }
   }
 
 private:
+  // Chain one codebook. On its own, so that all it needs is in registers.
+  [[gnu::noinline]] void link(int32_t* rows, int32_t* nexts, Heads& heads) const {
+    heads.clear(positions);
+    heads.joined.resize(positions);
+    int32_t *const firsts = heads.first.data(), *joined = heads.joined.data();
+    const int32_t origin = heads.origin; // the compiler cannot know that writing rows leaves it alone
+    for (int32_t n = static_cast<int32_t>(positions) - 1; n >= 0; --n) {
+      const int32_t at = rows[n], later = firsts[at] - origin;
+      firsts[at] = origin + n;
+      if (later < 0) continue;
+      if (rows[later] >= 0) nexts[later] = kEnd;
+      rows[later] = kLater;
+      nexts[n] = later;
+      rows[n] = -2 - at;
+      *joined++ = n;
+    }
+    heads.joined.resize(joined - heads.joined.data());
+  }
+
   // Codebooks follow each other closely: their codes share cache lines.
   template <class Index>
   void read(const Tensor& indices, int64_t c0, int64_t c1, int64_t origin) {
@@ -208,12 +240,12 @@ double chain_all(const Tensor& indices, int64_t K, const Gradient<Sum>& grad, bo
   const int64_t C = indices.size(2), N = chains.positions, V = grad.width;
   std::vector<double> squares(indices.size(0)), corrections(C);
   double total = 0;
-  for (size_t b = 0; b < squares.size(); ++b) total += squares[b] = square(grad.rows + b * V, V);
+  for (size_t b = 0; b < squares.size(); ++b) total += squares[b] = square(grad.rows + b * grad.stride, V);
   total *= static_cast<double>(grad.positions) * C;
   for_groups(C, N, [&](int64_t begin, int64_t end) {
     Heads heads(K);
     Chains own(N, kept ? 0 : kBooks);
-    std::vector<Sum> sum(V);
+    std::vector<Sum> sum(grad.stride);
     for (int64_t g = begin; g < end; ++g) {
       const int64_t c0 = g * kBooks, c1 = std::min(C, c0 + kBooks);
       (kept ? chains : own).build(indices, c0, c1, kept ? 0 : c0, heads, [&](int64_t c, int32_t n, const int32_t* next) {
@@ -227,8 +259,6 @@ double chain_all(const Tensor& indices, int64_t K, const Gradient<Sum>& grad, bo
   for (double correction : corrections) total += correction;
   return std::sqrt(std::max(total, 0.0));
 }
-
-constexpr int64_t kLanes = 4; // floats of a vector that every machine has
 
 // Subtract ``step`` times the gradient from one row. Rows are short: a vector that overlaps the one before ends a row of
 // floats, instead of single numbers.
@@ -275,7 +305,7 @@ void move_all(T* table, const Tensor& indices, int64_t K, const Gradient<Sum>& g
   for_groups(C, N * V, [&](int64_t begin, int64_t end) {
     Heads heads(kept ? 0 : K);
     Chains own(N, kept ? 0 : kBooks);
-    std::vector<Sum> sum(V);
+    std::vector<Sum> sum(grad.stride);
     for (int64_t g = end - 1; g >= begin; --g) {
       const int64_t c0 = g * kBooks, c1 = std::min(C, c0 + kBooks);
       if (!kept) own.build(indices, c0, c1, c0, heads, [](int64_t, int32_t, const int32_t*) {});
@@ -313,12 +343,13 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
     using T = decltype(value);
     using Sum = Accumulator<T>;
     T* const table = values.mutable_data_ptr<T>();
-    std::vector<Sum> means(N * V), rows(B * V);
+    const int64_t stride = Gradient<Sum>::padded(V);
+    std::vector<Sum> means(N * V), rows(B * stride);
     mean_values<T>(table, walk(indices, {}, K * V, V), V, means.data());
     *loss.mutable_data_ptr<Sum>() = static_cast<Sum>(losses(
         means.data(), targets.const_data_ptr<int64_t>(), B, S, C, V, static_cast<Sum>(label_smoothing),
-        logits.mutable_data_ptr<Sum>(), rows.data()));
-    const Gradient<Sum> grad{rows.data(), V, S};
+        logits.mutable_data_ptr<Sum>(), rows.data(), stride));
+    const Gradient<Sum> grad{rows.data(), V, stride, S};
     const bool kept = C * N <= kKept;
     Chains chains(N, kept ? C : 0);
     const double length = chain_all(indices, K, grad, kept, chains);
