@@ -156,13 +156,19 @@ class KeyValueBottleneck(nn.Module):
         queries = self._queries(x)
         if not self._initialised:
             self._initialise_from(x)
-        indices, distances = self._search(queries.detach() if values_only else queries)
         shape = x.shape[2:-1]
-        if pool == "none":
-            values = self._fetch(self.values, indices, shape)
+        if values_only and self._in_one_pass(pool, shape):
+            mask, packed = self._search_mask(), self._packed_keys()
+            values, codes = torch.ops.kvb.lookup(queries, self.keys, packed, self.values, mask, pool)
+            values = values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), self.dim_values)
+            indices = codes[..., None]
         else:
-            pooled = self._gather(self.values, indices[..., 0], pool, "bscv")
-            values = pooled.view(x.shape[0], *shape, self.dim_values)
+            indices, distances = self._search(queries.detach() if values_only else queries)
+            if pool == "none":
+                values = self._fetch(self.values, indices, shape)
+            else:
+                pooled = self._gather(self.values, indices[..., 0], pool, "bscv")
+                values = pooled.view(x.shape[0], *shape, self.dim_values)
         output: Tensor | BottleneckOutput = values
         if not values_only:
             fetched = self._fetch(self.keys, indices, shape)
@@ -245,7 +251,10 @@ class KeyValueBottleneck(nn.Module):
         checks.same_device("x", x, "keys", self.keys)
         if self.check_finite:
             checks.finite("x", x)
-        flat = x.reshape(*x.shape[:2], x.shape[2:-1].numel(), x.shape[-1]).transpose(1, 2)
+        if x.dim() == 3:
+            flat = x.unsqueeze(1)
+        else:
+            flat = x.reshape(*x.shape[:2], x.shape[2:-1].numel(), x.shape[-1]).transpose(1, 2)
         return flat if flat.stride(-1) == 1 else flat.contiguous()
 
     def _search(self, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,6 +264,11 @@ class KeyValueBottleneck(nn.Module):
             seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
             return torch.ops.kvb.sample(queries, self.keys, mask, self.sample_codebook_temperature, seed)
         return torch.ops.kvb.nearest(queries, self.keys, self._packed_keys(), mask, self.topk)
+
+    def _in_one_pass(self, pool: str, shape: torch.Size) -> bool:
+        """Whether ``lookup`` gives the values as they are wanted: not with codebooks before more than one position."""
+        nearest = self.topk == 1 and self.sample_codebook_temperature == 0
+        return nearest and not self.sparse_grad and (pool != "none" or len(shape) == 0)
 
     def _gather(self, table: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
         fetch = ops.gather_row_grad if self.sparse_grad else torch.ops.kvb.gather

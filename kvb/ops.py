@@ -378,15 +378,17 @@ class _Lookup(torch.autograd.Function):
 def _register_autograd(name: str, function: type[torch.autograd.Function], learns: int) -> None:
     """Let ``function`` answer where argument ``learns`` requires a gradient, and pass by it everywhere else."""
     operator = getattr(torch.ops.kvb, name).default
+    # What ``function.apply`` comes to, without a look at the signature of ``forward``, which would take most of a call.
+    record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def run(*args: Any) -> Any:
         if not (torch.is_grad_enabled() and args[learns].requires_grad):
             return _below_autograd(operator, *args)
         if not torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
+            return record(*args)
         # Below the dispatcher a torch.func transform has already unwrapped its level: record at that level alone.
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+            return record(*args)
 
     _library.impl(name, run, "Autograd")
 
