@@ -9,12 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,14 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kvb
-from benchmarks import ceilings, memory, peers, verify
+from benchmarks import ceilings, machine, memory, verify
+from benchmarks.peers import faiss, plain
 from benchmarks.shapes import KMEANS, KMEANS_SCALED, PAPER, SEARCH, SEED_B, Module, Search
 from benchmarks.timing import Absent, Contestant, Effort, Race, Ratio, WrongResult, kept_memory, race
 from kvb import functional, ops
 
 THREADS = 2
 FULL, QUICK = Effort(rounds=7, seconds=5.0), Effort(rounds=3, seconds=0.6)
-CHUNKS = (1 << 20, 1 << 22, 1 << 24)  # scores at a time of the lookup in plain PyTorch
 SCALES = {"s": (1e3, "ms"), "GF/s": (1e-9, "GF/s"), "GB/s": (1e-9, "GB/s"), "B": (1e-6, "MB")}
 
 
@@ -99,7 +96,7 @@ def _searcher(queries: Tensor, keys: Tensor, threads: int | None = None) -> Cont
 def nearest(shape: Search, quick: bool) -> Measured:
     """The search against one faiss index per codebook."""
     queries, keys = _problem(shape)
-    ours, theirs = _searcher(queries, keys), peers.FaissSearch(queries, keys)
+    ours, theirs = _searcher(queries, keys), faiss.FaissSearch(queries, keys)
     expected = torch.empty(0)
 
     def check(result: tuple[Tensor, Tensor]) -> None:
@@ -196,10 +193,14 @@ def forward(shape: Module, quick: bool) -> Measured:
         verify.same_choice(queries, module.keys, codes, result[1])
         verify.fetched(module.values, result[1], result[0], "none", "bcsv")
 
+    def look_up(find: plain.Finder) -> tuple[Tensor, Tensor]:
+        found = find(queries)
+        return plain.fetch(module.values, found), found
+
     contestants = {"kvb": Contestant(lambda: module(x), check)}
-    for chunk in CHUNKS:
-        run = peers.chunked_lookup(flat, module.keys, module.values, chunk)
-        contestants[f"baddbmm, {chunk >> 20}M scores"] = Contestant(run, check_peer)
+    for chunk in plain.CHUNKS:
+        find = plain.Chunked(module.keys, len(flat) * flat.shape[2], chunk)
+        contestants[f"baddbmm, {chunk >> 20}M scores"] = Contestant(functools.partial(look_up, find), check_peer)
     result = race(contestants, _effort(quick))
     best = min((name for name in contestants if name != "kvb"), key=result.seconds)
     return _seconds(result, "kvb", best, best)
@@ -331,7 +332,7 @@ def kmeans(quick: bool) -> Measured:
         if moved > 1e-3:
             raise WrongResult(f"{moved:.2%} of faiss' means differ from kvb's")
 
-    theirs = Contestant(peers.faiss_kmeans(queries, keys), check_peer)
+    theirs = Contestant(faiss.faiss_kmeans(queries, keys), check_peer)
     result = race({"kvb": Contestant(iterate, check), "faiss": theirs}, _effort(quick))
     return _seconds(result, "kvb", "faiss", f"faiss Kmeans, {shape.N} x {shape.C} x {shape.D}")
 
@@ -371,31 +372,6 @@ ROWS = (
     Row("kmeans:paper", kmeans, 1.5),
     Row("large-k", large_k, 16.5, at_most=True),
 )
-
-
-def _cpu_name() -> str:
-    try:
-        named = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        named = None
-    return named[1] if named else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _machine() -> dict[str, str]:
-    return {
-        "machine": f"{_cpu_name()}, {os.cpu_count()} logical CPUs, {platform.system()}",
-        "faiss-cpu": _version("faiss-cpu"),
-        "threads": str(torch.get_num_threads()),
-        "KVB_CPU_CAPABILITY": os.environ.get("KVB_CPU_CAPABILITY", "not set"),
-        **kvb.info(),
-    }
 
 
 def _figure(value: float, unit: str) -> str:
@@ -467,8 +443,8 @@ def run(
     options = parser.parse_args(arguments)
     chosen = _chosen(table, options.only, parser)
     torch.set_num_threads(THREADS)
-    machine = _machine()
-    for name, fact in machine.items():
+    facts = machine.facts()
+    for name, fact in facts.items():
         print(f"{name:<20} {fact}")
     limits: dict[str, float] = {}
     if options.only is None and with_ceilings:
@@ -480,7 +456,7 @@ def run(
     print(HEAD, flush=True)
     rows = [_measure(row, options.quick) for row in chosen]
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "ceilings": limits, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": facts, "ceilings": limits, "rows": rows}, indent=1) + "\n")
     return 1 if any("wrong" in row for row in rows) else 0
 
 
