@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import machine, peers, results
-from benchmarks.shapes import SHAPES
-from benchmarks.suites import KVB, SLOW_PEERS, SUITES, measure
+from benchmarks.suites import KVB, SLOW_PEERS, SUITES, measure, shapes
 from benchmarks.timing import Absent, Effort, WrongResult
 
 
@@ -113,7 +112,7 @@ def run(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
     with table() as show:
         for suite in plan.suites:
             rows = []
-            for name, shape in SHAPES.items():
+            for name, shape in shapes(suite).items():
                 try:
                     row = results.row(name, shape, measure(suite, shape, plan.effort, _short(plan)))
                 except Absent as why:

@@ -430,9 +430,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(
-    table: Sequence[Row], module: str, about: str, arguments: Sequence[str] | None, *, with_ceilings: bool = False
+    table: Sequence[Row],
+    module: str,
+    about: str,
+    arguments: Sequence[str] | None,
+    *,
+    with_ceilings: bool = False,
+    held: bool = False,
 ) -> int:
-    """The command line of a table of rows; the exit status."""
+    """The command line of a table of rows; the exit status: 1 where a result is wrong, or, ``held``, misses its bar."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller problems: a minute or so")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
@@ -457,7 +463,10 @@ def run(
     rows = [_measure(row, options.quick) for row in chosen]
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "ceilings": limits, "rows": rows}, indent=1) + "\n")
-    return 1 if any("wrong" in row for row in rows) else 0
+    short = [row["name"] for row in rows if held and row.get("verdict") not in (None, "", "ok")]
+    if short:
+        print(f"below their bars: {', '.join(short)}")
+    return 1 if short or any("wrong" in row for row in rows) else 0
 
 
 if __name__ == "__main__":

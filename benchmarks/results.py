@@ -170,7 +170,7 @@ def _validate_row(where: str, found: Any) -> None:
         here = f"{where}.contestants.{name}"
         _hold(here, times, TIMES)
         ordered = [times[p] for p in QUANTILES]
-        if times["calls"] < 1 or ordered[0] <= 0 or ordered != sorted(ordered):
+        if times["calls"] < 1 or not all(value > 0 for value in ordered) or ordered != sorted(ordered):
             raise BadResult(f"{here}: quantiles of {times['calls']} calls out of order: {ordered}")
 
 

@@ -6,8 +6,9 @@ are as near as float32 can tell, nowhere else, and its result must be what its o
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import kvb
 from benchmarks import ceilings, memory, verify
 from benchmarks.peers import keops, need, plain, published, scikit
 from benchmarks.peers.faiss import FaissSearch
-from benchmarks.shapes import Module
+from benchmarks.shapes import SHAPES, Module
 from benchmarks.timing import Absent, Contestant, Effort, Race, WrongResult, run_on, timed, verified
 from kvb import functional
 
@@ -266,8 +267,12 @@ def forward(shape: Module) -> Case:
 
         return Contestant(lambda: theirs(heads), check_theirs)
 
-    finders = {name: functools.partial(by_finder, prepare) for name, prepare in plain.FINDERS.items()}
-    peers: dict[str, Prepare] = {**finders, "faiss": by_faiss, "authors": by_authors}
+    peers: dict[str, Prepare] = {
+        "faiss": by_faiss,
+        "torch baddbmm": functools.partial(by_finder, plain.chunked),
+        "torch.cdist": functools.partial(by_finder, plain.cdist),
+        "authors": by_authors,
+    }
     return Case(Contestant(lambda: module(x), check_ours), peers, shape.search.flops, "flops")
 
 
@@ -443,7 +448,13 @@ SUITES: dict[str, Callable[[Module], Case]] = {
     "training_step": training_step,
     "end_to_end": end_to_end,
 }
-SLOW_PEERS = ("pykeops", "torch.compile", "scikit-learn", "vector-quantize")  # not for a quick look
+SLOW_PEERS = ("pykeops", "torch.cdist", "torch.compile", "scikit-learn", "vector-quantize")  # not for a quick look
+
+
+def shapes(suite: str) -> dict[str, Module]:
+    """The shapes of a suite: all of them, but none twice where the value dim makes no difference."""
+    searches = suite in ("search", "key_update")
+    return {name: shape for name, shape in SHAPES.items() if not (searches and name == "paper_cifar100")}
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -488,6 +499,20 @@ def _ceiling(kind: str, threads: int) -> tuple[Contestant, float]:
     return ceilings.multiply_add(threads) if kind == "flops" else ceilings.copy()
 
 
+@contextlib.contextmanager
+def attempt(name: str, absent: dict[str, str]) -> Iterator[None]:
+    """Notes why a peer does not take part: it is absent, it is wrong, or it fails in a way of its own."""
+    try:
+        yield
+    except Absent as why:
+        absent[name] = str(why)
+    except WrongResult as why:
+        absent[name] = f"wrong, not timed: {why}"
+    except Exception as error:
+        # Nobody can list how other packages fail, but their failure must not stop the run.
+        absent[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 def measure(
     suite: str, shape: Module, effort: Effort, only: Callable[[str], bool] = lambda peer: True, limits: bool = True
 ) -> Measured:
@@ -518,22 +543,3 @@ def measure(
                 first[CEILING] = verified(contestants[CEILING])
         race = run_on(contestants, first, effort)
     return Measured(race, peaks, absent, case.amount, case.ceiling, amount)
-
-
-class attempt:  # noqa: N801  (a context manager)
-    """Notes why a peer does not take part: it is absent, it is wrong, or it fails in a way of its own."""
-
-    def __init__(self, name: str, absent: dict[str, str]) -> None:
-        self.name, self.absent = name, absent
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Absent):
-            self.absent[self.name] = str(error)
-        elif isinstance(error, Exception):
-            # Nobody can list how other packages fail, but their failure must not stop the run.
-            what = "wrong, not timed" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}"
-            self.absent[self.name] = f"{what}: {' '.join(str(error).split())}"[:300]
-        return isinstance(error, Exception)

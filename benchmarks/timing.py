@@ -71,7 +71,9 @@ class Race:
         """``scale`` times the time of ``over``, divided by the time of ``under``."""
         most = max(len(self.turns[over]), len(self.turns[under]))
         # Who was called once only stands against every round of the other.
-        pairs = zip(*(turn * most if len(turn) == 1 else turn for turn in map(self.turns.get, (over, under))), strict=True)
+        pairs = zip(
+            *(turn * most if len(turn) == 1 else turn for turn in map(self.turns.get, (over, under))), strict=True
+        )
         rounds = [scale * statistics.median(a) / statistics.median(b) for a, b in pairs]
         low, _, high = statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else rounds * 3
         return Ratio(scale * self.seconds(over) / self.seconds(under), low, high)

@@ -88,7 +88,9 @@ def fetched(values: Tensor, indices: Tensor, out: Tensor, pool: str, layout: str
 
 def voted(values: Tensor, indices: Tensor, out: Tensor) -> None:
     """out [B, V] is the mean value that indices [B, S, C] fetch, within the rounding of the sum."""
-    exact, largest = (reference.gather(v, indices, "mean", "bscv").mean(1) for v in (values.double(), values.double().abs()))
+    exact, largest = (
+        reference.gather(v, indices, "mean", "bscv").mean(1) for v in (values.double(), values.double().abs())
+    )
     _require(out.shape == exact.shape, f"votes {tuple(out.shape)}, expected {tuple(exact.shape)}")
     allowed = 2 * indices.shape[1] * indices.shape[2] * UNIT * largest
     _require(((out - exact).abs() <= allowed).all(), "votes are off by more than rounding")

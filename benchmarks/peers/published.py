@@ -14,7 +14,9 @@ INSTALL = "discrete-key-value-bottleneck-pytorch vector-quantize-pytorch"
 
 
 def _need_distances(what: str, N: int, keys: Tensor) -> None:
-    need.memory(4.0 * DISTANCES * N * keys.shape[0] * keys.shape[1], f"{what}, which holds every distance {DISTANCES}×,")
+    need.memory(
+        4.0 * DISTANCES * N * keys.shape[0] * keys.shape[1], f"{what}, which holds every distance {DISTANCES}×,"
+    )
 
 
 def quantizer(keys: Tensor, N: int, decay: float = 0.8) -> nn.Module:
@@ -55,4 +57,3 @@ def authors(keys: Tensor, values: Tensor, N: int) -> nn.Module:
     module.values.data.copy_(values)
     module.freeze_keys()
     return module.eval()
-
