@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import machine, peers, results
+from benchmarks.peers import need
 from benchmarks.suites import KVB, SLOW_PEERS, SUITES, measure, shapes
 from benchmarks.timing import Absent, Effort, WrongResult
 
@@ -73,23 +74,30 @@ def cells(suite: str, row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+class Screen(NamedTuple):
+    """Where the table grows: what takes its lines, and what is told which of them is being measured."""
+
+    show: Callable[[tuple[str, ...]], None]
+    doing: Callable[[str], None]
+
+
 @contextlib.contextmanager
-def table() -> Iterator[Callable[[tuple[str, ...]], None]]:
-    """Takes lines: a live table where rich is installed and somebody watches, plain lines otherwise."""
+def screen() -> Iterator[Screen]:
+    """A live table where rich is installed and somebody watches, plain lines otherwise."""
     if sys.stdout.isatty() and importlib.util.find_spec("rich"):
         from rich.live import Live
         from rich.table import Table
 
-        shown = Table(*COLUMNS)
-        with Live(shown, refresh_per_second=4):
-            yield lambda line: shown.add_row(*line)
+        table = Table(*COLUMNS, caption_justify="left")
+        with Live(table, refresh_per_second=4):
+            yield Screen(lambda line: table.add_row(*line), lambda name: setattr(table, "caption", name))
         return
 
     def show(line: tuple[str, ...]) -> None:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, WIDTHS, strict=True)).rstrip(), flush=True)
 
     show(COLUMNS)
-    yield show
+    yield Screen(show, lambda name: None)
 
 
 def list_peers() -> None:
@@ -102,19 +110,20 @@ def list_peers() -> None:
             print(f"{'':<{width}}  absent: {why}")
 
 
-def _short(plan: Plan) -> Callable[[str], bool]:
-    return lambda peer: plan.slow_peers or peer not in SLOW_PEERS
-
-
 def run(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
     """The documents of all suites, and what was wrong; the table goes to the terminal."""
     made, wrong, absent, load = [], [], {}, machine.load()
-    with table() as show:
+
+    def takes_part(peer: str) -> bool:
+        return plan.slow_peers or peer not in SLOW_PEERS
+
+    with screen() as on_screen:
         for suite in plan.suites:
             rows = []
             for name, shape in shapes(suite).items():
+                on_screen.doing(f"measuring {suite}:{name}")
                 try:
-                    row = results.row(name, shape, measure(suite, shape, plan.effort, _short(plan)))
+                    row = results.row(name, shape, measure(suite, shape, plan.effort, takes_part))
                 except Absent as why:
                     absent[f"{suite}:{name}"] = str(why)
                 except WrongResult as why:
@@ -122,9 +131,10 @@ def run(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
                 else:
                     rows.append(row)
                     absent |= {f"{peer}, {suite}:{name}": why for peer, why in row["absent"].items()}
-                    show(cells(suite, row))
+                    on_screen.show(cells(suite, row))
             if rows:
                 made.append(results.document(suite, rows, load))
+        on_screen.doing("")
     by_reason: dict[str, list[str]] = {}
     for who, why in absent.items():
         by_reason.setdefault(why, []).append(who)
@@ -141,10 +151,15 @@ def main(full: bool, only_peers: bool, target: Path | None, plots: Path | None) 
     if only_peers:
         list_peers()
         return 0
+    if plots:
+        try:
+            need.package("matplotlib", "matplotlib")
+        except Absent as absent:
+            sys.exit(f"--plot: {absent}")
     for name, fact in machine.facts().items():
         print(f"{name:<20} {fact}")
     if machine.load() > BUSY:
-        print(f"{'note':<20} others compute on this machine (load {machine.load():.1f}): trust ratios, not times")
+        print(f"{'note':<20} others compute on this machine (load {machine.load():.1f}): come back when it is quiet")
     made, wrong = run(FULL if full else QUICK)
     print(LEGEND)
     for found in made:

@@ -38,6 +38,12 @@ def test_every_suite_is_right_against_plain_pytorch(suite):
     assert not found.absent
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_right_against_plain_pytorch(shape):
+    found = measure("forward", shape)
+    assert found.peers == [BY_HAND]
+
+
 def test_a_search_that_is_off_is_not_timed(monkeypatch):
     monkeypatch.setattr(plain.Chunked, "__call__", lambda self, queries: (queries[..., 0] * 0).long())
     found = measure()
