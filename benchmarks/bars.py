@@ -22,7 +22,7 @@ PUBLISHED = "dkvb-pytorch"
 
 
 @functools.cache
-def _measured(suite: str, shape: str, quick: bool, only: Callable[[str], bool]) -> suites.Measured:
+def _measured(suite: str, shape: str, quick: bool, only: Callable[[str], bool]) -> suites.Outcome:
     return suites.measure(suite, SHAPES[shape], QUICK if quick else FULL, only, limits=False)
 
 
@@ -44,11 +44,7 @@ def _published(peer: str) -> bool:
 
 def _faster(suite: str, shape: str, quick: bool, only: Callable[[str], bool]) -> Measured:
     """kvb against the best of the chosen peers."""
-    found = _measured(suite, shape, quick, only)
-    if not found.peers:
-        raise Absent("; ".join(found.absent.values()) or "no such peer at this shape")
-    best, race = found.peers[0], found.race
-    return Measured(race.seconds(KVB), race.seconds(best), "s", best, race.ratio(best, KVB))
+    return cpu.against_best(_measured(suite, shape, quick, only))
 
 
 def search(shape: str, quick: bool) -> Measured:

@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kvb
-from benchmarks import ceilings, machine, memory, verify
-from benchmarks.peers import faiss, plain
+from benchmarks import ceilings, machine, memory, suites, verify
+from benchmarks.peers import faiss
 from benchmarks.shapes import KMEANS, KMEANS_SCALED, PAPER, SEARCH, SEED_B, Module, Search
 from benchmarks.timing import Absent, Contestant, Effort, Race, Ratio, WrongResult, kept_memory, race
 from kvb import functional, ops
@@ -73,6 +72,18 @@ def _seconds(result: Race, ours: str, peer: str, peer_name: str) -> Measured:
     return Measured(result.seconds(ours), result.seconds(peer), "s", peer_name, result.ratio(peer, ours))
 
 
+def against_best(found: suites.Outcome) -> Measured:
+    """kvb against the quickest peer of a suite.
+
+    Raises:
+        Absent: no peer took part.
+    """
+    if not found.peers:
+        raise Absent("; ".join(found.absent.values()) or "no such peer")
+    best = found.peers[0]
+    return _seconds(found.race, suites.KVB, best, best)
+
+
 # --- search -----------------------------------------------------------------------------------------------------------
 
 
@@ -95,21 +106,8 @@ def _searcher(queries: Tensor, keys: Tensor, threads: int | None = None) -> Cont
 
 def nearest(shape: Search, quick: bool) -> Measured:
     """The search against one faiss index per codebook."""
-    queries, keys = _problem(shape)
-    ours, theirs = _searcher(queries, keys), faiss.FaissSearch(queries, keys)
-    expected = torch.empty(0)
-
-    def check(result: tuple[Tensor, Tensor]) -> None:
-        nonlocal expected
-        verify.nearest(queries, keys, *result)
-        expected = result[0]
-
-    def check_peer(found: Tensor) -> None:
-        verify.same_choice(queries, keys, expected, found.T[:, None])
-
-    contestants = {"kvb": Contestant(ours.run, check), "faiss": Contestant(theirs, check_peer)}
-    result = race(contestants, _effort(quick))
-    return _seconds(result, "kvb", "faiss", f"faiss IndexFlatL2, {theirs.path}")
+    whole = Module(shape.N, shape.C, shape.K, shape.D, V=1, positions=())
+    return against_best(suites.measure("search", whole, _effort(quick), lambda peer: peer == "faiss", limits=False))
 
 
 def peak(shape: Search, quick: bool) -> Measured:
@@ -172,38 +170,12 @@ def large_k(quick: bool) -> Measured:
 # --- the whole module -------------------------------------------------------------------------------------------------
 
 
-def _module(shape: Module) -> tuple[kvb.KeyValueBottleneck, Tensor]:
-    torch.manual_seed(0)
-    module = kvb.KeyValueBottleneck(shape.C, shape.K, shape.D, shape.V).eval().freeze_keys()
-    module.requires_grad_(False)
-    return module, torch.randn(shape.B, shape.C, *shape.positions, shape.D)
-
-
 def forward(shape: Module, quick: bool) -> Measured:
     """A frozen module's forward against the lookup in plain PyTorch, in the best of three chunk sizes."""
-    module, x = _module(shape._replace(B=shape.B // 4) if quick and shape.S > 1 else shape)
-    flat = x.reshape(*x.shape[:2], shape.S, shape.D)
-    queries, codes = flat.transpose(1, 2), module.encode(x).reshape(flat.shape[:3]).transpose(1, 2)
-    verify.sampled_choice(queries, module.keys, codes)
-
-    def check(out: Tensor) -> None:
-        verify.fetched(module.values, codes, out.reshape(*flat.shape[:3], shape.V), "none", "bcsv")
-
-    def check_peer(result: tuple[Tensor, Tensor]) -> None:
-        verify.same_choice(queries, module.keys, codes, result[1])
-        verify.fetched(module.values, result[1], result[0], "none", "bcsv")
-
-    def look_up(find: plain.Finder) -> tuple[Tensor, Tensor]:
-        found = find(queries)
-        return plain.fetch(module.values, found), found
-
-    contestants = {"kvb": Contestant(lambda: module(x), check)}
-    for chunk in plain.CHUNKS:
-        find = plain.Chunked(module.keys, len(flat) * flat.shape[2], chunk)
-        contestants[f"baddbmm, {chunk >> 20}M scores"] = Contestant(functools.partial(look_up, find), check_peer)
-    result = race(contestants, _effort(quick))
-    best = min((name for name in contestants if name != "kvb"), key=result.seconds)
-    return _seconds(result, "kvb", best, best)
+    fewer = shape._replace(B=shape.B // 4) if quick and shape.S > 1 else shape
+    return against_best(
+        suites.measure("forward", fewer, _effort(quick), lambda peer: peer == "torch baddbmm", limits=False)
+    )
 
 
 def peak_memory(quick: bool) -> Measured:

@@ -33,7 +33,7 @@ import torch
 import kvb
 from benchmarks import machine
 from benchmarks.shapes import Module
-from benchmarks.suites import CEILING, KVB, Measured
+from benchmarks.suites import CEILING, KVB, Outcome
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -65,25 +65,25 @@ def quantile(ordered: list[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def row(name: str, shape: Module, measured: Measured) -> dict[str, Any]:
+def row(name: str, shape: Module, found: Outcome) -> dict[str, Any]:
     """One shape of a suite."""
     sizes = {"B": shape.B, "S": shape.S, "C": shape.C, "K": shape.K, "D": shape.D, "V": shape.V}
     ceiling = None
-    if measured.ceiling_amount is not None:
-        rate = measured.ceiling_amount / measured.race.seconds(CEILING)
-        ceiling = {"kind": measured.ceiling, "rate": rate}
+    if found.ceiling_amount is not None:
+        rate = found.ceiling_amount / found.race.seconds(CEILING)
+        ceiling = {"kind": found.ceiling, "rate": rate}
     contestants = {}
-    for who in (KVB, *measured.peers):
-        calls = sorted(call for turn in measured.race.turns[who] for call in turn)
+    for who in (KVB, *found.peers):
+        calls = sorted(call for turn in found.race.turns[who] for call in turn)
         times = {p: quantile(calls, share) for p, share in QUANTILES.items()}
-        contestants[who] = {**times, "calls": len(calls), "peak_bytes": measured.peak_bytes.get(who)}
+        contestants[who] = {**times, "calls": len(calls), "peak_bytes": found.peak_bytes.get(who)}
     return {
         "shape": name,
         "sizes": sizes,
-        "amount": float(measured.amount),
+        "amount": float(found.amount),
         "ceiling": ceiling,
         "contestants": contestants,
-        "absent": dict(measured.absent),
+        "absent": dict(found.absent),
     }
 
 

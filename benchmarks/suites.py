@@ -461,7 +461,7 @@ def shapes(suite: str) -> dict[str, Module]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Outcome:
     """What a case gave: the race, the memory of every first call, and why others did not take part."""
 
     race: Race
@@ -515,7 +515,7 @@ def attempt(name: str, absent: dict[str, str]) -> Iterator[None]:
 
 def measure(
     suite: str, shape: Module, effort: Effort, only: Callable[[str], bool] = lambda peer: True, limits: bool = True
-) -> Measured:
+) -> Outcome:
     """Verify kvb and the chosen peers, then time them and the ceiling in turns.
 
     Raises:
@@ -542,4 +542,4 @@ def measure(
                 contestants[CEILING], amount = _ceiling(case.ceiling, torch.get_num_threads())
                 first[CEILING] = verified(contestants[CEILING])
         race = run_on(contestants, first, effort)
-    return Measured(race, peaks, absent, case.amount, case.ceiling, amount)
+    return Outcome(race, peaks, absent, case.amount, case.ceiling, amount)

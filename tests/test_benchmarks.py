@@ -234,4 +234,4 @@ def test_command_line():
     command = [sys.executable, "-m", "benchmarks.cpu", "--quick", "--only", cpu.HIDDEN]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "faiss IndexFlatL2" in done.stdout.splitlines()[-1]
+    assert "faiss" in done.stdout.splitlines()[-1]
