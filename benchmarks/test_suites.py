@@ -26,7 +26,7 @@ def _rows() -> list[tuple[str, str]]:
     for suite in suites.SUITES:
         known = suites.shapes(suite)
         with torch.no_grad():
-            peers = suites.SUITES[suite](known["one_sample"].small()).peers
+            peers = suites.SUITES[suite](known["seed_a"].small()).peers
         found += [(f"{suite}:{shape}", who) for shape in known for who in (KVB, *peers)]
     return found
 
