@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import machine, peers, results
 from benchmarks.peers import need
+from benchmarks.shapes import SHAPES
 from benchmarks.suites import KVB, SLOW_PEERS, SUITES, measure, shapes
 from benchmarks.timing import Absent, Effort, WrongResult
 
@@ -20,12 +21,14 @@ class Plan(NamedTuple):
     """What to measure, and for how long each."""
 
     suites: tuple[str, ...]
+    shapes: tuple[str, ...]
     effort: Effort
     slow_peers: bool
 
 
-QUICK = Plan(("search", "forward"), Effort(rounds=2, seconds=0.3, patience=1.0), False)
-FULL = Plan(tuple(SUITES), Effort(rounds=3, seconds=1.0, patience=3.0), True)
+FEW = ("seed_a", "seed_b", "paper_cifar10", "one_sample")  # where no peer needs many seconds
+QUICK = Plan(("search", "forward"), FEW, Effort(rounds=2, seconds=0.3, patience=1.0), False)
+FULL = Plan(tuple(SUITES), tuple(SHAPES), Effort(rounds=3, seconds=1.0, patience=3.0), True)
 COLUMNS = ("suite:shape", "kvb", "best peer", "time", "faster", "ceiling", "memory", "its", "others, times slower")
 WIDTHS = (28, 9, 16, 9, 7, 7, 8, 8, 0)
 BUSY = 0.5  # a load beyond which the machine is not ours alone
@@ -121,6 +124,8 @@ def run(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
         for suite in plan.suites:
             rows = []
             for name, shape in shapes(suite).items():
+                if name not in plan.shapes:
+                    continue
                 on_screen.doing(f"measuring {suite}:{name}")
                 try:
                     row = results.row(name, shape, measure(suite, shape, plan.effort, takes_part))
@@ -166,7 +171,7 @@ def main(full: bool, only_peers: bool, target: Path | None, plots: Path | None) 
         if found["suite"] == "search":
             print(f"search, geometric mean over the best peers: {times(results.mean_ratio(found['rows']))} faster")
     if not full:
-        print("more suites and peers: python -m kvb bench --full; who is missing: python -m kvb bench --peers")
+        print("more suites, shapes and peers: python -m kvb bench --full; who is missing: python -m kvb bench --peers")
     if target:
         target.write_text(json.dumps(made, indent=1) + "\n")
     if plots:

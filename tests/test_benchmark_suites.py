@@ -75,7 +75,7 @@ def test_a_wrong_kvb_stops_its_row_and_fails_the_command(monkeypatch, capsys):
     monkeypatch.setitem(suites.SUITES, "search", wrong)
     with pytest.raises(WrongResult):
         measure()
-    monkeypatch.setattr(bench, "QUICK", bench.Plan(("search",), ONCE, slow_peers=False))
+    monkeypatch.setattr(bench, "QUICK", bench.Plan(("search",), ("seed_a",), ONCE, slow_peers=False))
     monkeypatch.setattr(bench, "shapes", lambda suite: {"seed_a": SHAPES["seed_a"].small()})
     assert bench.main(False, False, None, None) == 1
     assert "WRONG: search:seed_a: " in capsys.readouterr().out
@@ -298,7 +298,7 @@ def test_every_bar_can_be_measured():
 
 def test_bench_writes_its_numbers_and_pictures(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench, "QUICK", bench.Plan(("search",), ONCE, slow_peers=False))
+    monkeypatch.setattr(bench, "QUICK", bench.Plan(("search",), ("seed_a",), ONCE, slow_peers=False))
     monkeypatch.setattr(bench, "shapes", lambda suite: {"seed_a": SHAPES["seed_a"].small()})
     target = tmp_path / "all.json"
     assert command_line.main(["bench", "--quick", "--json", str(target), "--plot", str(tmp_path / "plots")]) == 0
