@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from benchmarks import machine, peers, results
 from benchmarks.peers import need
 from benchmarks.shapes import SHAPES
-from benchmarks.suites import KVB, SLOW_PEERS, SUITES, measure, shapes
+from benchmarks.suites import FEW, KVB, SLOW_PEERS, SUITES, measure, shapes
 from benchmarks.timing import Absent, Effort, WrongResult
 
 
@@ -26,7 +26,6 @@ class Plan(NamedTuple):
     slow_peers: bool
 
 
-FEW = ("seed_a", "seed_b", "paper_cifar10", "one_sample")  # where no peer needs many seconds
 QUICK = Plan(("search", "forward"), FEW, Effort(rounds=2, seconds=0.3, patience=1.0), False)
 FULL = Plan(tuple(SUITES), tuple(SHAPES), Effort(rounds=3, seconds=1.0, patience=3.0), True)
 COLUMNS = ("suite:shape", "kvb", "best peer", "time", "faster", "ceiling", "memory", "its", "others, times slower")

@@ -452,6 +452,8 @@ SUITES: dict[str, Callable[[Module], Case]] = {
 SLOW_PEERS = ("pykeops", "torch.cdist", "torch.compile", "scikit-learn", "vector-quantize")  # not for a quick look
 
 
+FEW = ("seed_a", "seed_b", "paper_cifar10", "one_sample")  # shapes where no peer needs many seconds
+
 # Shapes that tell nothing new: the value dim means nothing to a search, nobody learns from one sample, and so on.
 LEFT_OUT = {
     "search": {"paper_cifar100"},

@@ -6,6 +6,7 @@ With ``--benchmark-disable`` every one runs once, on small shapes.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -20,15 +21,24 @@ MOST = 50  # calls a row
 COMPILED = ("pykeops", "torch.compile")  # too long for a small shape
 
 
-def _rows() -> list[tuple[str, str]]:
-    """("suite:shape", contestant): who takes part does not depend on the shape."""
+def _rows() -> list[tuple[str, str, str]]:
+    """(suite, shape, contestant), by case; who takes part does not depend on the shape."""
     found = []
     for suite in suites.SUITES:
         known = suites.shapes(suite)
         with torch.no_grad():
             peers = suites.SUITES[suite](known["seed_a"].small()).peers
-        found += [(f"{suite}:{shape}", who) for shape in known for who in (KVB, *peers)]
+        for shape in known:
+            found += [(suite, shape, KVB)]
+            found += [(suite, shape, who) for who in peers if shape in suites.FEW or who not in suites.SLOW_PEERS]
     return found
+
+
+@functools.lru_cache(maxsize=1)
+def _case(suite: str, name: str, small: bool) -> Case:
+    """Prepared once for kvb and all peers, whose rows follow each other."""
+    shape = suites.shapes(suite)[name]
+    return suites.SUITES[suite](shape.small() if small else shape)
 
 
 @pytest.fixture(autouse=True)
@@ -37,26 +47,15 @@ def _without_gradients() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def case(request: pytest.FixtureRequest) -> Case | str:
-    """A suite at a shape, prepared once for kvb and all peers; or why it is absent."""
-    suite, _, name = request.param.partition(":")
-    shape = suites.shapes(suite)[name]
+@pytest.mark.parametrize(("suite", "shape", "who"), _rows())
+def test_suites(suite, shape, who, request, benchmark):
     small = request.config.getoption("benchmark_disable")
-    with torch.no_grad():
-        try:
-            return suites.SUITES[suite](shape.small() if small else shape)
-        except Absent as absent:
-            return str(absent)
-
-
-@pytest.mark.parametrize(("case", "who"), _rows(), indirect=["case"], scope="module")
-def test_suites(case, who, request, benchmark):
-    small = request.config.getoption("benchmark_disable")
-    if isinstance(case, str):
-        pytest.skip(case)
     if small and who in COMPILED:
         pytest.skip("compiles for long")
+    try:
+        case = _case(suite, shape, small)
+    except Absent as absent:
+        pytest.skip(str(absent))
     absent: dict[str, str] = {}
     # What is wrong with a peer is its own affair, but on small shapes all have been seen to be right.
     with contextlib.nullcontext() if small or who == KVB else suites.attempt(who, absent):
@@ -72,5 +71,5 @@ def test_suites(case, who, request, benchmark):
         if contestant.before is not None:
             contestant.before()
 
-    benchmark.group = request.node.callspec.params["case"]
+    benchmark.group = f"{suite}:{shape}"
     benchmark.pedantic(contestant.run, setup=begin, rounds=max(1, min(MOST, int(TIME / seconds))))
