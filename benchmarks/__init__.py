@@ -1,1 +1,12 @@
-"""Benchmarks of kvb against its peers and the machine's ceilings; run from the repository root."""
+"""Benchmarks of kvb against its peers and the machine's ceilings; run from the repository root.
+
+    python -m kvb bench          a table for everybody (bench); --full: every suite and peer; --peers: who is missing
+    make bench                   the same contestants under pytest-benchmark (test_suites)
+    python -m benchmarks.bars    the promised ratios, held on this machine
+    python -m benchmarks.scaling --json FILE     cost against N, K, C and D, the crossover, the overhead of a call
+    python -m benchmarks.report [FILE ...]       files results, and writes README's tables and the plots anew
+    python -m benchmarks.cpu, .training, .gpu    single rows with the machine's limits beside them
+
+Suites say what is measured, shapes at which sizes, peers against whom, verify what is right, timing how long it took,
+memory how much it held, ceilings what the machine can do, results how all of it is kept.
+"""

@@ -9,12 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,15 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kvb
-from benchmarks import ceilings, memory, peers, verify
+from benchmarks import ceilings, machine, memory, suites, verify
+from benchmarks.peers import faiss
 from benchmarks.shapes import KMEANS, KMEANS_SCALED, PAPER, SEARCH, SEED_B, Module, Search
 from benchmarks.timing import Absent, Contestant, Effort, Race, Ratio, WrongResult, kept_memory, race
 from kvb import functional, ops
 
 THREADS = 2
 FULL, QUICK = Effort(rounds=7, seconds=5.0), Effort(rounds=3, seconds=0.6)
-CHUNKS = (1 << 20, 1 << 22, 1 << 24)  # scores at a time of the lookup in plain PyTorch
 SCALES = {"s": (1e3, "ms"), "GF/s": (1e-9, "GF/s"), "GB/s": (1e-9, "GB/s"), "B": (1e-6, "MB")}
 
 
@@ -76,6 +72,18 @@ def _seconds(result: Race, ours: str, peer: str, peer_name: str) -> Measured:
     return Measured(result.seconds(ours), result.seconds(peer), "s", peer_name, result.ratio(peer, ours))
 
 
+def against_best(found: suites.Outcome) -> Measured:
+    """kvb against the quickest peer of a suite.
+
+    Raises:
+        Absent: no peer took part.
+    """
+    if not found.peers:
+        raise Absent("; ".join(found.absent.values()) or "no such peer")
+    best = found.peers[0]
+    return _seconds(found.race, suites.KVB, best, best)
+
+
 # --- search -----------------------------------------------------------------------------------------------------------
 
 
@@ -98,21 +106,8 @@ def _searcher(queries: Tensor, keys: Tensor, threads: int | None = None) -> Cont
 
 def nearest(shape: Search, quick: bool) -> Measured:
     """The search against one faiss index per codebook."""
-    queries, keys = _problem(shape)
-    ours, theirs = _searcher(queries, keys), peers.FaissSearch(queries, keys)
-    expected = torch.empty(0)
-
-    def check(result: tuple[Tensor, Tensor]) -> None:
-        nonlocal expected
-        verify.nearest(queries, keys, *result)
-        expected = result[0]
-
-    def check_peer(found: Tensor) -> None:
-        verify.same_choice(queries, keys, expected, found.T[:, None])
-
-    contestants = {"kvb": Contestant(ours.run, check), "faiss": Contestant(theirs, check_peer)}
-    result = race(contestants, _effort(quick))
-    return _seconds(result, "kvb", "faiss", f"faiss IndexFlatL2, {theirs.path}")
+    whole = Module(shape.N, shape.C, shape.K, shape.D, V=1, positions=())
+    return against_best(suites.measure("search", whole, _effort(quick), lambda peer: peer == "faiss", limits=False))
 
 
 def peak(shape: Search, quick: bool) -> Measured:
@@ -175,34 +170,12 @@ def large_k(quick: bool) -> Measured:
 # --- the whole module -------------------------------------------------------------------------------------------------
 
 
-def _module(shape: Module) -> tuple[kvb.KeyValueBottleneck, Tensor]:
-    torch.manual_seed(0)
-    module = kvb.KeyValueBottleneck(shape.C, shape.K, shape.D, shape.V).eval().freeze_keys()
-    module.requires_grad_(False)
-    return module, torch.randn(shape.B, shape.C, *shape.positions, shape.D)
-
-
 def forward(shape: Module, quick: bool) -> Measured:
     """A frozen module's forward against the lookup in plain PyTorch, in the best of three chunk sizes."""
-    module, x = _module(shape._replace(B=shape.B // 4) if quick and shape.S > 1 else shape)
-    flat = x.reshape(*x.shape[:2], shape.S, shape.D)
-    queries, codes = flat.transpose(1, 2), module.encode(x).reshape(flat.shape[:3]).transpose(1, 2)
-    verify.sampled_choice(queries, module.keys, codes)
-
-    def check(out: Tensor) -> None:
-        verify.fetched(module.values, codes, out.reshape(*flat.shape[:3], shape.V), "none", "bcsv")
-
-    def check_peer(result: tuple[Tensor, Tensor]) -> None:
-        verify.same_choice(queries, module.keys, codes, result[1])
-        verify.fetched(module.values, result[1], result[0], "none", "bcsv")
-
-    contestants = {"kvb": Contestant(lambda: module(x), check)}
-    for chunk in CHUNKS:
-        run = peers.chunked_lookup(flat, module.keys, module.values, chunk)
-        contestants[f"baddbmm, {chunk >> 20}M scores"] = Contestant(run, check_peer)
-    result = race(contestants, _effort(quick))
-    best = min((name for name in contestants if name != "kvb"), key=result.seconds)
-    return _seconds(result, "kvb", best, best)
+    fewer = shape._replace(B=shape.B // 4) if quick and shape.S > 1 else shape
+    return against_best(
+        suites.measure("forward", fewer, _effort(quick), lambda peer: peer == "torch baddbmm", limits=False)
+    )
 
 
 def peak_memory(quick: bool) -> Measured:
@@ -331,7 +304,7 @@ def kmeans(quick: bool) -> Measured:
         if moved > 1e-3:
             raise WrongResult(f"{moved:.2%} of faiss' means differ from kvb's")
 
-    theirs = Contestant(peers.faiss_kmeans(queries, keys), check_peer)
+    theirs = Contestant(faiss.faiss_kmeans(queries, keys), check_peer)
     result = race({"kvb": Contestant(iterate, check), "faiss": theirs}, _effort(quick))
     return _seconds(result, "kvb", "faiss", f"faiss Kmeans, {shape.N} x {shape.C} x {shape.D}")
 
@@ -371,31 +344,6 @@ ROWS = (
     Row("kmeans:paper", kmeans, 1.5),
     Row("large-k", large_k, 16.5, at_most=True),
 )
-
-
-def _cpu_name() -> str:
-    try:
-        named = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        named = None
-    return named[1] if named else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _machine() -> dict[str, str]:
-    return {
-        "machine": f"{_cpu_name()}, {os.cpu_count()} logical CPUs, {platform.system()}",
-        "faiss-cpu": _version("faiss-cpu"),
-        "threads": str(torch.get_num_threads()),
-        "KVB_CPU_CAPABILITY": os.environ.get("KVB_CPU_CAPABILITY", "not set"),
-        **kvb.info(),
-    }
 
 
 def _figure(value: float, unit: str) -> str:
@@ -454,9 +402,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(
-    table: Sequence[Row], module: str, about: str, arguments: Sequence[str] | None, *, with_ceilings: bool = False
+    table: Sequence[Row],
+    module: str,
+    about: str,
+    arguments: Sequence[str] | None,
+    *,
+    with_ceilings: bool = False,
+    held: bool = False,
 ) -> int:
-    """The command line of a table of rows; the exit status."""
+    """The command line of a table of rows; the exit status: 1 where a result is wrong, or, ``held``, misses its bar."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller problems: a minute or so")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
@@ -467,8 +421,8 @@ def run(
     options = parser.parse_args(arguments)
     chosen = _chosen(table, options.only, parser)
     torch.set_num_threads(THREADS)
-    machine = _machine()
-    for name, fact in machine.items():
+    facts = machine.facts()
+    for name, fact in facts.items():
         print(f"{name:<20} {fact}")
     limits: dict[str, float] = {}
     if options.only is None and with_ceilings:
@@ -480,8 +434,11 @@ def run(
     print(HEAD, flush=True)
     rows = [_measure(row, options.quick) for row in chosen]
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "ceilings": limits, "rows": rows}, indent=1) + "\n")
-    return 1 if any("wrong" in row for row in rows) else 0
+        options.json.write_text(json.dumps({"machine": facts, "ceilings": limits, "rows": rows}, indent=1) + "\n")
+    short = [row["name"] for row in rows if held and row.get("verdict") not in (None, "", "ok")]
+    if short:
+        print(f"below their bars: {', '.join(short)}")
+    return 1 if short or any("wrong" in row for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The peak memory of one forward and of training at the paper's step, each in a fresh process (Linux with glibc)."""
+"""The peak memory of a call, and of the paper's forward and training in fresh processes (Linux with glibc)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,29 @@ def _resident(field: str) -> int:
     return 1024 * int(kilobytes)
 
 
+def require() -> None:
+    """Raises ``Absent`` where memory cannot be measured."""
+    if not CLEAR.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        raise Absent("needs Linux with glibc")
+
+
+def peak(run: Callable[[], Any]) -> tuple[Any, int]:
+    """The result of a call, and the bytes that the process held at most during it beyond those before it.
+
+    What was freed earlier goes back to the system first, so an earlier call hides nothing; what was allocated but not
+    yet written to counts for the call that writes to it.
+
+    Raises:
+        Absent: no Linux with glibc.
+    """
+    require()
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR.write_text("5")  # the peak starts anew
+    before = _resident("VmRSS")
+    result = run()
+    return result, max(0, _resident("VmHWM") - before)
+
+
 def _forward() -> int:
     """Bytes that one forward needs beyond its module, its input and its output."""
     shape = PAPER
@@ -35,15 +60,11 @@ def _forward() -> int:
     x = torch.randn(shape.B, shape.C, shape.D)
     with torch.no_grad():
         small(x[:, :2])  # threads and code are there before
-        ctypes.CDLL(None).malloc_trim(0)
-        CLEAR.write_text("5")  # the peak starts anew
-        before = _resident("VmRSS")
-        out = module(x)
-        extra = _resident("VmHWM") - before - out.nbytes
+        out, extra = peak(lambda: module(x))
     indices = module.encode(x)[:, None]
     verify.sampled_choice(x[:, None], module.keys, indices)
     verify.fetched(module.values.detach(), indices, out[:, None], "none", "bscv")
-    return extra
+    return extra - out.nbytes
 
 
 def _training() -> int:
@@ -52,12 +73,12 @@ def _training() -> int:
     values, codes = torch.zeros(shape.C, shape.K, shape.V).fill_(0.0), torch.empty(50_000, shape.C, dtype=torch.int16)
     data = kvb.CodeDataset(codes.random_(shape.K), torch.randint(shape.V, (50_000,)))
     kvb.training.sgd_step(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.int16), torch.zeros(1).long())
-    ctypes.CDLL(None).malloc_trim(0)
-    CLEAR.write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
-    for batch, labels in data.batches(shape.B):
-        kvb.training.sgd_step(values, batch, labels)
-    extra = _resident("VmHWM") - before
+
+    def epoch() -> None:
+        for batch, labels in data.batches(shape.B):
+            kvb.training.sgd_step(values, batch, labels)
+
+    _, extra = peak(epoch)
     batch, labels = data[: shape.B]
     start = values.clone()
     verify.trained(start, batch, labels, values, kvb.training.sgd_step(values, batch, labels).loss)
@@ -73,8 +94,7 @@ def extra_bytes(threads: int, job: str = "forward") -> int:
     Raises:
         Absent: no Linux with glibc. WrongResult: the job's result is wrong.
     """
-    if not CLEAR.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
-        raise Absent("needs Linux with glibc")
+    require()
     command = [sys.executable, "-m", "benchmarks.memory", str(threads), job]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -22,21 +22,6 @@ class Search(NamedTuple):
         return 2 * self.N * self.C * self.K * self.D
 
 
-SEARCH = {
-    "seed-b": Search(16384, 16, 200, 32),
-    "k1024-d32": Search(16384, 16, 1024, 32),
-    "k4096-d8": Search(16384, 4, 4096, 8),
-    "k4096-d16": Search(16384, 4, 4096, 16),
-    "k1024-d64": Search(16384, 4, 1024, 64),
-    "k1024-d128": Search(16384, 4, 1024, 128),
-    "paper": Search(256, 256, 4096, 14),
-    "one-sample": Search(1, 256, 4096, 14),
-    "one-codebook": Search(16384, 1, 4096, 16),
-    "k65536-d16": Search(16384, 4, 65536, 16),
-    "smoke": Search(64, 2, 32, 8),
-}
-
-
 class Module(NamedTuple):
     """A whole bottleneck: x [B, C, *positions, D], values [C, K, V]."""
 
@@ -53,6 +38,46 @@ class Module(NamedTuple):
         for length in self.positions:
             size *= length
         return size
+
+    @property
+    def N(self) -> int:
+        return self.B * self.S
+
+    @property
+    def search(self) -> Search:
+        return Search(self.N, self.C, self.K, self.D)
+
+    def small(self) -> Module:
+        """The same shape in everything but size: for a test."""
+        positions = tuple(min(length, 3) for length in self.positions)
+        return Module(min(self.B, 5), min(self.C, 3), min(self.K, 40), min(self.D, 8), min(self.V, 6), positions)
+
+
+# The shapes of every suite, and of the tests: both seed documents, the paper's experiments, and two extremes.
+SHAPES = {
+    "seed_a": Module(B=256, C=4, K=256, D=128, V=128, positions=(64,)),
+    "seed_b": Module(B=32, C=64, K=200, D=32, V=64, positions=(4, 8, 16)),
+    "paper_cifar10": Module(B=256, C=256, K=4096, D=14, V=10, positions=()),
+    "paper_cifar100": Module(B=256, C=256, K=4096, D=14, V=100, positions=()),
+    "nlp_dkvb": Module(B=32, C=64, K=4096, D=12, V=12, positions=(256,)),
+    "one_sample": Module(B=1, C=256, K=4096, D=14, V=10, positions=()),
+    "large_k": Module(B=16384, C=4, K=65536, D=16, V=64, positions=()),
+}
+PAPER, SEED_B = SHAPES["paper_cifar10"], SHAPES["seed_b"]
+
+SEARCH = {
+    "seed-b": Search(16384, 16, 200, 32),
+    "k1024-d32": Search(16384, 16, 1024, 32),
+    "k4096-d8": Search(16384, 4, 4096, 8),
+    "k4096-d16": Search(16384, 4, 4096, 16),
+    "k1024-d64": Search(16384, 4, 1024, 64),
+    "k1024-d128": Search(16384, 4, 1024, 128),
+    "paper": PAPER.search,
+    "one-sample": SHAPES["one_sample"].search,
+    "one-codebook": Search(16384, 1, 4096, 16),
+    "k65536-d16": SHAPES["large_k"].search,
+    "smoke": Search(64, 2, 32, 8),
+}
 
 
 class Lookup(NamedTuple):
@@ -85,9 +110,6 @@ GPU = {
     "k65536-d8": Lookup(131072, 4, 65536, 8, 64),
     "few-queries": Lookup(16, 256, 4096, 10, 10),
 }
-
-PAPER = Module(B=256, C=256, K=4096, D=14, V=10, positions=())
-SEED_B = Module(B=32, C=64, K=200, D=32, V=64, positions=(4, 8, 16))
 
 KMEANS = Search(50_000, 256, 4096, 14)
 KMEANS_SCALED = Search(16384, 16, 4096, 14)

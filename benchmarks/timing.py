@@ -29,10 +29,14 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a race goes on: at least ``rounds`` rounds, and until ``seconds`` have passed."""
+    """How long a race goes on: at least ``rounds`` rounds, and until ``seconds`` have passed.
+
+    Whoever needs more than ``patience`` seconds for the call that is verified is not called again: it was timed, too.
+    """
 
     rounds: int
     seconds: float
+    patience: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,18 @@ class Race:
 
     def ratio(self, over: str, under: str, scale: float = 1.0) -> Ratio:
         """``scale`` times the time of ``over``, divided by the time of ``under``."""
-        pairs = zip(self.turns[over], self.turns[under], strict=True)
+        most = max(len(self.turns[over]), len(self.turns[under]))
+        # Who was called once only stands against every round of the other.
+        pairs = zip(
+            *(turn * most if len(turn) == 1 else turn for turn in map(self.turns.get, (over, under))), strict=True
+        )
         rounds = [scale * statistics.median(a) / statistics.median(b) for a, b in pairs]
         low, _, high = statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else rounds * 3
         return Ratio(scale * self.seconds(over) / self.seconds(under), low, high)
 
 
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """The seconds of one call, and its result."""
     start = perf_counter()
     result = run()
     return perf_counter() - start, result
@@ -82,12 +91,18 @@ def _begin(contestant: Contestant) -> None:
         contestant.before()
 
 
-def _verified(contestant: Contestant) -> bool:
-    """Run and verify a contestant; whether it is slow."""
+def verified(contestant: Contestant, run: Callable[[Callable[[], Any]], Any] = timed) -> Any:
+    """Run and verify a contestant; the seconds of that first call.
+
+    ``run`` may observe more of the call than its time: it returns what it saw and the result.
+
+    Raises:
+        WrongResult: from the contestant's ``verify``.
+    """
     _begin(contestant)
-    seconds, result = _timed(contestant.run)
+    seen, result = run(contestant.run)
     contestant.verify(result)
-    return seconds > SLOW
+    return seen
 
 
 def _turn(contestant: Contestant, slow: bool) -> list[float]:
@@ -102,7 +117,7 @@ def _turn(contestant: Contestant, slow: bool) -> list[float]:
     calls: list[float] = []
     end = perf_counter() + TURN
     while not calls or (perf_counter() < end and len(calls) < MOST):
-        seconds, result = _timed(contestant.run)
+        seconds, result = timed(contestant.run)
         del result
         calls.append(seconds)
     return calls
@@ -114,20 +129,28 @@ def race(contestants: Mapping[str, Contestant], effort: Effort) -> Race:
     Raises:
         WrongResult: from a contestant's ``verify``; nothing was timed.
     """
-    slow = {name: _verified(contestant) for name, contestant in contestants.items()}
+    return run_on(contestants, {name: verified(contestant) for name, contestant in contestants.items()}, effort)
+
+
+def run_on(contestants: Mapping[str, Contestant], first: Mapping[str, float], effort: Effort) -> Race:
+    """Time contestants in turns that were verified by a first call of so many seconds."""
     turns: dict[str, list[list[float]]] = {name: [] for name in contestants}
+    for name, seconds in first.items():
+        if seconds > effort.patience:
+            turns[name] = [[seconds]]
+    racing = [name for name in contestants if not turns[name]]
     end = perf_counter() + effort.seconds
     rounds = 0
-    while rounds < effort.rounds or perf_counter() < end:
-        for name, contestant in contestants.items():
-            turns[name].append(_turn(contestant, slow[name]))
+    while racing and (rounds < effort.rounds or perf_counter() < end):
+        for name in racing:
+            turns[name].append(_turn(contestants[name], first[name] > SLOW))
         rounds += 1
     return Race(turns)
 
 
 def quickest(runs: Mapping[str, Callable[[], Any]]) -> str:
     """The one whose best of three calls is the shortest: to choose the settings of a peer, before any race."""
-    return min(runs, key=lambda name: min(_timed(runs[name])[0] for _ in range(3)))
+    return min(runs, key=lambda name: min(timed(runs[name])[0] for _ in range(3)))
 
 
 @contextlib.contextmanager

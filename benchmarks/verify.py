@@ -86,6 +86,16 @@ def fetched(values: Tensor, indices: Tensor, out: Tensor, pool: str, layout: str
     _require(((out - exact).abs() <= 2 * C * UNIT * largest).all(), "pooled values are off by more than rounding")
 
 
+def voted(values: Tensor, indices: Tensor, out: Tensor) -> None:
+    """out [B, V] is the mean value that indices [B, S, C] fetch, within the rounding of the sum."""
+    exact, largest = (
+        reference.gather(v, indices, "mean", "bscv").mean(1) for v in (values.double(), values.double().abs())
+    )
+    _require(out.shape == exact.shape, f"votes {tuple(out.shape)}, expected {tuple(exact.shape)}")
+    allowed = 2 * indices.shape[1] * indices.shape[2] * UNIT * largest
+    _require(((out - exact).abs() <= allowed).all(), "votes are off by more than rounding")
+
+
 def sums(rows: Tensor, indices: Tensor, found: Tensor, hits: Tensor | None = None, books: int | None = None) -> None:
     """found [C, K, V] adds up the rows [B, S, C, V] that indices [B, S, C] send to every pair.
 

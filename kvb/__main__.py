@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvb demo``, ``protocol``, ``unlearn``, ``check`` and ``info``."""
+"""The command line: ``python -m kvb demo``, ``protocol``, ``unlearn``, ``bench``, ``check`` and ``info``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def _add_protocol(commands: Any) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kvb", description=kvb.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,protocol,unlearn,check,info}")
+    names = "{demo,protocol,unlearn,bench,check,info}"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     demo = commands.add_parser(
         "demo", help="learn real data a few classes at a time: the bottleneck against a linear and an MLP head"
     )
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
     unlearn.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
+    _add_bench(commands.add_parser("bench", help="how fast kvb is on this machine, against what you might use instead"))
     check = commands.add_parser("check", help="hold every operator of every backend of this machine to the contract")
     check.add_argument("--device", metavar="D", help="cpu or cuda (all that are there)")
     commands.add_parser("info", help="versions, and which backend answers on each device")
@@ -141,6 +143,28 @@ def _protocol(chosen: argparse.Namespace) -> None:
     _experiment("report", chosen, run)
 
 
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    length = bench.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="search and forward: about a minute (the default)")
+    length.add_argument("--full", action="store_true", help="every suite, every peer: several minutes")
+    bench.add_argument("--peers", action="store_true", help="only list the peers, and why some are absent")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
+    bench.add_argument("--plot", type=Path, metavar="DIR", help="draw them there, too")
+
+
+def _bench(full: bool, peers: bool, target: Path | None, plots: Path | None) -> int:
+    try:
+        bench = importlib.import_module("benchmarks.bench")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "benchmarks":
+            raise
+        sys.exit("The benchmarks come with the source, not with the package: run this in a checkout of kvb.")
+    for path in (target and target.parent, plots and plots.parent):
+        if path and not path.is_dir():
+            sys.exit(f"There is no folder {path} to write to. Make it, or choose another one.")
+    return bench.main(full, peers, target, plots)
+
+
 def _check(device: str | None) -> int:
     from kvb import check
 
@@ -163,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     if chosen.command == "check":
         return _check(chosen.device)
+    if chosen.command == "bench":
+        return _bench(chosen.full, chosen.peers, chosen.json, chosen.plot)
     if chosen.command == "demo":
         _demo(chosen)
     elif chosen.command == "protocol":

@@ -1,16 +1,16 @@
-"""What kvb is measured against: faiss, and the same lookup in plain PyTorch."""
+"""faiss: one ``IndexFlatL2`` per codebook, and its own k-means."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Absent, quickest
+from benchmarks.peers import need
+from benchmarks.timing import quickest
 
 # Small searches go one query at a time, and large ones in blocks; this threshold tells them apart.
 FAISS_PATHS = {"in blocks": 1, "one by one": 1 << 30}
@@ -18,10 +18,7 @@ FAISS_PATHS = {"in blocks": 1, "one by one": 1 << 30}
 
 def faiss() -> ModuleType:
     """faiss, on as many threads as torch."""
-    try:
-        module = importlib.import_module("faiss")
-    except ImportError as error:
-        raise Absent(f"faiss cannot be imported ({error}): pip install faiss-cpu") from error
+    module = need.package("faiss", "faiss-cpu")
     module.omp_set_num_threads(torch.get_num_threads())
     return module
 
@@ -75,37 +72,5 @@ def faiss_kmeans(queries: Tensor, keys: Tensor) -> Callable[[], Tensor]:
             learner.train(rows[c], init_centroids=start[c])
             means[c] = torch.from_numpy(learner.centroids)
         return means
-
-    return run
-
-
-def chunked_lookup(x: Tensor, keys: Tensor, values: Tensor, chunk: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """``baddbmm``, ``argmin`` and one gather, never more than about ``chunk`` scores at a time.
-
-    A run takes x [B, C, S, D] and returns values [B, C, S, V] and indices [B, S, C]. The key norms, the transposed keys
-    and the scratch for scores are prepared beforehand.
-    """
-    (B, C, S, D), K = x.shape, keys.shape[1]
-    N = B * S
-    books = min(C, max(1, chunk // (N * K)))
-    rows = min(N, max(1, chunk // K))
-    halves = keys.square().sum(-1)[:, None] / 2
-    columns = keys.transpose(1, 2)
-    scratch = torch.empty(books * rows * K)
-    table, first = values.reshape(C * K, -1), torch.arange(C) * K
-
-    def run() -> tuple[Tensor, Tensor]:
-        indices = torch.empty(C, N, dtype=torch.int64)
-        for c in range(0, C, books):
-            book = slice(c, c + books)
-            queries = x[:, book].transpose(0, 1).reshape(-1, N, D)
-            for n in range(0, N, rows):
-                part = queries[:, n : n + rows]
-                scores = scratch[: part.shape[0] * part.shape[1] * K].view(*part.shape[:2], K)
-                torch.baddbmm(halves[book], part, columns[book], alpha=-1, out=scores)
-                torch.argmin(scores, -1, out=indices[book, n : n + rows])
-        found = indices.view(C, B, S).permute(1, 2, 0)
-        flat = (found + first).transpose(1, 2).flatten()
-        return table.index_select(0, flat).view(B, C, S, -1), found
 
     return run

@@ -1,0 +1,108 @@
+"""The promised ratios, held on this machine: ``python -m benchmarks.bars``; exit status 1 where one falls short.
+
+Promised are the bars of ``benchmarks.cpu`` and ``benchmarks.training``, and those below. What is missing here is
+listed as absent and breaks nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+
+from benchmarks import cpu, overhead, suites, training
+from benchmarks.cpu import Measured, Row
+from benchmarks.shapes import SHAPES
+from benchmarks.suites import KVB
+from benchmarks.timing import Absent, Effort, Ratio
+
+FULL, QUICK = Effort(rounds=5, seconds=3.0, patience=5.0), Effort(rounds=2, seconds=0.3, patience=1.0)
+PUBLISHED = "dkvb-pytorch"
+
+
+@functools.cache
+def _measured(suite: str, shape: str, quick: bool, only: Callable[[str], bool]) -> suites.Outcome:
+    return suites.measure(suite, SHAPES[shape], QUICK if quick else FULL, only, limits=False)
+
+
+def _everyone(peer: str) -> bool:
+    return peer != "pykeops"  # it takes minutes to compile, and was never the best
+
+
+def _quick(peer: str) -> bool:
+    return peer not in suites.SLOW_PEERS
+
+
+def _plain(peer: str) -> bool:
+    return peer.startswith("torch")
+
+
+def _published(peer: str) -> bool:
+    return peer == PUBLISHED
+
+
+def _faster(suite: str, shape: str, quick: bool, only: Callable[[str], bool]) -> Measured:
+    """kvb against the best of the chosen peers."""
+    return cpu.against_best(_measured(suite, shape, quick, only))
+
+
+def search(shape: str, quick: bool) -> Measured:
+    return _faster("search", shape, quick, _quick if quick else _everyone)
+
+
+def search_mean(quick: bool) -> Measured:
+    """The geometric mean of the rows before."""
+    rows = [search(shape, quick) for shape in suites.shapes("search")]
+    value, low, high = (
+        statistics.geometric_mean(getattr(row.ratio, part) for row in rows) for part in Ratio.__annotations__
+    )
+    mean = [statistics.geometric_mean(getattr(row, who) for row in rows) for who in ("kvb", "peer")]
+    return Measured(*mean, "s", "best of each", Ratio(value, low, high))
+
+
+def less_memory(shape: str, quick: bool) -> Measured:
+    """The published package's peak memory over kvb's."""
+    found = _measured("memories", shape, quick, _published)
+    if PUBLISHED not in found.peak_bytes or KVB not in found.peak_bytes:
+        raise Absent("; ".join(found.absent.values()) or "memory cannot be measured here")
+    ours, theirs = found.peak_bytes[KVB], found.peak_bytes[PUBLISHED]
+    return Measured(ours, theirs, "B", PUBLISHED, Ratio(*[theirs / max(1, ours)] * 3))
+
+
+def call(with_gradient: bool, quick: bool) -> Measured:
+    """A call on one pair, in calls of ``nn.Linear``."""
+    race = overhead.measure(with_gradient, QUICK if quick else FULL)
+    seconds = [race.seconds(who) for who in (overhead.KVB, overhead.PEER)]
+    return Measured(*seconds, "s", overhead.PEER, race.ratio(overhead.KVB, overhead.PEER))
+
+
+def _at(measure: Callable[..., Measured], *arguments: object) -> Callable[[bool], Measured]:
+    """``measure`` with its first arguments, to be called with ``quick``."""
+    return functools.partial(measure, *arguments)
+
+
+def _versus(suite: str, shape: str, only: Callable[[str], bool]) -> Callable[[bool], Measured]:
+    return lambda quick: _faster(suite, shape, quick, only)
+
+
+OWN = (
+    *(Row(f"search:{shape}", _at(search, shape), 1.3) for shape in suites.shapes("search")),
+    Row("search-mean", search_mean, 1.8, 2.3),
+    Row("memories:seed_a", _versus("memories", "seed_a", _published), 6),
+    Row("memories:paper_cifar10", _versus("memories", "paper_cifar10", _published), 20),
+    Row("less-memory:seed_a", _at(less_memory, "seed_a"), 6),
+    Row("less-memory:paper_cifar10", _at(less_memory, "paper_cifar10"), 20),
+    Row("one-sample", _versus("forward", "one_sample", _plain), 3),
+    Row("call:forward", _at(call, False), 4, at_most=True),
+    Row("call:gradient", _at(call, True), 6, at_most=True),
+)
+ROWS = tuple(row for row in (*OWN, *cpu.ROWS, *training.ROWS) if row.must is not None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return cpu.run(ROWS, "benchmarks.bars", __doc__, arguments, held=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""README tables and plots from committed results: ``python -m benchmarks.report [FILE ...]``.
+
+Each FILE, as ``python -m kvb bench --json`` or ``python -m benchmarks.scaling --json`` wrote it, is filed among the
+committed results first. Then all between ``<!-- bench: SUITE -->`` and ``<!-- end -->`` in README.md is written anew,
+and so are the plots in docs/ that no longer show their results. ``--check`` changes nothing and fails where it would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import kvb
+from benchmarks import bench, plots, results
+from benchmarks.suites import KVB
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- bench: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+Documents = Mapping[str, Mapping[str, Any]]
+
+
+def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+
+
+def _where(found: Mapping[str, Any]) -> str:
+    facts = found["facts"]
+    return (
+        f"{facts['machine']}, {found['threads']} threads, {facts['backend on cpu']}, torch {facts['torch']}, "
+        f"kvb {facts['kvb']}, {found['date']}, load before {found['load']:.1f}"
+    )
+
+
+def _suite(found: Mapping[str, Any]) -> list[str]:
+    """A suite's table, and the geometric mean of its ratios."""
+    head = (
+        "shape",
+        "kvb",
+        "best peer here",
+        "its time",
+        "kvb is",
+        "of ceiling",
+        "kvb's memory",
+        "its memory",
+        "others",
+    )
+    lines = [bench.cells(found["suite"], row) for row in found["rows"]]
+    table = _grid(head, [(line[0].partition(":")[2], *line[1:]) for line in lines])
+    mean = bench.times(results.mean_ratio(found["rows"]))
+    return [*table, "", f"Geometric mean: {mean} faster than the best peer. {_where(found)}."]
+
+
+def _exponent(value: float | None) -> str:
+    return "flat" if value is None else f"{value:.2f}"
+
+
+def _scaling(found: Mapping[str, Any]) -> list[str]:
+    """Exponents, the crossover, the overhead of a call."""
+    lines = []
+    for axis, by_contestant in found["fits"].items():
+        for who, fit in by_contestant.items():
+            lines.append((axis, who, _exponent(fit["time"]), _exponent(fit["memory"])))
+    table = _grid(("grows with", "", "time: exponent", "memory: exponent"), lines)
+    size, calls = found["crossover"]["size"], found["overhead"]
+    if size is None:
+        smallest = "No problem tried was large enough for kvb to beat plain PyTorch."
+    else:
+        smallest = f"From N = C = K = D = V = {size} on, kvb is faster than plain PyTorch."
+    costs = "; ".join(
+        f"{name}: {bench.seconds(cost[KVB])}, {cost['ratio']:.2g} times `nn.Linear`" for name, cost in calls.items()
+    )
+    return [*table, "", f"{smallest} A call on one pair costs: {costs}. {_where(found)}."]
+
+
+def section(suite: str, documents: Documents) -> str:
+    """What belongs between the markers of a suite: of every machine, its table and its picture."""
+    lines: list[str] = []
+    for found in documents.values():
+        if found["suite"] == suite:
+            table = _scaling(found) if suite == "scaling" else _suite(found)
+            lines += [*table, "", f"![{suite}](docs/{plots.file_name(found)})", ""]
+    return "\n".join(lines) if lines else "Not measured yet.\n"
+
+
+def rendered(text: str, documents: Documents) -> str:
+    """The text with everything between markers written anew."""
+    return BLOCK.sub(lambda block: block[1] + section(block[2], documents) + block[4], text)
+
+
+def stale(root: Path, documents: Documents) -> list[str]:
+    """What no longer shows the committed results."""
+    readme = root / "README.md"
+    found = [] if rendered(readme.read_text(), documents) == readme.read_text() else ["README.md"]
+    for one in documents.values():
+        picture = root / "docs" / plots.file_name(one)
+        if not (picture.is_file() and plots.shows(picture.read_text(), one)):
+            found.append(f"docs/{picture.name}")
+    wanted = {plots.file_name(one) for one in documents.values()}
+    found += [f"docs/{picture.name}" for picture in (root / "docs").glob("bench-*.svg") if picture.name not in wanted]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results to file first")
+    parser.add_argument("--check", action="store_true", help="only say what is stale")
+    options = parser.parse_args(arguments)
+    folder = root / "benchmarks" / "results"
+    for file in options.files:
+        found = json.loads(file.read_text())
+        for one in found if isinstance(found, list) else [found]:
+            print(f"wrote {results.write(one, folder)}")
+    documents = results.committed(kvb.__version__, folder)
+    old = stale(root, documents)
+    if options.check:
+        for name in old:
+            print(f"{name} is stale: run python -m benchmarks.report")
+        return 1 if old else 0
+    readme = root / "README.md"
+    readme.write_text(rendered(readme.read_text(), documents))
+    for name in old:
+        if name.endswith(".svg"):
+            (root / name).unlink(missing_ok=True)
+    plots.draw((one for one in documents.values() if f"docs/{plots.file_name(one)}" in old), root / "docs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Every suite at every shape, kvb and all peers that are here: ``make bench``. Each result is verified, then timed.
+
+With ``--benchmark-disable`` every one runs once, on small shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import suites
+from benchmarks.suites import KVB, Case
+from benchmarks.timing import Absent, verified
+
+TIME = 0.3  # seconds of timed calls a row
+MOST = 50  # calls a row
+COMPILED = ("pykeops", "torch.compile")  # too long for a small shape
+
+
+def _rows() -> list[tuple[str, str, str]]:
+    """(suite, shape, contestant), by case; who takes part does not depend on the shape."""
+    found = []
+    for suite in suites.SUITES:
+        known = suites.shapes(suite)
+        with torch.no_grad():
+            peers = suites.SUITES[suite](known["seed_a"].small()).peers
+        for shape in known:
+            found += [(suite, shape, KVB)]
+            found += [(suite, shape, who) for who in peers if shape in suites.FEW or who not in suites.SLOW_PEERS]
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _case(suite: str, name: str, small: bool) -> Case:
+    """Prepared once for kvb and all peers, whose rows follow each other."""
+    shape = suites.shapes(suite)[name]
+    return suites.SUITES[suite](shape.small() if small else shape)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(("suite", "shape", "who"), _rows())
+def test_suites(suite, shape, who, request, benchmark):
+    small = request.config.getoption("benchmark_disable")
+    if small and who in COMPILED:
+        pytest.skip("compiles for long")
+    try:
+        case = _case(suite, shape, small)
+    except Absent as absent:
+        pytest.skip(str(absent))
+    absent: dict[str, str] = {}
+    # What is wrong with a peer is its own affair, but on small shapes all have been seen to be right.
+    with contextlib.nullcontext() if small or who == KVB else suites.attempt(who, absent):
+        try:
+            contestant = case.kvb if who == KVB else case.peers[who]()
+            seconds = verified(contestant)
+        except Absent as why:
+            absent[who] = str(why)
+    if absent:
+        pytest.skip(absent[who])
+
+    def begin() -> None:
+        if contestant.before is not None:
+            contestant.before()
+
+    benchmark.group = f"{suite}:{shape}"
+    benchmark.pedantic(contestant.run, setup=begin, rounds=max(1, min(MOST, int(TIME / seconds))))
