@@ -7,7 +7,6 @@ small learning rate, they come close to nearest-mean classifiers: they forget le
 from __future__ import annotations
 
 import json
-import platform
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +15,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import sklearn
 import torch
 from torch import Tensor, nn
 
-import kvb
 from kvb.bottleneck import KeyValueBottleneck
 from kvb.experiments import plots
 from kvb.experiments.class_incremental import (
@@ -32,6 +29,7 @@ from kvb.experiments.class_incremental import (
     stratified_split,
 )
 from kvb.experiments.heads import BottleneckHead, Budget, Head, NetworkHead
+from kvb.experiments.versions import versions
 from kvb.splitters import RandomProjection
 
 VALIDATION_SHARE = 0.25  # of the training examples
@@ -205,12 +203,7 @@ def save(study: Study, demo: Demo, out: Path) -> tuple[Path, Path]:
     chances = [study.chance(number) for number in range(1, len(demo.tasks) + 1)]
     record = {
         "seed": demo.seed,
-        "versions": {
-            "kvb": kvb.__version__,
-            "torch": torch.__version__,
-            "scikit-learn": sklearn.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "configuration": {
             "features": " ".join(study.features),
             "validation_share": VALIDATION_SHARE,

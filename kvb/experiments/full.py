@@ -17,7 +17,8 @@ import torch
 from kvb.experiments.class_incremental import Examples, draw_tasks, learn
 from kvb.experiments.heads import BottleneckHead
 from kvb.experiments.protocol import Data, PreparedHead, Recipe, Say, codes_used, learn_keys
-from kvb.experiments.report import Plan, Source, told_before, versions
+from kvb.experiments.report import Plan, Source, told_before
+from kvb.experiments.versions import versions
 
 SAMPLES = 50_000
 LINES = 10  # of progress, for every task

@@ -7,7 +7,6 @@ the ablations.
 from __future__ import annotations
 
 import json
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +15,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import sklearn
 import torch
 from torch import Tensor
 
-import kvb
 from kvb.experiments import plots, protocol
 from kvb.experiments.class_incremental import SCENARIOS, Examples
 from kvb.experiments.demo import Study
 from kvb.experiments.protocol import Data, Recipe, Run, Spread
+from kvb.experiments.versions import versions
 
 KEY_SHARE = 0.5  # of the training part: set aside for the keys, without labels
 KEY_DATA = "key_data"  # the ablation that is no number of the recipe
@@ -261,16 +259,6 @@ def _seeds(number: int) -> str:
 
 def _png(path: Path) -> Path:
     return path.with_name(path.name + ".png")
-
-
-def versions() -> dict[str, str]:
-    """What results may depend on."""
-    return {
-        "kvb": kvb.__version__,
-        "torch": torch.__version__,
-        "scikit-learn": sklearn.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _write(path: Path, source: Source, begun: float, record: Mapping[str, Any], table: str) -> None:

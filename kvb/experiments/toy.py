@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from kvb.bottleneck import KeyValueBottleneck
 from kvb.experiments import plots
 from kvb.experiments.class_incremental import Examples, Result, Score
 from kvb.experiments.heads import BottleneckHead, Head, NetworkHead
+from kvb.experiments.versions import versions
 from kvb.splitters import Chunk, RandomProjection
 
 CENTRE_MARGIN, CENTRE_GAP = 0.12, 0.2  # of the classes' centres: from the edge of the square, and from each other
@@ -226,7 +226,7 @@ def save(toy: Toy, done: Run, out: Path) -> tuple[Path, Path]:
     """Write ``toy.png`` and ``toy.json`` into the existing folder ``out``; returns their paths."""
     record = {
         "seed": done.seed,
-        "versions": {"kvb": kvb.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "configuration": asdict(toy) | {"hidden": HIDDEN},
         "tasks": [task.tolist() for task in toy.tasks],
         "heads": {

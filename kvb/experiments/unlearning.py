@@ -8,7 +8,6 @@ Source: Shah et al., Unlearning via Sparse Representations (arXiv:2311.15268; TM
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,16 +16,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-import sklearn
 import torch
 from torch import Tensor
 
-import kvb
 from kvb import training, unlearning
 from kvb.data import CodeDataset
 from kvb.experiments import demo, plots
 from kvb.experiments.demo import Problem, Study
 from kvb.experiments.heads import BottleneckHead
+from kvb.experiments.versions import versions
 
 EPOCHS, BATCH = 10, 32
 PARTS = (0.01, 0.02, 0.03, 0.045, 0.06, 0.075, 0.09, 0.11, 0.13, 0.16, 0.2)  # of all pairs: N_a
@@ -236,12 +234,7 @@ def save(study: Study, result: Unlearning, out: Path) -> tuple[Path, Path]:
     """Write ``unlearning-NAME.png`` and ``unlearning-NAME.json`` into the existing folder ``out``; their paths."""
     record = {
         "seed": result.seed,
-        "versions": {
-            "kvb": kvb.__version__,
-            "torch": torch.__version__,
-            "scikit-learn": sklearn.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "configuration": {
             "features": " ".join(study.features),
             "codebooks": study.codebooks,

@@ -1,0 +1,20 @@
+"""What results may depend on beside their configuration: the versions of what computed them."""
+
+from __future__ import annotations
+
+import platform
+
+import sklearn
+import torch
+
+import kvb
+
+
+def versions() -> dict[str, str]:
+    """Of kvb, PyTorch, scikit-learn and Python."""
+    return {
+        "kvb": kvb.__version__,
+        "torch": torch.__version__,
+        "scikit-learn": sklearn.__version__,
+        "python": platform.python_version(),
+    }
