@@ -75,7 +75,7 @@ define sanitized
 endef
 
 sanitize: $(VENV)/.kvb-test ## search the extension for bad memory accesses, undefined behaviour and data races
-	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0,$(addprefix tests/test_,tables.py operators.py training.py extension.py))
+	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0,$(addprefix tests/test_,tables.py operators.py training.py update.py extension.py))
 	$(call sanitized,thread,tsan,tsan,TSAN_OPTIONS=ignore_noninstrumented_modules=1,tests/test_extension.py -k threads)
 
 # $(call on_triton,version,packages it needs): the kernels, interpreted and compiled by another version of Triton.

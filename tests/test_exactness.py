@@ -17,7 +17,7 @@ from kvb import functional, ops
 
 # Triton's interpreter runs one program after the other.
 INTERPRETED = ops.backend("cpu") == "kernels"
-CI_QUERIES, ALL_QUERIES = (10_000, 200_000) if INTERPRETED else (1_000_000, 10_000_000)
+CI_QUERIES, ALL_QUERIES = (5_000, 200_000) if INTERPRETED else (1_000_000, 10_000_000)
 
 
 def normal(n, C, K, D):

@@ -149,7 +149,7 @@ def test_strides_do_not_matter_and_inputs_are_not_touched():
     assert torch.equal(got[0], functional.nearest(queries, wide.contiguous())[0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20 if ops.backend("cpu") == "kernels" else 60, deadline=None)
 @given(
     sizes=st.tuples(*(st.integers(0, 5), st.integers(0, 4)), *(st.integers(1, n) for n in (4, 40, 12))),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
