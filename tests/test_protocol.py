@@ -15,6 +15,7 @@ from kvb import KeyValueBottleneck, __main__
 from kvb.experiments import (
     BottleneckHead,
     Budget,
+    CodesHead,
     Examples,
     Head,
     NearestMeanHead,
@@ -109,10 +110,13 @@ def test_a_task_has_a_head_of_its_own_and_its_classes_in_their_order():
 
 def test_tables_of_earlier_tasks_stay_bitwise_unchanged(keys):
     tables = [torch.zeros(RECIPE.codebooks, RECIPE.pairs, 2) for _ in TASKS]
-    heads = [BottleneckHead(keys.splitter, keys.bottleneck, table) for table in tables]
+    heads = [CodesHead(table) for table in tables]
+    encoder = BottleneckHead(keys.splitter, keys.bottleneck)
+    parts = {"train": DATA.train, "test": DATA.test}
+    coded = {name: part._replace(features=encoder.prepare(part.features)) for name, part in parts.items()}
     before = keys.bottleneck.keys.clone(), keys.bottleneck.values.clone()
     kept = []
-    for number, score in enumerate(train(heads, scenario="task-incremental")):
+    for number, score in enumerate(train(heads, **coded, scenario="task-incremental")):
         assert all(torch.equal(table, copy) for table, copy in zip(tables, kept, strict=False))
         assert tables[number].any()
         assert not any(table.any() for table in tables[number + 1 :])

@@ -17,12 +17,13 @@ from kvb.experiments.class_incremental import (
     learn,
     stratified_split,
 )
-from kvb.experiments.heads import BottleneckHead, Budget, Head, NearestMeanHead, NetworkHead
+from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head, NearestMeanHead, NetworkHead
 
 __all__ = [
     "SCENARIOS",
     "BottleneckHead",
     "Budget",
+    "CodesHead",
     "Examples",
     "Head",
     "NearestMeanHead",

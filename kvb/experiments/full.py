@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from kvb.experiments.class_incremental import Examples, draw_tasks, learn
-from kvb.experiments.heads import BottleneckHead
-from kvb.experiments.protocol import Data, PreparedHead, Recipe, Say, codes_used, learn_keys
+from kvb.experiments.heads import BottleneckHead, CodesHead
+from kvb.experiments.protocol import Data, Recipe, Say, codes_used, learn_keys
 from kvb.experiments.report import Plan, Source, told_before
 from kvb.experiments.versions import versions
 
@@ -84,13 +84,9 @@ def run(recipe: Recipe, data: Data, seed: int, *, num_classes: int, samples: int
     tasks = draw_tasks(num_classes, recipe.classes_per_task, torch.Generator().manual_seed(seed))
     keys = learn_keys(recipe, data.keys, num_classes, seed, progress=True)
     encoder = BottleneckHead(keys.splitter, keys.bottleneck)
-    train, codes = tiled(data.train, samples), encoder.prepare(data.train.features)
-    used = codes_used(codes, recipe.pairs)
     # Equal features have equal codes: those of each example are searched once, and tiled.
-    known = {
-        id(train.features): codes[torch.arange(samples) % len(codes)],
-        id(data.test.features): encoder.prepare(data.test.features),
-    }
+    once, test = (part._replace(features=encoder.prepare(part.features)) for part in (data.train, data.test))
+    train, used = tiled(once, samples), codes_used(once.features, recipe.pairs)
     sizes = [int(torch.isin(train.labels, task).sum()) for task in tasks]
     steps = recipe.epochs * -(-max(sizes) // recipe.batch_size)
     say(
@@ -99,11 +95,11 @@ def run(recipe: Recipe, data: Data, seed: int, *, num_classes: int, samples: int
     )
     clock = _Clock(steps, len(tasks), say)
     scores = []
-    head = PreparedHead(keys, known)
+    head = CodesHead(keys.bottleneck.values)
     for score in learn(
         head,
         train,
-        data.test,
+        test,
         tasks,
         rate=recipe.rate,
         budget=recipe.budget,

@@ -67,32 +67,15 @@ class NetworkHead(Head):
         return loss.detach()
 
 
-class BottleneckHead(Head):
-    """Codebook voting on a bottleneck with frozen keys: the codes are searched once, and only the values learn.
+class CodesHead(Head):
+    """Codebook voting on codes [N, C] of frozen keys: nothing but values [C, K, V] learns, from zero as in the paper.
 
-    Equivalent to ``CodebookVoting(V)(bottleneck(splitter(features)))``, trained as a ``NetworkHead`` is.
-
-    Args:
-        splitter: features [N, channels] -> [N, C, D].
-        bottleneck: its value dim is the number of classes.
-        table: values [C, K, V] to learn instead of the bottleneck's, which then stay as they are: heads for several
-            tasks share keys in this way. The values that learn are set to zero, as in the paper.
+    Heads with values of their own on the same codes share their keys.
     """
 
-    def __init__(self, splitter: nn.Module, bottleneck: KeyValueBottleneck, table: Tensor | None = None) -> None:
+    def __init__(self, values: Tensor) -> None:
         super().__init__()
-        self.splitter = splitter
-        self.bottleneck = bottleneck.freeze_keys()
-        self.table = table
-        nn.init.zeros_(self.values)
-
-    @property
-    def values(self) -> Tensor:
-        return self.bottleneck.values if self.table is None else self.table
-
-    def prepare(self, features: Tensor) -> Tensor:
-        parts = (self.splitter(part) for part in features.split(ROWS))
-        return self.bottleneck.encode_dataset(parts, progress=False).codes
+        self.values = nn.init.zeros_(values)
 
     def forward(self, prepared: Tensor) -> Tensor:
         return functional.gather(self.values, prepared[:, None], pool="mean")[:, 0]
@@ -101,6 +84,26 @@ class BottleneckHead(Head):
         return training.sgd_step(
             self.values, prepared, labels, lr=rate, max_norm=budget.clip_norm, label_smoothing=budget.label_smoothing
         ).loss
+
+
+class BottleneckHead(CodesHead):
+    """The same on features, whose codes are searched once.
+
+    Equivalent to ``CodebookVoting(V)(bottleneck(splitter(features)))``, trained as a ``NetworkHead`` is.
+
+    Args:
+        splitter: features [N, channels] -> [N, C, D].
+        bottleneck: its value dim is the number of classes.
+    """
+
+    def __init__(self, splitter: nn.Module, bottleneck: KeyValueBottleneck) -> None:
+        super().__init__(bottleneck.values)
+        self.splitter = splitter
+        self.bottleneck = bottleneck.freeze_keys()
+
+    def prepare(self, features: Tensor) -> Tensor:
+        parts = (self.splitter(part) for part in features.split(ROWS))
+        return self.bottleneck.encode_dataset(parts, progress=False).codes
 
 
 class NearestMeanHead(Head):

@@ -30,7 +30,7 @@ from kvb.experiments.class_incremental import (
     learn,
     stratified_split,
 )
-from kvb.experiments.heads import BottleneckHead, Budget, Head, NearestMeanHead, NetworkHead
+from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head, NearestMeanHead, NetworkHead
 from kvb.keys import KeyReport
 from kvb.splitters import RandomProjection
 
@@ -178,17 +178,6 @@ def codes_used(codes: Tensor, pairs: int) -> float:
 # --- heads ------------------------------------------------------------------------------------------------------------
 
 
-class PreparedHead(BottleneckHead):
-    """A bottleneck whose codes are at hand; ``known`` has them by the ``id`` of their features."""
-
-    def __init__(self, keys: Keys, known: Mapping[int, Tensor], table: Tensor | None = None) -> None:
-        super().__init__(keys.splitter, keys.bottleneck, table)
-        self.known = known
-
-    def prepare(self, features: Tensor) -> Tensor:
-        return self.known[id(features)]
-
-
 def _sizes(tasks: Sequence[Tensor], scenario: str) -> list[int]:
     """How many classes each head has."""
     sizes = [len(task) for task in tasks]
@@ -270,8 +259,8 @@ def run(
     if "bottleneck" in heads:
         keys = learn_keys(recipe, data.keys, V, seed, progress=progress)
         encoder = BottleneckHead(keys.splitter, keys.bottleneck)
-        known = {id(part.features): encoder.prepare(part.features) for part in (data.train, data.test)}
-        used = codes_used(known[id(data.train.features)], recipe.pairs)
+        coded = [part._replace(features=encoder.prepare(part.features)) for part in (data.train, data.test)]
+        used = codes_used(coded[0].features, recipe.pairs)
         report = str(keys.report)
         say(f"  seed {seed}: {used:.1%} of the pairs used by training examples")
     rates: dict[str, dict[str, float]] = {scenario: {} for scenario in scenarios}
@@ -281,14 +270,15 @@ def run(
         for name in heads:
             if name == "bottleneck":
                 tables = [torch.zeros(recipe.codebooks, recipe.pairs, size) for size in _sizes(tasks, scenario)]
-                built = _of(scenario, [PreparedHead(keys, known, table) for table in tables])
-                rate = recipe.rate
+                built, rate = _of(scenario, [CodesHead(table) for table in tables]), recipe.rate
+                train, test = coded
             else:
                 build = partial(_other, name, recipe, tasks, scenario, seed)
                 built, rate = build(data.train.features), 0.0
+                train, test = data.train, data.test
                 if name != "nearest mean":
                     rate, _ = choose_rate(build, *parts, tasks, rates=recipe.rates, **arguments)
-            result = Result(list(learn(built, data.train, data.test, tasks, rate=rate, **arguments)))
+            result = Result(list(learn(built, train, test, tasks, rate=rate, **arguments)))
             rates[scenario][name], results[scenario][name] = rate, result
             steps = sum(score.steps for score in result.scores)
             line = f"  seed {seed}: {scenario:<17} {name:<12} {result.final:.4f}"
