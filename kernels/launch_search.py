@@ -85,7 +85,7 @@ SEARCH = {
     "sm_100": Target(
         ROWS,
         {
-            16: Filter(128, 128, 4, 3),
+            16: Filter(128, 64, 4, 3),
             32: Filter(128, 64, 4, 3),
             64: Filter(128, 64, 4, 3),
             128: Filter(128, 64, 4, 2),
@@ -548,6 +548,7 @@ def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Te
         **{"BN": BN, "BK": BK, "BD": PIECE if facts.DP > 128 else facts.DP, "BOOKS": BOOKS, **group._asdict()},
         num_warps=warps,
         num_stages=stages,
+        registers=255,
     )
     run(
         search.settle,
