@@ -67,15 +67,10 @@ class NetworkHead(Head):
         return loss.detach()
 
 
-class CodesHead(Head):
-    """Codebook voting on codes [N, C] of frozen keys: nothing but values [C, K, V] learns, from zero as in the paper.
+class _VotingHead(Head):
+    """Codebook voting on codes [N, C] of frozen keys: only values [C, K, V] learn, from zero as in the paper."""
 
-    Heads with values of their own on the same codes share their keys.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.values = nn.init.zeros_(values)
+    values: Tensor
 
     def forward(self, prepared: Tensor) -> Tensor:
         return functional.gather(self.values, prepared[:, None], pool="mean")[:, 0]
@@ -86,8 +81,16 @@ class CodesHead(Head):
         ).loss
 
 
-class BottleneckHead(CodesHead):
-    """The same on features, whose codes are searched once.
+class CodesHead(_VotingHead):
+    """On codes as they are; heads with values of their own on the same codes share their keys."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.init.zeros_(values)
+
+
+class BottleneckHead(_VotingHead):
+    """On features, whose codes are searched once.
 
     Equivalent to ``CodebookVoting(V)(bottleneck(splitter(features)))``, trained as a ``NetworkHead`` is.
 
@@ -97,9 +100,15 @@ class BottleneckHead(CodesHead):
     """
 
     def __init__(self, splitter: nn.Module, bottleneck: KeyValueBottleneck) -> None:
-        super().__init__(bottleneck.values)
+        super().__init__()
         self.splitter = splitter
         self.bottleneck = bottleneck.freeze_keys()
+        nn.init.zeros_(bottleneck.values)
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """Those of the bottleneck, which owns them."""
+        return self.bottleneck.values
 
     def prepare(self, features: Tensor) -> Tensor:
         parts = (self.splitter(part) for part in features.split(ROWS))
