@@ -156,6 +156,7 @@ def _gather_pooled(values: Tensor, indices: Tensor, divisor: int) -> Tensor:
             *(values, indices, out, B * S, S, *indices.stride()),
             **{"C": C, "K": K, "V": V, "DIVISOR": divisor},
             **{"BLOCK_N": rows, "BLOCK_C": _POOLED_BOOKS, "BLOCK_V": columns, "num_warps": _POOLED.warps},
+            registers=255 if values.dtype == torch.float64 else None,
         )
     return out
 
