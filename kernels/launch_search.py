@@ -66,7 +66,7 @@ SEARCH = {
             16: Filter(128, 128, 4, 3),
             32: Filter(128, 64, 4, 3),
             64: Filter(128, 64, 4, 3),
-            128: Filter(128, 64, 8, 2),
+            128: Filter(128, 32, 4, 2),
             0: Filter(128, 64, 8, 2),
         },
         resident=0,
@@ -471,7 +471,9 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
     C, K, D = keys.shape
     _, L, E = SEARCH[target(keys.device)].group
     group = Group(math.isqrt(RESIDENT_K // L) // E, L, E)  # as many groups as places in one
-    parts = [part for part in (128, 64, 32) if multiple(K, 32) & part] if K <= 224 else [128, 128]
+    parts = [part for part in (128, 64, 32) if multiple(K, 32) & part]
+    if K > 224:  # smaller parts where half norms take registers, too
+        parts = [128, 64, 64] if facts.FORM == 2 else [128, 128]
     parts += [0] * (3 - len(parts))
     tiles = ceil_div(rows.count, RESIDENT_ROWS)
     workers = min(tiles, ceil_div(RESIDENT_PROGRAMS * processors(keys.device), C))

@@ -125,9 +125,12 @@ def test_what_no_filter_can_do_is_scanned(dtype, topk, launched):
     assert not {"resident", "search"} & set(launched.names)
 
 
-@pytest.mark.parametrize(("K", "parts"), [(31, (32, 0, 0)), (200, (128, 64, 32)), (256, (128, 128, 0))])
-def test_small_codebooks_stay_on_the_chip(K, parts, launched):
-    require_the_nearest(*normal(70, 2, K, 32))
+@pytest.mark.parametrize(
+    ("K", "D", "parts"),
+    [(31, 32, (32, 0, 0)), (200, 32, (128, 64, 32)), (256, 32, (128, 64, 64)), (256, 14, (128, 128, 0))],
+)
+def test_small_codebooks_stay_on_the_chip(K, D, parts, launched):
+    require_the_nearest(*normal(70, 2, K, D))
     assert launched.names == ["survey", "pack", *RESIDENT]
     assert tuple(launched[2].arguments[part] for part in ("P0", "P1", "P2")) == parts
     assert sum(parts) >= K
