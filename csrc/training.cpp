@@ -99,22 +99,23 @@ struct Part {
   int32_t sum, position;
 };
 
-// What a thread needs to list one group after the other.
+// What a thread needs to list one group after the other; it takes memory when it is used.
 struct Scratch {
+  const int64_t K, books, positions;
   std::vector<int32_t> place; // [K]: where a row of the codebook is listed, plus ``origin``; below it: nowhere
   std::vector<int32_t> codes; // [books, N]
   std::vector<Part> again; // of one codebook: a place that was taken, and a position
   int32_t origin = 0;
 
-  Scratch(int64_t K, int64_t books, int64_t positions) : place(K, -1), codes(books * positions), again(positions) {}
-
   // Forget all places, without a pass over K.
   void clear() {
+    codes.resize(books * positions);
+    again.resize(positions);
     const int32_t most = static_cast<int32_t>(codes.size());
-    if (origin < INT32_MAX - 2 * most) {
+    if (!place.empty() && origin < INT32_MAX - 2 * most) {
       origin += most;
     } else {
-      std::fill(place.begin(), place.end(), -1);
+      place.assign(K, -1);
       origin = 0;
     }
   }
@@ -128,7 +129,7 @@ class Group {
   Group(int64_t books, int64_t positions)
       : N_(static_cast<int32_t>(positions)),
         touched_(new Touched[books * positions]),
-        parts_(new Part[books * positions ]) {}
+        parts_(new Part[books * positions]) {}
 
   // Begin with the codes of codebooks [c0, c1). They follow each other closely, in the same cache lines.
   void read(const Tensor& indices, int64_t c0, int64_t c1, Scratch& scratch) {
@@ -266,6 +267,7 @@ class Step {
 
   // The norm of the whole gradient: that of all positions as if they shared no row, and corrections, added in order.
   double norm(const Gradient<Sum>& grad) {
+    if (N_ == 0) return 0; // whatever the loss
     std::vector<double> corrections(groups());
     for_groups([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
       corrections[g] = summed(g, grad, scratch, own).correction(grad);
@@ -294,7 +296,7 @@ class Step {
   template <bool LastFirst = false, class F>
   void for_groups(const F& visit) {
     parallel(groups(), kSerial / std::max<int64_t>(N_ * V_ * books_, 1), [&](int64_t begin, int64_t end) {
-      Scratch scratch(K_, books_, N_);
+      Scratch scratch{K_, books_, N_};
       Group<Sum> own(1, kept_.empty() ? N_ : 0);
       for (int64_t i = begin; i < end; ++i) visit(LastFirst ? begin + end - 1 - i : i, scratch, own);
     });
