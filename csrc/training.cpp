@@ -37,112 +37,30 @@ void require_classes(const Tensor& targets, int64_t V) {
   }
 }
 
-// --- logits ----------------------------------------------------------------------------------------------------------
-
-constexpr int64_t kParts = 1 << 20; // numbers of partial sums that stay in cache
-
-int64_t groups_of(int64_t C) {
-  return (C + kBooks - 1) / kBooks;
-}
-
-// A thread's groups of codebooks must be the same in every pass: the caches that it filled are its own.
-template <class F>
-void for_groups(int64_t C, int64_t work, const F& visit) {
-  parallel(groups_of(C), kSerial / std::max<int64_t>(work * kBooks, 1), visit);
-}
-
-// Means over codebooks [N, V], rounded as gather rounds them.
-template <class T, class Sum>
-void mean_values(const T* table, const Walk& all, int64_t V, Sum* means) {
-  const int64_t C = all.size[2], N = all.size[0] * all.size[1], groups = groups_of(C), tile = kListed / kBooks;
-  if (groups * N * V > kParts) {
-    std::vector<T> rounded(N * V);
-    gather_pooled(table, all, V, true, rounded.data());
-    std::transform(rounded.begin(), rounded.end(), means, [](T mean) { return widen<Sum>(mean); });
-    return;
-  }
-  std::vector<Sum> parts(groups * N * V);
-  for_groups(C, N * V, [&](int64_t begin, int64_t end) {
-    std::array<Row, kListed> rows;
-    for (int64_t g = begin; g < end; ++g) {
-      const Walk part = codebooks(all, g * kBooks, std::min(C, (g + 1) * kBooks));
-      for (int64_t n = 0; n < N; n += tile)
-        sum_codebooks(table, part, n, std::min(N, n + tile), V, rows.data(), parts.data() + (g * N + n) * V);
-    }
-  });
-  std::fill_n(means, N * V, Sum{0});
-  for (int64_t g = 0; g < groups; ++g) add_row(means, parts.data() + g * N * V, N * V);
-  for (int64_t i = 0; i < N * V; ++i) means[i] = widen<Sum>(static_cast<T>(means[i] / static_cast<Sum>(C)));
-}
-
-// Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets, and the loss.
-template <class Sum>
-double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t S, int64_t C, int64_t V, Sum smoothing,
-              Sum* logits, Sum* grads, int64_t stride) {
-  std::vector<Sum> loss(B);
-  const Sum scale = static_cast<Sum>(1.0 / (static_cast<double>(B) * S * C));
-  parallel(B, kSerial / std::max<int64_t>((S + 8) * V, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      Sum* const row = logits + b * V;
-      std::fill_n(row, V, Sum{0});
-      for (int64_t s = 0; s < S; ++s) add_row(row, means + (b * S + s) * V, V);
-      for (int64_t v = 0; v < V; ++v) row[v] /= static_cast<Sum>(S);
-      loss[b] = cross_entropy(row, V, targets[b], smoothing, scale, grads + b * stride);
-    }
-  });
-  double total = 0;
-  for (Sum one : loss) total += one;
-  return total / B;
-}
-
-// --- touched rows ----------------------------------------------------------------------------------------------------
-
-constexpr int64_t kFetched = 32; // rows between a fetch and its use: all of them come from far away
-constexpr int64_t kKept = 1 << 22; // codes whose chains are kept between the passes: 32 MB
+// --- rows of values and gradients ------------------------------------------------------------------------------------
 
 constexpr int64_t kLanes = 4; // floats of a vector that every machine has
-constexpr int64_t kColumns = 4 * kLanes; // of a sum that stays in registers
 
-// The gradient rows of fetched values: [B, V], the same one for all S positions of a sample. Zeros end each row, so that
-// it is whole vectors.
-template <class Sum>
-struct Gradient {
-  const Sum* rows;
-  int64_t width, stride, positions; // V, from row to row, S
+// row[v] = with(row[v], other[v]). Rows are short: a vector that overlaps the one before ends a row of floats, instead
+// of single numbers.
+template <class A, class B, class F>
+inline void update_row(A* __restrict row, const B* __restrict other, int64_t width, const F& with) {
+  const auto updated = [&](int64_t v) { return with(row[v], other[v]); };
+  if (std::is_same_v<A, float> && std::is_same_v<B, float> && width >= kLanes) {
+    A last[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) last[i] = updated(width - kLanes + i);
+    for (int64_t v = 0; v + kLanes <= width; v += kLanes)
+      for (int64_t i = 0; i < kLanes; ++i) row[v + i] = updated(v + i);
+    for (int64_t i = 0; i < kLanes; ++i) row[width - kLanes + i] = last[i];
+  } else {
+    for (int64_t v = 0; v < width; ++v) row[v] = updated(v);
+  }
+}
 
-  static int64_t padded(int64_t width) {
-    return (width + kLanes - 1) / kLanes * kLanes;
-  }
-
-  int64_t sample(int64_t position) const {
-    return positions == 1 ? position : position / positions; // a division takes longer than all else
-  }
-  const Sum* at(int64_t position) const {
-    return rows + sample(position) * stride;
-  }
-  // The sum over a chain of positions, ``stride`` numbers.
-  void add(int32_t position, const int32_t* next, Sum* sum) const {
-    for (int64_t v = 0; v < stride; v += kColumns) {
-      switch (std::min(kColumns, stride - v) / kLanes) {
-        case 1: add_columns<kLanes>(position, next, v, sum); break;
-        case 2: add_columns<2 * kLanes>(position, next, v, sum); break;
-        case 3: add_columns<3 * kLanes>(position, next, v, sum); break;
-        default: add_columns<kColumns>(position, next, v, sum);
-      }
-    }
-  }
-
- private:
-  template <int64_t Columns>
-  void add_columns(int32_t position, const int32_t* next, int64_t v, Sum* sum) const {
-    Sum total[Columns] = {};
-    for (; position >= 0; position = next[position]) {
-      const Sum* const row = at(position) + v;
-      for (int64_t i = 0; i < Columns; ++i) total[i] += row[i];
-    }
-    std::copy_n(total, Columns, sum + v);
-  }
-};
+template <class Sum, class T>
+inline void add_short_row(Sum* sums, const T* row, int64_t width) {
+  update_row(sums, row, width, [](Sum sum, T value) { return sum + widen<Sum>(value); });
+}
 
 template <class Sum>
 double square(const Sum* row, int64_t width) {
@@ -151,170 +69,296 @@ double square(const Sum* row, int64_t width) {
   return total;
 }
 
-// What one thread needs to chain codebooks, one after the other.
-struct Heads {
-  static constexpr int64_t kOrigins = 1 << 24; // far from overflow, and seldom reached
+// The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.
+template <class Sum>
+struct Gradient {
+  std::vector<Sum> rows;
+  std::vector<double> squares; // [B]
+  int64_t width, positions; // V, S
 
-  std::vector<int32_t> first; // [K]: where each row's chain begins so far, plus ``origin``; below it: nowhere
-  std::vector<int32_t> joined; // positions that a later one fetches the same row as
+  Gradient(int64_t samples, int64_t positions, int64_t width)
+      : rows(samples * width), squares(samples), width(width), positions(positions) {}
+
+  int64_t sample(int64_t position) const {
+    return positions == 1 ? position : position / positions; // a division takes longer than all else
+  }
+  const Sum* at(int64_t position) const {
+    return rows.data() + sample(position) * width;
+  }
+};
+
+// --- touched rows ----------------------------------------------------------------------------------------------------
+
+// A row, counted from the first one of the group, and its gradient: that of a position, or N plus the number of a sum.
+struct Touched {
+  int32_t row, gradient;
+};
+
+// A position whose gradient is part of a sum.
+struct Part {
+  int32_t sum, position;
+};
+
+// What a thread needs to list one group after the other; it takes memory when it is used.
+struct Scratch {
+  const int64_t K, books, positions;
+  std::vector<int32_t> place; // [K]: where a row of the codebook is listed, plus ``origin``; below it: nowhere
+  std::vector<int32_t> codes; // [books, N]
+  std::vector<Part> again; // of one codebook: a place that was taken, and a position
   int32_t origin = 0;
 
-  explicit Heads(int64_t K) : first(K, -1) {}
-
-  // Forget all chains, without a pass over K.
-  void clear(int64_t N) {
-    joined.clear();
-    if (origin + 2 * N <= kOrigins) {
-      origin += static_cast<int32_t>(N);
+  // Forget all places, without a pass over K.
+  void clear() {
+    codes.resize(books * positions);
+    again.resize(positions);
+    const int32_t most = static_cast<int32_t>(codes.size());
+    if (!place.empty() && origin < INT32_MAX - 2 * most) {
+      origin += most;
     } else {
-      std::fill(first.begin(), first.end(), -1);
+      place.assign(K, -1);
       origin = 0;
     }
   }
 };
 
-// The positions of some codebooks [c, N], in batch order, chained where they fetch the same row.
-struct Chains {
-  static constexpr int32_t kLater = -1; // the row of a position that is not the first of its chain
-  static constexpr int32_t kEnd = -1; // the next position after the last
+// What a batch does to a few codebooks: the rows that it touches, each once, with their gradients. Where several
+// positions fetch one row, that is a sum over them, in batch order.
+template <class Sum>
+class Group {
+ public:
+  Group(int64_t books, int64_t positions)
+      : N_(static_cast<int32_t>(positions)),
+        touched_(new Touched[books * positions]),
+        parts_(new Part[books * positions]) {}
 
-  int64_t positions; // N
-  // Left uninitialised: every row is read from the codes, and only chains have a next position.
-  std::unique_ptr<int32_t[]> row; // the row of a position alone; -2 - row where a longer chain begins
-  std::unique_ptr<int32_t[]> next; // of a chain
+  // Begin with the codes of codebooks [c0, c1). They follow each other closely, in the same cache lines.
+  void read(const Tensor& indices, int64_t c0, int64_t c1, Scratch& scratch) {
+    scratch.clear();
+    end_ = parted_ = summed_ = 0;
+    int32_t* code = scratch.codes.data();
+    with_integer(indices.scalar_type(), [&](auto index) {
+      const auto* const all = static_cast<const decltype(index)*>(indices.const_data_ptr());
+      const int64_t B = indices.size(0), S = indices.size(1), batch = indices.stride(0), position = indices.stride(1);
+      for (int64_t c = c0; c < c1; ++c) {
+        const auto* const of = all + c * indices.stride(2);
+        for (int64_t b = 0; b < B; ++b)
+          for (int64_t s = 0; s < S; ++s) *code++ = static_cast<int32_t>(of[b * batch + s * position]);
+      }
+    });
+  }
 
-  Chains(int64_t positions, int64_t codebooks)
-      : positions(positions), row(new int32_t[codebooks * positions]), next(new int32_t[codebooks * positions]) {}
-
-  // Chain codebooks [c0, c1) of ``indices``, kept from codebook ``c0 - origin`` on: visit(codebook, first position,
-  // next) for every chain longer than one.
+  // List the rows of the next codebook; fetch(row) is called at every position.
   template <class F>
-  void build(const Tensor& indices, int64_t c0, int64_t c1, int64_t origin, Heads& heads, const F& visit) {
-    with_integer(indices.scalar_type(), [&](auto index) { read<decltype(index)>(indices, c0, c1, origin); });
-    for (int64_t c = c0; c < c1; ++c) {
-      int32_t *const rows = &row[(c - origin) * positions], *const nexts = &next[(c - origin) * positions];
-      link(rows, nexts, heads);
-      for (int32_t n : heads.joined)
-        if (rows[n] != kLater) visit(c, n, nexts);
+  void list(int64_t book, int64_t K, Scratch& scratch, const F& fetch) {
+    const int64_t again = list_rows(scratch.codes.data() + book * N_, static_cast<int32_t>(book * K), scratch, fetch);
+    join(scratch.again.data(), again);
+  }
+
+  void sum(const Gradient<Sum>& grad) {
+    sums_.assign(summed_ * grad.width, Sum{0});
+    for (int32_t i = 0; i < parted_; ++i)
+      add_short_row(sums_.data() + parts_[i].sum * grad.width, grad.at(parts_[i].position), grad.width);
+  }
+
+  // What sums add to the squared norm of the gradient, beyond that of their parts.
+  double correction(const Gradient<Sum>& grad) const {
+    double total = 0;
+    for (int32_t i = 0; i < parted_; ++i) total -= grad.squares[grad.sample(parts_[i].position)];
+    for (int32_t i = 0; i < summed_; ++i) total += square(sums_.data() + i * grad.width, grad.width);
+    return total;
+  }
+
+  // Subtract ``step`` times the gradient from the touched rows; ``table`` begins with the first codebook.
+  template <class T>
+  void move(T* table, const Gradient<Sum>& grad, Sum step) const {
+    const int64_t V = grad.width;
+    for (int32_t i = 0; i < end_; ++i) {
+      if (i + kFetched < end_) prefetch(table + touched_[i + kFetched].row * V, V * sizeof(T));
+      const int64_t gradient = touched_[i].gradient, sum = gradient - N_;
+      update_row(
+          table + touched_[i].row * V, sum < 0 ? grad.at(gradient) : sums_.data() + sum * V, V,
+          [step](T value, Sum slope) { return static_cast<T>(widen<Sum>(value) - step * slope); });
     }
   }
 
-private:
-  // Chain one codebook. On its own, so that all it needs is in registers.
-  [[gnu::noinline]] void link(int32_t* rows, int32_t* nexts, Heads& heads) const {
-    heads.clear(positions);
-    heads.joined.resize(positions);
-    int32_t *const firsts = heads.first.data(), *joined = heads.joined.data();
-    const int32_t origin = heads.origin; // the compiler cannot know that writing rows leaves it alone
-    for (int32_t n = static_cast<int32_t>(positions) - 1; n >= 0; --n) {
-      const int32_t at = rows[n], later = firsts[at] - origin;
-      firsts[at] = origin + n;
-      if (later < 0) continue;
-      if (rows[later] >= 0) nexts[later] = kEnd;
-      rows[later] = kLater;
-      nexts[n] = later;
-      rows[n] = -2 - at;
-      *joined++ = n;
+ private:
+  static constexpr int32_t kFetched = 32; // rows between a fetch and its use: all of them come from far away
+
+  // Returns how many positions fetch a row that an earlier one listed. There are no branches: which ones do is hard to
+  // guess.
+  template <class F>
+  [[gnu::noinline]] int64_t list_rows(const int32_t* codes, int32_t first_row, Scratch& scratch, const F& fetch) {
+    // In registers: the compiler cannot know that writing the lists leaves these alone.
+    int32_t* const place_of = scratch.place.data();
+    Touched* const touched = touched_.get();
+    Part *const all_again = scratch.again.data(), *again = all_again;
+    const int32_t origin = scratch.origin, begin = end_, N = N_;
+    int32_t end = begin;
+    for (int32_t n = 0; n < N; ++n) {
+      const int32_t row = codes[n], before = place_of[row] - origin;
+      fetch(row);
+      const bool known = before >= begin;
+      const int32_t place = known ? before : end;
+      place_of[row] = origin + place;
+      touched[end] = {first_row + row, n};
+      *again = {place, n};
+      end += !known;
+      again += known;
     }
-    heads.joined.resize(joined - heads.joined.data());
+    end_ = end;
+    return again - all_again;
   }
 
-  // Codebooks follow each other closely: their codes share cache lines.
-  template <class Index>
-  void read(const Tensor& indices, int64_t c0, int64_t c1, int64_t origin) {
-    const Index* const codes = static_cast<const Index*>(indices.const_data_ptr());
-    const int64_t B = indices.size(0), S = indices.size(1), batch = indices.stride(0), position = indices.stride(1);
-    int32_t* rows = &row[(c0 - origin) * positions];
-    for (int64_t c = c0; c < c1; ++c) {
-      const Index* const code = codes + c * indices.stride(2);
-      for (int64_t b = 0; b < B; ++b)
-        for (int64_t s = 0; s < S; ++s) *rows++ = static_cast<int32_t>(code[b * batch + s * position]);
+  // Make sums of the gradients of rows that were listed already.
+  void join(const Part* again, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      int32_t& gradient = touched_[again[i].sum].gradient;
+      const bool alone = gradient < N_;
+      const int32_t sum = alone ? summed_ : gradient - N_;
+      parts_[parted_] = {sum, gradient};
+      parted_ += alone;
+      parts_[parted_++] = {sum, again[i].position};
+      summed_ += alone;
+      gradient = N_ + sum;
     }
   }
+
+  int32_t N_, end_ = 0, parted_ = 0, summed_ = 0; // positions; lengths of touched, parts and sums
+  // Left uninitialised: most is never used.
+  std::unique_ptr<Touched[]> touched_; // codebook by codebook, in batch order
+  std::unique_ptr<Part[]> parts_; // a sum's parts in batch order
+  std::vector<Sum> sums_; // [summed, V]
 };
 
-// All chains, and the norm of the gradient: rows of one position alone are counted in one sum for all codebooks, and
-// chains correct it. One thread sums the corrections of a codebook; they are added in order.
-template <class Sum>
-double chain_all(const Tensor& indices, int64_t K, const Gradient<Sum>& grad, bool kept, Chains& chains) {
-  const int64_t C = indices.size(2), N = chains.positions, V = grad.width;
-  std::vector<double> squares(indices.size(0)), corrections(C);
-  double total = 0;
-  for (size_t b = 0; b < squares.size(); ++b) total += squares[b] = square(grad.rows + b * grad.stride, V);
-  total *= static_cast<double>(grad.positions) * C;
-  for_groups(C, N, [&](int64_t begin, int64_t end) {
-    Heads heads(K);
-    Chains own(N, kept ? 0 : kBooks);
-    std::vector<Sum> sum(grad.stride);
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t c0 = g * kBooks, c1 = std::min(C, c0 + kBooks);
-      (kept ? chains : own).build(indices, c0, c1, kept ? 0 : c0, heads, [&](int64_t c, int32_t n, const int32_t* next) {
-        grad.add(n, next, sum.data());
-        double apart = 0;
-        for (int32_t at = n; at >= 0; at = next[at]) apart += squares[grad.sample(at)];
-        corrections[c] += square(sum.data(), V) - apart;
+// --- the step --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kKept = 1 << 25; // bytes of groups that are kept between the passes
+constexpr int64_t kNear = 1 << 18; // bytes of values that wait in cache until they are summed
+
+// One step, in three passes over the codebooks: sum the values, sum the gradients, move the rows.
+template <class T>
+class Step {
+  using Sum = Accumulator<T>;
+
+ public:
+  Step(T* table, int64_t K, int64_t V, const Tensor& indices)
+      : table_(table), indices_(indices), K_(K), V_(V), C_(indices.size(2)), N_(indices.size(0) * indices.size(1)) {
+    const int64_t lists = sizeof(Touched) + sizeof(Part), sums = V * sizeof(Sum) / 2;
+    if (C_ * N_ * (lists + sums) > kKept || N_ * V * static_cast<int64_t>(sizeof(T)) > kNear) return;
+    books_ = std::clamp<int64_t>(C_ / 16, 1, kBooks); // whatever the number of threads, it finds work
+    for (int64_t g = 0; g < groups(); ++g) kept_.emplace_back(books_, N_);
+  }
+
+  // Means over codebooks [N, V], rounded as gather rounds them.
+  std::vector<Sum> means() {
+    std::vector<T> rounded(N_ * V_);
+    if (kept_.empty()) {
+      gather_pooled(table_, walk(indices_, {}, K_ * V_, V_), V_, true, rounded.data());
+    } else {
+      std::vector<Sum> totals(groups() * N_ * V_);
+      for_groups([&](int64_t g, Scratch& scratch, Group<Sum>&) { list_and_add(g, scratch, totals.data() + g * N_ * V_); });
+      for (int64_t g = 1; g < groups(); ++g) add_row(totals.data(), totals.data() + g * N_ * V_, N_ * V_);
+      for (int64_t i = 0; i < N_ * V_; ++i) rounded[i] = static_cast<T>(totals[i] / static_cast<Sum>(C_));
+    }
+    std::vector<Sum> means(N_ * V_);
+    std::transform(rounded.begin(), rounded.end(), means.begin(), [](T mean) { return widen<Sum>(mean); });
+    return means;
+  }
+
+  // The norm of the whole gradient: that of all positions as if they shared no row, and corrections, added in order.
+  double norm(const Gradient<Sum>& grad) {
+    if (N_ == 0) return 0; // whatever the loss
+    std::vector<double> corrections(groups());
+    for_groups([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
+      corrections[g] = summed(g, grad, scratch, own).correction(grad);
+    });
+    double total = 0;
+    for (double square : grad.squares) total += square;
+    total *= static_cast<double>(grad.positions) * C_;
+    for (double correction : corrections) total += correction;
+    return std::sqrt(std::max(total, 0.0));
+  }
+
+  // Last groups first: the rows that the pass over the values fetched last are still in cache.
+  void move(const Gradient<Sum>& grad, Sum step) {
+    for_groups<true>([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
+      const Group<Sum>& group = kept_.empty() ? summed(g, grad, scratch, own) : kept_[g];
+      group.move(table_ + g * books_ * K_ * V_, grad, step);
+    });
+  }
+
+ private:
+  int64_t groups() const {
+    return (C_ + books_ - 1) / books_;
+  }
+
+  // A thread's groups are the same in every pass: the caches that it filled are its own.
+  template <bool LastFirst = false, class F>
+  void for_groups(const F& visit) {
+    parallel(groups(), kSerial / std::max<int64_t>(N_ * V_ * books_, 1), [&](int64_t begin, int64_t end) {
+      Scratch scratch{K_, books_, N_};
+      Group<Sum> own(1, kept_.empty() ? N_ : 0);
+      for (int64_t i = begin; i < end; ++i) visit(LastFirst ? begin + end - 1 - i : i, scratch, own);
+    });
+  }
+
+  // List a group and add its values to ``totals``: those of a codebook come from far away while the next one is listed.
+  void list_and_add(int64_t g, Scratch& scratch, Sum* totals) {
+    const int64_t c0 = g * books_, c1 = std::min(C_, c0 + books_);
+    Group<Sum>& group = kept_[g];
+    const T* values = table_ + c0 * K_ * V_;
+    const auto add = [&](int64_t book) {
+      const int32_t* const codes = scratch.codes.data() + book * N_;
+      for (int64_t n = 0; n < N_; ++n) add_short_row(totals + n * V_, values + (book * K_ + codes[n]) * V_, V_);
+    };
+    group.read(indices_, c0, c1, scratch);
+    for (int64_t book = 0; book < c1 - c0; ++book) {
+      group.list(book, K_, scratch, [=, V = V_, of = values + book * K_ * V_](int32_t row) {
+        prefetch(of + row * V, V * sizeof(T));
       });
+      if (book > 0) add(book - 1);
+    }
+    add(c1 - c0 - 1);
+  }
+
+  // A group with its sums: one that was kept, or codebook ``g``, listed anew.
+  Group<Sum>& summed(int64_t g, const Gradient<Sum>& grad, Scratch& scratch, Group<Sum>& own) {
+    if (kept_.empty()) {
+      own.read(indices_, g, g + 1, scratch);
+      own.list(0, K_, scratch, [](int32_t) {});
+    }
+    Group<Sum>& group = kept_.empty() ? own : kept_[g];
+    group.sum(grad);
+    return group;
+  }
+
+  T* table_;
+  const Tensor& indices_;
+  int64_t K_, V_, C_, N_;
+  int64_t books_ = 1; // codebooks of a group
+  std::vector<Group<Sum>> kept_; // all groups, or none where they would fill the memory
+};
+
+// Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets, and the loss.
+template <class Sum>
+double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t C, Sum smoothing, Sum* logits,
+              Gradient<Sum>& grad) {
+  const int64_t S = grad.positions, V = grad.width;
+  std::vector<Sum> loss(B);
+  const Sum scale = static_cast<Sum>(1.0 / (static_cast<double>(B) * S * C));
+  parallel(B, kSerial / std::max<int64_t>((S + 8) * V, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      Sum *const row = logits + b * V, *const slopes = grad.rows.data() + b * V;
+      std::fill_n(row, V, Sum{0});
+      for (int64_t s = 0; s < S; ++s) add_row(row, means + (b * S + s) * V, V);
+      for (int64_t v = 0; v < V; ++v) row[v] /= static_cast<Sum>(S);
+      loss[b] = cross_entropy(row, V, targets[b], smoothing, scale, slopes);
+      grad.squares[b] = square(slopes, V);
     }
   });
-  for (double correction : corrections) total += correction;
-  return std::sqrt(std::max(total, 0.0));
-}
-
-// Subtract ``step`` times the gradient from one row. Rows are short: a vector that overlaps the one before ends a row of
-// floats, instead of single numbers.
-template <class T, class Sum>
-inline void move_row(T* __restrict row, const Sum* __restrict grad, int64_t width, Sum step) {
-  const auto moved = [&](int64_t v) { return static_cast<T>(widen<Sum>(row[v]) - step * grad[v]); };
-  if (std::is_same_v<T, float> && width >= kLanes) {
-    T last[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) last[i] = moved(width - kLanes + i);
-    for (int64_t v = 0; v + kLanes <= width; v += kLanes)
-      for (int64_t i = 0; i < kLanes; ++i) row[v + i] = moved(v + i);
-    for (int64_t i = 0; i < kLanes; ++i) row[width - kLanes + i] = last[i];
-  } else {
-    for (int64_t v = 0; v < width; ++v) row[v] = moved(v);
-  }
-}
-
-// Subtract ``step`` times the gradient from the touched rows of some codebooks that lie one after the other.
-template <class T, class Sum>
-void move_rows(T* table, int64_t codebooks, int64_t K, const int32_t* row, const int32_t* next,
-               const Gradient<Sum>& grad, int64_t N, Sum step, Sum* sum) {
-  const int64_t V = grad.width, book = K * V;
-  const int32_t* const end = row + codebooks * N;
-  const auto place = [&](T* of, int32_t at) { return of + (at >= 0 ? at : -2 - at) * V; };
-  for (int64_t c = 0; c < codebooks; ++c, table += book, next += N) {
-    for (int64_t n = 0; n < N; ++n, ++row) {
-      // Beyond this codebook it is a guess at best where a codebook is shorter than that.
-      if (row + kFetched < end && row[kFetched] != Chains::kLater)
-        prefetch(place(n + kFetched < N ? table : table + book, row[kFetched]), V * sizeof(T));
-      if (*row >= 0) {
-        move_row(place(table, *row), grad.at(n), V, step);
-      } else if (*row != Chains::kLater) {
-        grad.add(static_cast<int32_t>(n), next, sum);
-        move_row(place(table, *row), sum, V, step);
-      }
-    }
-  }
-}
-
-// Last codebooks first: the rows that the pass over the logits fetched last are still in cache.
-template <class T, class Sum>
-void move_all(T* table, const Tensor& indices, int64_t K, const Gradient<Sum>& grad, bool kept, Chains& chains, Sum step) {
-  const int64_t C = indices.size(2), N = chains.positions, V = grad.width;
-  for_groups(C, N * V, [&](int64_t begin, int64_t end) {
-    Heads heads(kept ? 0 : K);
-    Chains own(N, kept ? 0 : kBooks);
-    std::vector<Sum> sum(grad.stride);
-    for (int64_t g = end - 1; g >= begin; --g) {
-      const int64_t c0 = g * kBooks, c1 = std::min(C, c0 + kBooks);
-      if (!kept) own.build(indices, c0, c1, c0, heads, [](int64_t, int32_t, const int32_t*) {});
-      const Chains& of = kept ? chains : own;
-      const int64_t at = kept ? c0 * N : 0;
-      move_rows(
-          table + c0 * K * V, c1 - c0, K, of.row.get() + at, of.next.get() + at, grad, N, step, sum.data());
-    }
-  });
+  double total = 0;
+  for (Sum one : loss) total += one;
+  return total / B;
 }
 
 } // namespace
@@ -327,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
   const int64_t C = values.size(0), K = values.size(1), V = values.size(2);
   require_codes(indices, C, K);
   const int64_t B = indices.size(0), S = indices.size(1), N = B * S;
-  require(N < INT32_MAX / 2 && K < INT32_MAX, "expected fewer than 2^30 positions and 2^31 pairs, got ", N, " and ", K);
+  require(N < 1 << 26 && K < 1 << 28, "expected fewer than 2^26 positions and 2^28 pairs, got ", N, " and ", K);
   require_cpu(targets, "targets");
   require(
       targets.scalar_type() == ScalarType::Long, "expected targets torch.int64, got ",
@@ -342,20 +386,16 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
   with_floating(values.scalar_type(), [&](auto value) {
     using T = decltype(value);
     using Sum = Accumulator<T>;
-    T* const table = values.mutable_data_ptr<T>();
-    const int64_t stride = Gradient<Sum>::padded(V);
-    std::vector<Sum> means(N * V), rows(B * stride);
-    mean_values<T>(table, walk(indices, {}, K * V, V), V, means.data());
+    Step<T> step(values.mutable_data_ptr<T>(), K, V, indices);
+    const std::vector<Sum> means = step.means();
+    Gradient<Sum> grad(B, S, V);
     *loss.mutable_data_ptr<Sum>() = static_cast<Sum>(losses(
-        means.data(), targets.const_data_ptr<int64_t>(), B, S, C, V, static_cast<Sum>(label_smoothing),
-        logits.mutable_data_ptr<Sum>(), rows.data(), stride));
-    const Gradient<Sum> grad{rows.data(), V, stride, S};
-    const bool kept = C * N <= kKept;
-    Chains chains(N, kept ? C : 0);
-    const double length = chain_all(indices, K, grad, kept, chains);
-    *norm.mutable_data_ptr<Sum>() = static_cast<Sum>(length);
-    const double share = max_norm / (length + 1e-6);
-    move_all(table, indices, K, grad, kept, chains, static_cast<Sum>(lr * (share < 1 ? share : 1.0)));
+        means.data(), targets.const_data_ptr<int64_t>(), B, C, static_cast<Sum>(label_smoothing),
+        logits.mutable_data_ptr<Sum>(), grad));
+    const double norm_of_all = step.norm(grad);
+    *norm.mutable_data_ptr<Sum>() = static_cast<Sum>(norm_of_all);
+    const double share = max_norm / (norm_of_all + 1e-6);
+    step.move(grad, static_cast<Sum>(lr * (share < 1 ? share : 1.0)));
   });
   return {loss, norm, logits};
 }

@@ -80,6 +80,8 @@ def test_clipping_and_smoothing_by_hand(dtype):
         {"shape": (2, 3)},
         {"B": 30 if INTERPRETED else 300, "C": 17, "K": 400, "V": 10},
         {"B": 64, "K": 2},
+        {"C": 41},
+        {"B": 7 if INTERPRETED else 70, "shape": (20,), "C": 3, "V": 50},
     ],
     ids=str,
 )
@@ -229,13 +231,14 @@ def test_autograd_hears_of_the_change():
         loss.backward()
 
 
-def test_an_empty_batch_moves_nothing():
-    values, codes, targets = problem(B=0)
+@pytest.mark.parametrize("empty", [{"B": 0}, {"shape": (0,)}], ids=str)
+def test_an_empty_batch_moves_nothing(empty):
+    values, codes, targets = problem(**empty)
     before = values.clone()
     step = sgd_step(values, codes, targets)
     assert step.loss.isnan()  # as F.cross_entropy has it
     assert step.norm == 0
-    assert step.logits.shape == (0, 6)
+    assert step.logits.shape == (len(targets), 6)
     assert torch.equal(values, before)
 
 
