@@ -29,12 +29,23 @@ inline void require(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << "]";
-  return text.str();
+// For messages: a shape that is written only when its message is.
+struct Shape {
+  const Tensor& of;
+};
+
+inline Shape shape(const Tensor& tensor) {
+  return {tensor};
+}
+
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << "[";
+  for (int64_t i = 0; i < shape.of.dim(); ++i) out << (i ? ", " : "") << shape.of.size(i);
+  return out << "]";
+}
+
+inline Tensor compact(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); // which would take a microsecond to see it
 }
 
 inline void require_cpu(const Tensor& tensor, const char* name) {

@@ -19,6 +19,7 @@
 #include "common.h"
 
 #include <cstring>
+#include <string>
 
 namespace kvb {
 
@@ -94,9 +95,8 @@ struct Layout {
   }
 
   std::string id() const {
-    std::ostringstream text;
-    text << "kvb csrc 3: K=" << K << " D=" << D << (wide ? " float64" : tiled ? " int8" : " float32");
-    std::string id = text.str();
+    std::string id = "kvb csrc 3: K=" + std::to_string(K) + " D=" + std::to_string(D);
+    id += wide ? " float64" : tiled ? " int8" : " float32";
     id.resize(kPart, ' ');
     return id;
   }

@@ -22,7 +22,7 @@ constexpr int64_t kSerial = 1 << 15; // elements below which a second thread cos
 
 // --- checks ----------------------------------------------------------------------------------------------------------
 
-inline std::string dtype_name(ScalarType type) {
+inline const char* dtype_name(ScalarType type) {
   switch (type) {
     case ScalarType::Half: return "torch.float16";
     case ScalarType::BFloat16: return "torch.bfloat16";

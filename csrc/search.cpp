@@ -35,11 +35,12 @@ void require_keys(const Tensor& keys) {
 void require_packed(const Tensor& packed, const Layout& layout, int64_t C) {
   require_cpu(packed, "packed");
   const std::string id = layout.id();
-  const bool fits = packed.scalar_type() == ScalarType::Byte && packed.dim() == 2 && packed.size(0) == C &&
-      packed.size(1) == layout.nbytes() && packed.is_contiguous();
+  if (packed.scalar_type() == ScalarType::Byte && packed.dim() == 2 && packed.size(0) == C &&
+      packed.size(1) == layout.nbytes() && packed.is_contiguous() &&
+      std::memcmp(packed.const_data_ptr(), id.data(), kPart) == 0)
+    return;
   require(
-      fits && std::memcmp(packed.const_data_ptr(), id.data(), kPart) == 0,
-      "packed keys do not match: expected the layout '", id.substr(0, id.find_last_not_of(' ') + 1), "', ",
+      false, "packed keys do not match: expected the layout '", id.substr(0, id.find_last_not_of(' ') + 1), "', ",
       layout.nbytes(), " bytes for each of ", C, " codebooks, got ", shape(packed),
       "; pack the keys again with pack_keys(keys)");
 }
@@ -65,7 +66,7 @@ void require_search(const Tensor& queries, const Tensor& keys, const Tensor& pac
 struct Masked {
   Masked(const Tensor& mask_, const Layout& layout, const char* packed, int64_t C)
       : bits(C * layout.blocks()), bias(C * Biases::count(layout) * kLanes) {
-    const Tensor mask = torch::stable::contiguous(mask_);
+    const Tensor mask = compact(mask_);
     const bool* allowed = static_cast<const bool*>(mask.const_data_ptr());
     parallel(C, std::max<int64_t>(1, 32768 / layout.K), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
@@ -192,7 +193,7 @@ void Packing::pack(int64_t c, std::vector<float>& rows) const {
 
 Tensor pack_keys(Tensor keys) {
   require_keys(keys);
-  const Packing packing(torch::stable::contiguous(keys));
+  const Packing packing(compact(keys));
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, keys.size(1) * keys.size(2)));
   parallel(keys.size(0), grain, [&](int64_t begin, int64_t end) {
     std::vector<float> rows;
@@ -201,31 +202,32 @@ Tensor pack_keys(Tensor keys) {
   return packing.packed();
 }
 
-std::tuple<Tensor, Tensor> nearest(
-    Tensor queries_, Tensor keys_, Tensor packed, std::optional<Tensor> mask, int64_t topk) {
-  require_search(queries_, keys_, packed, mask, topk);
-  const Tensor queries = queries_.stride(3) == 1 || queries_.size(3) == 1 ? queries_ : torch::stable::contiguous(queries_);
-  const Tensor keys = torch::stable::contiguous(keys_);
+namespace {
+
+bool is_wide(const Tensor& queries, const Tensor& keys) {
+  return queries.scalar_type() == ScalarType::Double || keys.scalar_type() == ScalarType::Double;
+}
+
+// The search of arguments that fit: writes [B, S, C, topk] of each, distances in float64 where ``is_wide``.
+void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packed, const std::optional<Tensor>& mask,
+                int64_t topk, int64_t* indices, void* distances) {
+  const Tensor queries = queries_.stride(3) == 1 || queries_.size(3) == 1 ? queries_ : compact(queries_);
+  const Tensor keys = compact(keys_);
   const Layout layout = layout_of(keys);
   const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2);
-  const bool wide = layout.wide || queries.scalar_type() == ScalarType::Double;
-  Tensor indices = torch::stable::new_empty(queries, {B, S, C, topk}, ScalarType::Long);
-  Tensor distances =
-      torch::stable::new_empty(queries, {B, S, C, topk}, wide ? ScalarType::Double : ScalarType::Float);
-  int64_t* index = static_cast<int64_t*>(indices.mutable_data_ptr());
 
-  if (wide) {
+  if (is_wide(queries, keys)) {
     std::optional<Tensor> allowed;
-    if (mask) allowed = torch::stable::contiguous(*mask);
+    if (mask) allowed = compact(*mask);
     const bool* may = allowed ? static_cast<const bool*>(allowed->const_data_ptr()) : nullptr;
     with_floating(queries.scalar_type(), [&](auto q) {
       with_floating(keys.scalar_type(), [&](auto k) {
         nearest_wide(static_cast<const decltype(q)*>(queries.const_data_ptr()),
-                     static_cast<const decltype(k)*>(keys.const_data_ptr()), may, layout, queries, topk, index,
-                     static_cast<double*>(distances.mutable_data_ptr()));
+                     static_cast<const decltype(k)*>(keys.const_data_ptr()), may, layout, queries, topk, indices,
+                     static_cast<double*>(distances));
       });
     });
-    return {indices, distances};
+    return;
   }
 
   const char* from = static_cast<const char*>(packed.const_data_ptr());
@@ -247,20 +249,36 @@ std::tuple<Tensor, Tensor> nearest(
       .masked_bits = masked ? masked->bits.data() : nullptr,
       .masked_bias = masked ? masked->bias.data() : nullptr,
       .topk = topk,
-      .indices = index,
-      .distances = static_cast<float*>(distances.mutable_data_ptr()),
+      .indices = indices,
+      .distances = static_cast<float*>(distances),
   };
   const double cost = static_cast<double>(layout.K) * layout.D;
   over_positions(B * S, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
     kernels().search(search, c, begin, end);
   });
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor> nearest(
+    Tensor queries, Tensor keys, Tensor packed, std::optional<Tensor> mask, int64_t topk) {
+  require_search(queries, keys, packed, mask, topk);
+  const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2);
+  Tensor indices = torch::stable::new_empty(queries, {B, S, C, topk}, ScalarType::Long);
+  Tensor distances = torch::stable::new_empty(
+      queries, {B, S, C, topk}, is_wide(queries, keys) ? ScalarType::Double : ScalarType::Float);
+  search_all(
+      queries, keys, packed, mask, topk, indices.mutable_data_ptr<int64_t>(), distances.mutable_data_ptr());
   return {indices, distances};
 }
 
 std::tuple<Tensor, Tensor> lookup(
     Tensor queries, Tensor keys, Tensor packed, Tensor values, std::optional<Tensor> mask, std::string pool) {
-  const Tensor found = std::get<0>(nearest(queries, keys, packed, mask, 1));
-  const Tensor indices = torch::stable::select(found, 3, 0);
+  require_search(queries, keys, packed, mask, 1);
+  Tensor indices =
+      torch::stable::new_empty(queries, {queries.size(0), queries.size(1), queries.size(2)}, ScalarType::Long);
+  const std::unique_ptr<double[]> distances(new double[indices.numel()]); // that nobody asked for
+  search_all(queries, keys, packed, mask, 1, indices.mutable_data_ptr<int64_t>(), distances.get());
   return {gather(values, indices, pool, "bscv"), indices};
 }
 

@@ -377,7 +377,7 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
       targets.scalar_type() == ScalarType::Long, "expected targets torch.int64, got ",
       dtype_name(targets.scalar_type()));
   require_shape(targets, "targets", {B});
-  targets = torch::stable::contiguous(targets);
+  targets = compact(targets);
   require_classes(targets, V);
 
   const ScalarType exact = values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -257,7 +257,7 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
   require_shape(values, "values", {-1, -1, -1});
   const int64_t C = values.size(0), V = values.size(2);
   require_codes(indices, C, values.size(1));
-  if (values.stride(2) != 1) values = torch::stable::contiguous(values);
+  if (values.stride(2) != 1) values = compact(values);
   const int64_t B = indices.size(0), S = indices.size(1);
   const ScalarType type = values.scalar_type();
 

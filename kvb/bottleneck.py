@@ -159,16 +159,16 @@ class KeyValueBottleneck(nn.Module):
         shape = x.shape[2:-1]
         if values_only and self._in_one_pass(pool, shape):
             mask, packed = self._search_mask(), self._packed_keys()
-            values, codes = torch.ops.kvb.lookup(queries, self.keys, packed, self.values, mask, pool)
-            values = values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), self.dim_values)
-            indices = codes[..., None]
+            values, codes = ops.lookup(queries, self.keys, packed, self.values, mask, pool)
+            if self.training:
+                self._observe(queries, codes[..., None])
+            return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), self.dim_values)
+        indices, distances = self._search(queries.detach() if values_only else queries)
+        if pool == "none":
+            values = self._fetch(self.values, indices, shape)
         else:
-            indices, distances = self._search(queries.detach() if values_only else queries)
-            if pool == "none":
-                values = self._fetch(self.values, indices, shape)
-            else:
-                pooled = self._gather(self.values, indices[..., 0], pool, "bscv")
-                values = pooled.view(x.shape[0], *shape, self.dim_values)
+            pooled = self._gather(self.values, indices[..., 0], pool, "bscv")
+            values = pooled.view(x.shape[0], *shape, self.dim_values)
         output: Tensor | BottleneckOutput = values
         if not values_only:
             fetched = self._fetch(self.keys, indices, shape)

@@ -177,4 +177,4 @@ def lookup(
     checks.same_device("values", values, "keys", keys)
     checks.choice("pool", pool, POOLS)
     packed = torch.ops.kvb.pack_keys(keys) if packed is None else packed
-    return torch.ops.kvb.lookup(queries, keys, packed, values, mask, pool)
+    return ops.lookup(queries, keys, packed, values, mask, pool)
