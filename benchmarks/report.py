@@ -8,12 +8,13 @@ and so are the plots in docs/ that no longer show their results. ``--check`` cha
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import kvb
 from benchmarks import bench, plots, results
@@ -22,6 +23,55 @@ from benchmarks.suites import KVB
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- bench: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Documents = Mapping[str, Mapping[str, Any]]
+
+
+class Instead(NamedTuple):
+    """One way to do without kvb: where it was measured, and what no measurement says."""
+
+    label: str
+    suite: str
+    shape: str
+    peer: str
+    lacks: str
+
+
+INSTEAD = (
+    Instead(
+        "discrete-key-value-bottleneck-pytorch",
+        "memories",
+        "paper_cifar10",
+        "dkvb-pytorch",
+        "adds learned projections nobody asked for; no freezing, no codes",
+    ),
+    Instead(
+        "vector-quantize-pytorch, a codebook a head",
+        "key_update",
+        "paper_cifar10",
+        "vector-quantize",
+        "keys only: values, masks and freezing are yours to write",
+    ),
+    Instead(
+        "faiss-cpu, an `IndexFlatL2` a codebook",
+        "forward",
+        "paper_cifar10",
+        "faiss",
+        "search only: no gradients, no learning keys, one codebook at a time",
+    ),
+    Instead(
+        "`torch.cdist(...).argmin(-1)`, then `values[c, i]`",
+        "forward",
+        "paper_cifar10",
+        "torch.cdist",
+        "holds every distance: the authors' package does it this way",
+    ),
+    Instead(
+        "the same by `torch.baddbmm` in chunks",
+        "forward",
+        "paper_cifar10",
+        "torch baddbmm",
+        "all that is not search and fetch",
+    ),
+)
 
 
 def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -77,14 +127,31 @@ def _scaling(found: Mapping[str, Any]) -> list[str]:
     return [*table, "", f"{smallest} A call on one pair costs: {costs}. {_where(found)}."]
 
 
+def _against(documents: Documents) -> list[str]:
+    """What people use now, on the suite that does the same job, with the results of every machine."""
+    head = ("instead of kvb", "job", "takes", "kvb takes", "memory", "kvb's", "and")
+    lines, where = [], []
+    for way, found in itertools.product(INSTEAD, documents.values()):
+        for row in found["rows"]:
+            if (found["suite"], row["shape"]) != (way.suite, way.shape) or way.peer not in row["contestants"]:
+                continue
+            theirs, ours = row["contestants"][way.peer], row["contestants"][KVB]
+            times = bench.times(results.ratio(row, way.peer))
+            cost = (bench.seconds(theirs["median"]), f"**{bench.seconds(ours['median'])}** ({times})")
+            memory = (bench.size(theirs["peak_bytes"]), f"**{bench.size(ours['peak_bytes'])}**")
+            lines.append((way.label, f"`{way.suite}`, {way.shape}", *cost, *memory, way.lacks))
+            where.append(_where(found))
+    return [*_grid(head, lines), "", " ".join(f"{one}." for one in sorted(set(where)))] if lines else []
+
+
 def section(suite: str, documents: Documents) -> str:
     """What belongs between the markers of a suite: of every machine, its table and its picture."""
-    lines: list[str] = []
+    lines: list[str] = [*_against(documents), ""] if suite == "against" else []
     for found in documents.values():
         if found["suite"] == suite:
             table = _scaling(found) if suite == "scaling" else _suite(found)
             lines += [*table, "", f"![{suite}](docs/{plots.file_name(found)})", ""]
-    return "\n".join(lines) if lines else "Not measured yet.\n"
+    return "\n".join(lines) if any(lines) else "Not measured yet.\n"
 
 
 def rendered(text: str, documents: Documents) -> str:

@@ -64,9 +64,12 @@ inline void add_short_row(Sum* sums, const T* row, int64_t width) {
 
 template <class Sum>
 double square(const Sum* row, int64_t width) {
-  double total = 0;
-  for (int64_t v = 0; v < width; ++v) total += static_cast<double>(row[v]) * row[v];
-  return total;
+  double totals[kLanes] = {}; // one alone would wait for each addition
+  int64_t v = 0;
+  for (; v + kLanes <= width; v += kLanes)
+    for (int64_t i = 0; i < kLanes; ++i) totals[i] += static_cast<double>(row[v + i]) * row[v + i];
+  for (; v < width; ++v) totals[0] += static_cast<double>(row[v]) * row[v];
+  return (totals[0] + totals[1]) + (totals[2] + totals[3]);
 }
 
 // The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.

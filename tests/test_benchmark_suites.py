@@ -243,6 +243,19 @@ def test_a_stale_readme_is_found_and_written_anew(document, tmp_path, capsys):
     assert report.main(["--check"], tmp_path) == 0
 
 
+def test_the_table_of_what_people_use_now(document):
+    (row,) = document["rows"]
+    forward = document | {"suite": "forward", "rows": [row | {"shape": "paper_cifar10"}]}
+    text = report.section("against", {"search": document, "forward": forward})
+    (line,) = (line for line in text.splitlines() if "baddbmm" in line)
+    assert f"({bench.times(results.ratio(row, BY_HAND))})" in line
+    assert bench.seconds(row["contestants"][BY_HAND]["median"]) in line
+    assert report.section("against", {"search": document}) == "Not measured yet.\n"
+    for way in report.INSTEAD:
+        assert way.peer in bench.peers.PEERS
+        assert way.shape in suites.shapes(way.suite)
+
+
 # --- scaling, overhead, bars ------------------------------------------------------------------------------------------
 
 
