@@ -58,12 +58,15 @@ inline void multiply() { // signed by unsigned
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(A), "i"(B));
 }
 
-struct TileFilter : QuantizedQueries {
+template <bool Each>
+struct TileFilter : QuantizedQueries<Each> {
+  using Base = QuantizedQueries<Each>;
+  using Base::book, Base::bias, Base::start, Base::factor, Base::sets;
   static constexpr int64_t kRows = 32; // queries taken at once
   static constexpr int64_t kBatch = 4; // tiles of keys whose sums wait for their maximum together
 
   TileFilter(const Codebook& book, const Biases& bias)
-      : QuantizedQueries(book, bias, kRows),
+      : Base(book, bias, kRows),
         parts(book.layout.parts()),
         quads(book.layout.quads()),
         stride(whole_vectors(std::max(book.layout.depth() * 4, book.layout.D))),
@@ -98,12 +101,12 @@ struct TileFilter : QuantizedQueries {
     if constexpr (Both) store_tile<3>(sums[3]);
   }
 
-  // Best scores of every lane of every group. The maxima of one batch are taken while the next one is multiplied.
+  // Best scores of every lane of every group, or all scores. The maxima of one batch are taken while the next one is multiplied.
   template <bool Resident, bool Both>
   void all_groups(int64_t rows, float* best) const {
     if constexpr (Resident) load_tile<6>(numbers.data(), stride);
     if constexpr (Resident && Both) load_tile<7>(numbers.data() + 16 * stride, stride);
-    const int64_t batches = sets() * kLanes / kBatch;
+    const int64_t batches = book.layout.groups() * kLanes / kBatch;
     alignas(64) int32_t sums[2][2 * kBatch][256];
 
     const auto maxima = [&](int64_t batch) {
@@ -115,15 +118,16 @@ struct TileFilter : QuantizedQueries {
         const int64_t count = Both && half == 0 ? 16 : rows - half * 16;
         for (int64_t i = 0; i < count; ++i) {
           const int64_t row = half * 16 + i;
-          float* to = best + (row * sets() + group) * kLanes;
+          float* to = best + (row * sets() + (Each ? batch * kBatch : group)) * kLanes;
           const ivec raise = start[row] - ivec{};
           const vec times = factor[row] - vec{};
-          vec most = first ? -kInfinity - vec{} : load(to);
+          vec most = Each || first ? -kInfinity - vec{} : load(to);
           for (int t = 0; t < kBatch; ++t) {
             const ivec sum = *reinterpret_cast<const ivec*>(sums[batch % 2][2 * t + half] + i * kLanes);
-            most = greater(most, reinterpret_cast<vec>(sum + raise) + add[t] * times);
+            const vec score = reinterpret_cast<vec>(sum + raise) + add[t] * times;
+            Each ? store(to + t * kLanes, score) : void(most = greater(most, score));
           }
-          store(to, most);
+          if constexpr (!Each) store(to, most);
         }
       }
     };
@@ -135,13 +139,13 @@ struct TileFilter : QuantizedQueries {
     maxima(batches - 1);
   }
 
-  // Scores of ``rows`` centred queries, best[row][group][16].
+  // Scores of ``rows`` centred queries, best[row][set][16].
   void run(const float* q, int64_t q_stride, const float* norms, int64_t rows, float* best) {
     if (configured != rows) {
       TileConfig(rows, quads).load();
       configured = rows;
     }
-    quantize(q, q_stride, norms, rows, [&](int64_t i, int64_t d, ivec low_bytes) {
+    this->quantize(q, q_stride, norms, rows, [&](int64_t i, int64_t d, ivec low_bytes) {
       store_bytes(numbers.data() + i * stride + d, low_bytes);
     });
     if (parts == 1) {
@@ -162,7 +166,8 @@ constexpr int64_t kNarrow = 24;
 
 void search_tiles(const Search& search, int64_t codebook, int64_t begin, int64_t end) {
   const bool fits = search.layout.tiled && search.layout.D > kNarrow;
-  (fits ? search_with<TileFilter> : search_rows)(search, codebook, begin, end);
+  (!fits ? search_rows : keeps_each(search.layout) ? search_with<TileFilter<true>> : search_with<TileFilter<false>>)(
+      search, codebook, begin, end);
 }
 
 } // namespace
