@@ -129,7 +129,7 @@ def _scaling(found: Mapping[str, Any]) -> list[str]:
 
 def _against(documents: Documents) -> list[str]:
     """What people use now, on the suite that does the same job, with the results of every machine."""
-    head = ("instead of kvb", "job", "takes", "kvb takes", "memory", "kvb's", "and")
+    head = ("instead of kvb", "job", "takes", "kvb takes", "memory", "kvb's", "to know")
     lines, where = [], []
     for way, found in itertools.product(INSTEAD, documents.values()):
         for row in found["rows"]:

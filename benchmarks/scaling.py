@@ -27,7 +27,7 @@ AXES = {
     "C": (1, 4, 16, 64, 256, 1024),
     "D": (2, 8, 32, 128, 512, 2048),
 }
-CUBES = (1, 2, 4, 8, 16, 32, 48, 64, 96)  # N = C = K = D = V
+CUBES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)  # N = C = K = D = V
 LARGE_END = 3  # points that a fit takes
 PEER = "torch baddbmm"
 FULL, QUICK = Effort(rounds=5, seconds=1.0, patience=5.0), Effort(rounds=1, seconds=0.0, patience=1.0)

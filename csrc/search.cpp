@@ -16,6 +16,7 @@ constexpr int64_t kChunkBytes = 1 << 20; // of queries that pass through all cod
 constexpr int64_t kChunk = 1024; // and the least positions that pay for bringing in the keys of a codebook
 constexpr int64_t kUnit = 64; // positions of one piece of work
 constexpr double kWorthAThread = 4e6; // multiplications that pay for waking another thread
+constexpr double kAround = 8e3; // multiplications that take as long as all else that a query needs
 
 // Tiles pay from a few coordinates on; their sums could overflow beyond some thousands.
 Layout layout_of(int64_t K, int64_t D, bool wide) {
@@ -252,7 +253,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
       .indices = indices,
       .distances = static_cast<float*>(distances),
   };
-  const double cost = static_cast<double>(layout.K) * layout.D;
+  const double cost = static_cast<double>(layout.K) * layout.D + kAround;
   over_positions(B * S, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
     kernels().search(search, c, begin, end);
   });

@@ -1,7 +1,7 @@
 // One step of training on codes, of which nothing but the touched rows of the table is ever written: sgd_step_.
 //
-// Every codebook gets the same gradient row for a position. So a row's gradient is a sum of few rows that stay in
-// cache: it is never kept, and most of them, those of one position alone, need no sum at all.
+// Every codebook gets the same gradient row for a position. So most touched rows of the table need no gradient of their
+// own: those that several positions fetch get a sum, and all are listed with the row that they get.
 #include "ops.h"
 #include "pooled.h"
 
