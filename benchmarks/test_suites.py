@@ -19,6 +19,7 @@ from benchmarks.timing import Absent, verified
 TIME = 0.3  # seconds of timed calls a row
 MOST = 50  # calls a row
 COMPILED = ("pykeops", "torch.compile")  # too long for a small shape
+LIGHT = ("faiss", "torch index", "torch index_select", "torch index_add")  # the others take seconds at large shapes
 
 
 def _rows() -> list[tuple[str, str, str]]:
@@ -30,8 +31,15 @@ def _rows() -> list[tuple[str, str, str]]:
             peers = suites.SUITES[suite](known["seed_a"].small()).peers
         for shape in known:
             found += [(suite, shape, KVB)]
-            found += [(suite, shape, who) for who in peers if shape in suites.FEW or who not in suites.SLOW_PEERS]
+            found += [(suite, shape, who) for who in peers if _takes_part(who, shape)]
     return found
+
+
+def _takes_part(who: str, shape: str) -> bool:
+    """All peers at some shapes, in ten minutes; ``python -m kvb bench --full`` has them at every one."""
+    if who == "pykeops":  # half a minute of compiling for each D
+        return shape == "one_sample"
+    return shape in suites.FEW or who in LIGHT
 
 
 @functools.lru_cache(maxsize=1)
