@@ -141,17 +141,17 @@ def _against(documents: Documents) -> list[str]:
             memory = (bench.size(theirs["peak_bytes"]), f"**{bench.size(ours['peak_bytes'])}**")
             lines.append((way.label, f"`{way.suite}`, {way.shape}", *cost, *memory, way.lacks))
             where.append(_where(found))
-    return [*_grid(head, lines), "", " ".join(f"{one}." for one in sorted(set(where)))] if lines else []
+    return [*_grid(head, lines), "", " ".join(f"{one}." for one in sorted(set(where))), ""] if lines else []
 
 
 def section(suite: str, documents: Documents) -> str:
     """What belongs between the markers of a suite: of every machine, its table and its picture."""
-    lines: list[str] = [*_against(documents), ""] if suite == "against" else []
+    lines: list[str] = _against(documents) if suite == "against" else []
     for found in documents.values():
         if found["suite"] == suite:
             table = _scaling(found) if suite == "scaling" else _suite(found)
             lines += [*table, "", f"![{suite}](docs/{plots.file_name(found)})", ""]
-    return "\n".join(lines) if any(lines) else "Not measured yet.\n"
+    return "\n".join(lines) if lines else "Not measured yet.\n"
 
 
 def rendered(text: str, documents: Documents) -> str:

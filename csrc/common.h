@@ -45,7 +45,7 @@ inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
 }
 
 inline Tensor compact(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); // which would take a microsecond to see it
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); // a microsecond, even to do nothing
 }
 
 inline void require_cpu(const Tensor& tensor, const char* name) {

@@ -101,7 +101,8 @@ struct TileFilter : QuantizedQueries<Each> {
     if constexpr (Both) store_tile<3>(sums[3]);
   }
 
-  // Best scores of every lane of every group, or all scores. The maxima of one batch are taken while the next one is multiplied.
+  // Best scores of every lane of every group, or all scores. Those of one batch are taken while the next one is
+  // multiplied.
   template <bool Resident, bool Both>
   void all_groups(int64_t rows, float* best) const {
     if constexpr (Resident) load_tile<6>(numbers.data(), stride);

@@ -259,7 +259,9 @@ class Step {
       gather_pooled(table_, walk(indices_, {}, K_ * V_, V_), V_, true, rounded.data());
     } else {
       std::vector<Sum> totals(groups() * N_ * V_);
-      for_groups([&](int64_t g, Scratch& scratch, Group<Sum>&) { list_and_add(g, scratch, totals.data() + g * N_ * V_); });
+      for_groups([&](int64_t g, Scratch& scratch, Group<Sum>&) {
+        list_and_add(g, scratch, totals.data() + g * N_ * V_);
+      });
       for (int64_t g = 1; g < groups(); ++g) add_row(totals.data(), totals.data() + g * N_ * V_, N_ * V_);
       for (int64_t i = 0; i < N_ * V_; ++i) rounded[i] = static_cast<T>(totals[i] / static_cast<Sum>(C_));
     }

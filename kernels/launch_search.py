@@ -471,8 +471,9 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
     C, K, D = keys.shape
     _, L, E = SEARCH[target(keys.device)].group
     group = Group(math.isqrt(RESIDENT_K // L) // E, L, E)  # as many groups as places in one
-    parts = [part for part in (128, 64, 32) if multiple(K, 32) & part]
-    if K > 224:  # smaller parts where half norms take registers, too
+    if K <= 224:
+        parts = [part for part in (128, 64, 32) if multiple(K, 32) & part]
+    else:  # smaller parts where half norms take registers, too
         parts = [128, 64, 64] if facts.FORM == 2 else [128, 128]
     parts += [0] * (3 - len(parts))
     tiles = ceil_div(rows.count, RESIDENT_ROWS)

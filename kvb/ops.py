@@ -239,6 +239,10 @@ def _below_autograd(operator: Any, *args: Any) -> Any:
         return operator(*args)
 
 
+def _learns(tensor: Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
 def _saveable(indices: Tensor) -> Tensor:
     """Indices made under inference_mode, by a frozen encoder say, may be trained on later."""
     return indices.clone() if indices.is_inference() else indices
@@ -332,7 +336,7 @@ def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str) -> 
 
     Sparse tensors cannot be traced: under ``torch.compile`` this breaks the graph once.
     """
-    if not (torch.is_grad_enabled() and values.requires_grad):
+    if not _learns(values):
         return torch.ops.kvb.gather(values, indices, pool, layout)
     apply = torch.compiler.disable(_GatherRows.apply) if torch.compiler.is_compiling() else _GatherRows.apply
     return apply(values, indices, pool, layout)
@@ -382,7 +386,7 @@ def _register_autograd(name: str, function: type[torch.autograd.Function], learn
     record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def run(*args: Any) -> Any:
-        if not (torch.is_grad_enabled() and args[learns].requires_grad):
+        if not _learns(args[learns]):
             return _below_autograd(operator, *args)
         if not torch._C._are_functorch_transforms_active():
             return record(*args)
@@ -405,7 +409,7 @@ def lookup(
 ) -> tuple[Tensor, Tensor]:
     """``torch.ops.kvb.lookup``, past the Python at its Autograd key where no value learns: a sixth of a small call."""
     arguments = queries, keys, packed, values, mask, pool
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and values.requires_grad):
+    if torch.compiler.is_compiling() or _learns(values):
         return torch.ops.kvb.lookup.default(*arguments)
     return _below_autograd(torch.ops.kvb.lookup.default, *arguments)
 
