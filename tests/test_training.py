@@ -81,7 +81,7 @@ def test_clipping_and_smoothing_by_hand(dtype):
         {"B": 30 if INTERPRETED else 300, "C": 17, "K": 400, "V": 10},
         {"B": 64, "K": 2},
         {"C": 41},
-        {"B": 7 if INTERPRETED else 70, "shape": (20,), "C": 3, "V": 50},
+        {"B": 2 if INTERPRETED else 70, "shape": (20,), "C": 3, "V": 50},
     ],
     ids=str,
 )
