@@ -427,7 +427,7 @@ def test_tiling_repeats_examples_in_their_order():
 
 
 def test_key_data_of_the_digits():
-    digits = pytest.importorskip("kvb.experiments.digits", exc_type=ModuleNotFoundError).SOURCE
+    digits = pytest.importorskip("kvb.experiments.data.digits", exc_type=ModuleNotFoundError).SOURCE
     assert digits.key_choices == ("set aside", "training", "noise")
     aside, training, noise = (digits.data(0, None, name) for name in digits.key_choices)
     assert torch.equal(training.keys, training.train.features)
@@ -447,7 +447,7 @@ def test_a_missing_extra_is_named_without_a_traceback(tmp_path):
 
 
 def test_a_missing_package_of_data_is_named(tmp_path, monkeypatch):
-    packages = pytest.importorskip("kvb.experiments.packages", exc_type=ModuleNotFoundError)
+    packages = pytest.importorskip("kvb.experiments.data.packages", exc_type=ModuleNotFoundError)
 
     def absent(package, ending):
         raise packages.MissingPackageError(f"{package} is needed")
