@@ -37,7 +37,7 @@ arguments = {"packages": [*find_packages(include=["kvb", "kvb.*"]), "kvb.kernels
 
 
 def readme():
-    """README.md for a package index, where relative links lead nowhere: they lead into the source repository instead."""
+    """README.md for a package index: with links into the source repository where README has relative ones."""
     source = re.search(r'^Source = "(.*?)"', Path("pyproject.toml").read_text(), re.MULTILINE)[1]
     text = re.sub(r"!\[([^]]*)\]\((?!https?:)([^)]+)\)", rf"![\1]({source}/raw/main/\2)", Path("README.md").read_text())
     return re.sub(r"(?<!!)\[([^]]*)\]\((?!https?:|#)([^)]+)\)", rf"[\1]({source}/blob/main/\2)", text)
