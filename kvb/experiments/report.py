@@ -89,8 +89,8 @@ def _shortage(recipe: Recipe, data: Data) -> list[str]:
 
 
 @contextmanager
-def told_before() -> Iterator[None]:
-    """Without that warning for every seed."""
+def without_shortage_warning() -> Iterator[None]:
+    """Silence the warning about too few features: ``header`` says it once, seeds would repeat it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="only .* finite rows", category=UserWarning)
         yield
@@ -108,7 +108,7 @@ def _differences(source: Source, recipe: Recipe) -> list[str]:
     return lines
 
 
-@told_before()
+@without_shortage_warning()
 def compare(source: Source, plan: Plan, out: Path, say: Callable[[str], None] = _print) -> tuple[Recipe, list[Run]]:
     """All heads, scenarios and seeds; writes ``protocol-NAME.json``, ``.md`` and ``.png`` into the folder ``out``."""
     begun, recipe, runs = time.perf_counter(), plan.recipe(source), []
@@ -153,7 +153,7 @@ def markdown(runs: Sequence[Run]) -> str:
 # --- ablations --------------------------------------------------------------------------------------------------------
 
 
-@told_before()
+@without_shortage_warning()
 def ablate(
     source: Source, axis: str, plan: Plan, out: Path, say: Callable[[str], None] = _print
 ) -> dict[str, list[Run]]:

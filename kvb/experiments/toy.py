@@ -1,7 +1,7 @@
 """The toy of the paper's figure 2: points in the plane, two classes at a time, and the decisions of four heads drawn.
 
-The bottlenecks learn by ``kvb.optim.RowwiseAdam``: the averages of ``torch.optim.Adam`` go on moving values that
-nothing fetches any more. How far is measured beside, and ``kvb.optim.audit`` would say so.
+The bottlenecks learn by ``kvb.optim.RowwiseAdam``: the averages of ``torch.optim.Adam`` go on moving values
+that nothing fetches any longer. The run also measures how far, and ``kvb.optim.audit`` warns of it.
 
 The keys start at points of the square, where the paper's start standard normal: with the published update those
 without a hit sink to the origin, a corner of the square; kvb's stay, so that most would never be hit.
