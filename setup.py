@@ -29,7 +29,7 @@ def setting(name, default, allowed):
 
 choice = setting("KVB_BUILD_EXT", "auto", CHOICES)
 sanitize = setting("KVB_SANITIZE", "", SANITIZERS)
-sources = sorted(glob("csrc/*.cpp"))
+sources = sorted(glob("csrc/**/*.cpp", recursive=True))
 # kvb/kernels is a symlink to kernels/, which has no __init__.py: so no top-level `kernels` is ever
 # installed, and another package of that name is never shadowed.
 arguments = {"packages": [*find_packages(include=["kvb", "kvb.*"]), "kvb.kernels"]}
@@ -86,7 +86,7 @@ def with_extension():
     extension = CppExtension(
         "kvb._C",
         sources,
-        depends=glob("csrc/*.h") + glob("csrc/*.inc"),
+        depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True),
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=[
             *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),

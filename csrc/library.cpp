@@ -5,7 +5,7 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kvb, m) {
   m.def("cpu_capability() -> str");
-  m.def("cpu_packed_nbytes(int K, int D, bool wide) -> int");
+  m.def("cpu_packed_nbytes(int K, int D, bool float64) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvb, CompositeExplicitAutograd, m) {

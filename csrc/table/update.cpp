@@ -1,15 +1,15 @@
 // One step of the moving averages of keys, with dead pairs replaced: update_keys_. A codebook is packed by the thread
 // that moved it, while its keys are in cache.
-#include "numbers.h"
-#include "ops.h"
-#include "packing.h"
+#include "../numbers.h"
+#include "../ops.h"
+#include "../search/packing.h"
 #include "rows.h"
 
 namespace kvb {
 namespace {
 
 // What is the same for every pair.
-struct Step {
+struct Rule {
   double keep; // the share of the old averages
   double eps, threshold, start;
   bool rescale_all; // divide the averages of pairs without a hit, too
@@ -17,7 +17,7 @@ struct Step {
 
 // One codebook: K pairs of D coordinates.
 template <class T>
-struct Codebook {
+struct Averages {
   using Sum = Accumulator<T>;
   T *keys, *averages, *sizes;
   const Sum *hits, *sums;
@@ -33,26 +33,26 @@ inline Sum mix(Sum from, Sum to, Sum weight) {
 }
 
 template <class T>
-void update(const Codebook<T>& book, const Step& step) {
+void update(const Averages<T>& book, const Rule& rule) {
   using Sum = Accumulator<T>;
-  const Sum keep = static_cast<Sum>(step.keep);
+  const Sum keep = static_cast<Sum>(rule.keep);
   const auto size_of = [&](int64_t k) { return mix(book.hits[k], widen<Sum>(book.sizes[k]), keep); };
   double total = 0;
   for (int64_t k = 0; k < book.K; ++k) total += size_of(k);
-  const double share = total / (total + book.K * step.eps);
+  const double share = total / (total + book.K * rule.eps);
   int64_t replaced = 0;
   for (int64_t k = 0; k < book.K; ++k) {
     T *const key = book.keys + k * book.D, *const average = book.averages + k * book.D;
     const Sum size = size_of(k), *const sum = book.sums + k * book.D;
-    if (book.usable > 0 && size < step.threshold) {
+    if (book.usable > 0 && size < rule.threshold) {
       const T* const row = book.spare + replaced++ % book.usable * book.D;
       for (int64_t d = 0; d < book.D; ++d) {
         key[d] = row[d];
-        average[d] = static_cast<T>(widen<Sum>(row[d]) * static_cast<Sum>(step.start));
+        average[d] = static_cast<T>(widen<Sum>(row[d]) * static_cast<Sum>(rule.start));
       }
-      book.sizes[k] = static_cast<T>(static_cast<Sum>(step.start));
-    } else if (step.rescale_all || book.hits[k] > 0) {
-      const Sum smoothed = static_cast<Sum>((size + step.eps) * share);
+      book.sizes[k] = static_cast<T>(static_cast<Sum>(rule.start));
+    } else if (rule.rescale_all || book.hits[k] > 0) {
+      const Sum smoothed = static_cast<Sum>((size + rule.eps) * share);
       for (int64_t d = 0; d < book.D; ++d) {
         const Sum mean = mix(sum[d], widen<Sum>(average[d]), keep);
         average[d] = static_cast<T>(mean);
@@ -104,9 +104,8 @@ Tensor update_keys_(
     using Sum = Accumulator<T>;
     const Sum* const hit = hits.const_data_ptr<Sum>();
     const bool any = std::any_of(hit, hit + C * K, [](Sum count) { return count > 0; });
-    const Step step{any ? decay : 1.0, eps, threshold, start, rescale_all && any};
-    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, K * D));
-    parallel(C, grain, [&](int64_t begin, int64_t end) {
+    const Rule rule{any ? decay : 1.0, eps, threshold, start, rescale_all && any};
+    parallel(C, packing_grain(K, D), [&](int64_t begin, int64_t end) {
       std::vector<float> rows;
       for (int64_t c = begin; c < end; ++c) {
         update<T>(
@@ -121,7 +120,7 @@ Tensor update_keys_(
                 .K = K,
                 .D = D,
             },
-            step);
+            rule);
         packing.pack(c, rows);
       }
     });

@@ -2,7 +2,7 @@
 // between KVB_TARGET and its end.
 #pragma once
 
-#include "numbers.h"
+#include "../numbers.h"
 #include "packed.h"
 #include "target.h"
 

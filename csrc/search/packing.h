@@ -8,6 +8,17 @@
 
 namespace kvb {
 
+constexpr int64_t kPackingWork = 1 << 16; // coordinates whose packing pays for another thread: some 50 us of work
+
+// How many codebooks of ``K`` keys a thread packs at least.
+inline int64_t packing_grain(int64_t K, int64_t D) {
+  return std::max<int64_t>(1, kPackingWork / std::max<int64_t>(1, K * D));
+}
+
+Layout layout_of(const Tensor& keys);
+void require_keys(const Tensor& keys);
+void require_packed(const Tensor& packed, const Layout& layout, int64_t C);
+
 // The packed keys of one tensor of contiguous keys [C, K, D]: memory for all codebooks, each written when asked.
 class Packing {
  public:

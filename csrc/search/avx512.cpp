@@ -10,7 +10,7 @@ namespace {
 #define KVB_WIDTH 16
 #include "vectors.inc"
 #include "lanes512.inc"
-#include "search_impl.inc"
+#include "search.inc"
 
 } // namespace
 

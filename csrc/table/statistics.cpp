@@ -1,14 +1,12 @@
 // What learning keys needs to know of a batch: accumulate (hits and sums of every pair), count (hits alone).
-#include "ops.h"
+#include "../ops.h"
 #include "rows.h"
-#include "search.h"
+#include "../search/search.h"
 
 #include <bit>
 
 namespace kvb {
 namespace {
-
-constexpr int64_t kCached = 1 << 19; // bytes of sums that stay in a core's cache with room to spare
 
 // Whether all of a row is finite: x - x is +0 or -0 if x is, and NaN if not. No early exit, so that it vectorises.
 template <class T>
@@ -45,18 +43,18 @@ void collect(const Source& queries, int64_t* hits, Accumulator<T>* sums) {
   const int64_t width = queries.width(), kept = sums ? width : 0;
   const int64_t row_bytes = sizeof(int64_t) + kept * sizeof(Sum);
   const Shares shares = share_out(
-      queries.indices.size(2), queries.K, kCached / row_bytes, (queries.indices.numel() + 1) * width);
+      queries.indices.size(2), queries.K, kCachedBytes / row_bytes, (queries.indices.numel() + 1) * width);
   for_shares(shares, [&](int64_t t) {
-    for (const Block& block : shares[t]) {
-      int64_t* const hit = hits + block.first;
-      Sum* const sum = sums + block.first * kept;
-      std::fill_n(hit, block.rows(), 0);
-      std::fill_n(sum, block.rows() * kept, Sum{0});
+    for (const RowRange& range : shares[t]) {
+      int64_t* const hit = hits + range.first;
+      Sum* const sum = sums + range.first * kept;
+      std::fill_n(hit, range.rows(), 0);
+      std::fill_n(sum, range.rows() * kept, Sum{0});
       if (kept == 0) {
-        for_rows<T>(queries, block, [&](const auto* query, int64_t target) { hit[target] += finite(query, width); });
+        for_rows<T>(queries, range, [&](const auto* query, int64_t target) { hit[target] += finite(query, width); });
         continue;
       }
-      list_source<T>(queries, block, [&](const auto* data, const Row* rows, int64_t listed) {
+      list_source<T>(queries, range, [&](const auto* data, const Row* rows, int64_t listed) {
         if constexpr (std::is_same_v<decltype(data), const float*>) {
           kernels().add_finite(data, rows, listed, width, hit, sum);
         } else {

@@ -10,7 +10,7 @@ namespace {
 #define KVB_WIDTH 8
 #include "vectors.inc"
 #include "lanes256.inc"
-#include "search_impl.inc"
+#include "search.inc"
 
 } // namespace
 

@@ -25,7 +25,7 @@ inline bool any_nan(vec values) {
   return std::isnan(total(values)); // of sums x - x, which are 0 or NaN
 }
 
-#include "search_impl.inc"
+#include "search.inc"
 
 } // namespace
 

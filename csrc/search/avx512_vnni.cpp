@@ -11,7 +11,7 @@ namespace {
 #include "vectors.inc"
 #include "lanes512.inc"
 #include "dot512.inc"
-#include "search_impl.inc"
+#include "search.inc"
 
 } // namespace
 

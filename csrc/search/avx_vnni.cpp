@@ -23,7 +23,7 @@ inline void store_bytes(int8_t* to, ivec values) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(eight));
 }
 #define KVB_DOT
-#include "search_impl.inc"
+#include "search.inc"
 
 } // namespace
 
