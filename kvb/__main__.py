@@ -166,13 +166,13 @@ def _bench(full: bool, peers: bool, target: Path | None, plots: Path | None) -> 
 
 
 def _check(device: str | None) -> int:
-    from kvb import check
+    from kvb import testing
 
-    there = {found.type: found for found in check.devices()}
+    there = {found.type: found for found in testing.devices()}
     if device is not None and device not in there:
         sys.exit(f"--device must be one of the devices of this machine, {', '.join(there)}; got {device!r}")
     print(f"kvb {kvb.__version__}, torch {torch.__version__}")
-    return 0 if check.run([there[device]] if device else list(there.values())) else 1
+    return 0 if testing.run([there[device]] if device else list(there.values())) else 1
 
 
 def _info() -> None:

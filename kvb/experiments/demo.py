@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kvb.bottleneck import KeyValueBottleneck
 from kvb.experiments import plots
 from kvb.experiments.class_incremental import (
     Examples,
@@ -30,6 +29,7 @@ from kvb.experiments.class_incremental import (
 )
 from kvb.experiments.heads import BottleneckHead, Budget, Head, NetworkHead
 from kvb.experiments.versions import versions
+from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.splitters import RandomProjection
 
 VALIDATION_SHARE = 0.25  # of the training examples

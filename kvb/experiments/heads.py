@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import functional, training
-from kvb.bottleneck import KeyValueBottleneck
+from kvb.modules.bottleneck import KeyValueBottleneck
 
 ROWS = 1024  # features that are split into queries at a time: all of them would be C*D/channels times as large
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvb.bottleneck import KeyValueBottleneck
 from kvb.experiments.class_incremental import (
     SCENARIOS,
     Examples,
@@ -31,7 +30,8 @@ from kvb.experiments.class_incremental import (
     stratified_split,
 )
 from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head, NearestMeanHead, NetworkHead
-from kvb.keys import KeyReport
+from kvb.modules.bottleneck import KeyValueBottleneck
+from kvb.modules.key_learning import KeyReport
 from kvb.splitters import RandomProjection
 
 HEADS = ("bottleneck", "linear", "MLP", "nearest mean")

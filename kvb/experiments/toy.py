@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 import kvb
 from kvb import optim
-from kvb.bottleneck import KeyValueBottleneck
 from kvb.experiments import plots
 from kvb.experiments.class_incremental import Examples, Result, Score
 from kvb.experiments.heads import BottleneckHead, Head, NetworkHead
 from kvb.experiments.versions import versions
+from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.splitters import Chunk, RandomProjection
 
 CENTRE_MARGIN, CENTRE_GAP = 0.12, 0.2  # of the classes' centres: from the edge of the square, and from each other
