@@ -18,6 +18,11 @@ SANITIZERS = {
     "1": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
+# These follow the user's own flags, among which -ffast-math would make every bound on rounding wrong.
+EXACT_MATH = [
+    *("-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-associative-math", "-fno-reciprocal-math"),
+    *("-fno-finite-math-only", "-fsigned-zeros"),
+]
 
 
 def setting(name, default, allowed):
@@ -89,10 +94,10 @@ def with_extension():
         depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True),
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=[
-            *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
+            *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden", *EXACT_MATH),
             *(flags and [*flags, "-fno-omit-frame-pointer", "-g", "-O1"]),
         ],
-        extra_link_args=flags,
+        extra_link_args=[*EXACT_MATH, *flags],  # at link time -ffast-math would make the process flush subnormals
         py_limited_api=True,
     )
     extension.libraries = ["c10", "torch_cpu"]  # all that it calls

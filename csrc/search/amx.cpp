@@ -158,7 +158,7 @@ struct TileFilter : QuantizedQueries<Each> {
 
   const int64_t parts, quads;
   const int64_t stride; // bytes from one query to the next
-  std::vector<int8_t> numbers;
+  Vector<int8_t> numbers;
   int64_t configured = 0; // rows
 };
 

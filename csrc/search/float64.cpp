@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <limits>
-#include <vector>
 
 namespace kvb {
 namespace {
@@ -18,9 +17,9 @@ void search_codebooks(const Q* queries, const Key* keys, const bool* mask, const
   const int64_t S = shape_of.size(1), C = shape_of.size(2), K = layout.K, D = layout.D;
   const int64_t strides[] = {shape_of.stride(0), shape_of.stride(1), shape_of.stride(2)};
   over_positions(shape_of.size(0) * S, C, D, static_cast<double>(K) * D * 8, [&](int64_t c, int64_t begin, int64_t end) {
-    std::vector<double> q(D), apart(D);
-    std::vector<std::pair<double, int64_t>> near;
-    std::vector<char> usable(K);
+    Vector<double> q(D), apart(D);
+    Vector<std::pair<double, int64_t>> near;
+    Vector<char> usable(K);
     for (int64_t k = 0; k < K; ++k) {
       const Key* key = keys + (c * K + k) * D;
       usable[k] = !mask || mask[c * K + k];

@@ -26,7 +26,7 @@ Layout layout_of(const Tensor& keys) {
 void require_keys(const Tensor& keys) {
   require_cpu(keys, "keys");
   require(is_floating(keys.scalar_type()), "expected floating-point keys");
-  require(keys.dim() == 3, "expected keys [C, K, D], got ", shape(keys));
+  require(keys.dim() == 3 && keys.numel() > 0, "expected keys [C, K, D], none of them 0, got ", shape(keys));
 }
 
 void require_packed(const Tensor& packed, const Layout& layout, int64_t C) {
@@ -46,9 +46,9 @@ Packing::Packing(const Tensor& keys)
     : keys_(keys),
       layout_(layout_of(keys)),
       id_(layout_.id()),
-      packed_(torch::stable::new_empty(keys, {keys.size(0), layout_.nbytes()}, ScalarType::Byte)) {}
+      packed_(new_tensor(keys, {keys.size(0), layout_.nbytes()}, ScalarType::Byte)) {}
 
-void Packing::pack(int64_t c, std::vector<float>& rows) const {
+void Packing::pack(int64_t c, Vector<float>& rows) const {
   const int64_t size = layout_.K * layout_.D;
   char* book = static_cast<char*>(packed_.mutable_data_ptr()) + c * layout_.nbytes();
   std::memset(book, 0, layout_.nbytes());
@@ -70,7 +70,7 @@ Tensor pack_keys(Tensor keys) {
   require_keys(keys);
   const Packing packing(compact(keys));
   parallel(keys.size(0), packing_grain(keys.size(1), keys.size(2)), [&](int64_t begin, int64_t end) {
-    std::vector<float> rows;
+    Vector<float> rows;
     for (int64_t c = begin; c < end; ++c) packing.pack(c, rows);
   });
   return packing.packed();

@@ -4,7 +4,6 @@
 #include "packed.h"
 
 #include <string>
-#include <vector>
 
 namespace kvb {
 
@@ -25,7 +24,7 @@ class Packing {
   explicit Packing(const Tensor& keys);
 
   // Pack the keys of codebook ``c`` as they are now; ``rows`` is memory that a thread keeps between codebooks.
-  void pack(int64_t c, std::vector<float>& rows) const;
+  void pack(int64_t c, Vector<float>& rows) const;
 
   const Tensor& packed() const {
     return packed_;

@@ -1,4 +1,5 @@
 // nearest and lookup: checks, memory, and how the work is cut; the instruction set does the rest.
+#include "../numbers.h"
 #include "../ops.h"
 #include "float64.h"
 #include "packing.h"
@@ -6,8 +7,6 @@
 #include "search.h"
 
 #include <limits>
-#include <memory>
-#include <vector>
 
 namespace kvb {
 namespace {
@@ -27,9 +26,10 @@ void require_search(const Tensor& queries, const Tensor& keys, const Tensor& pac
           "] for keys ", shape(keys), ", got ", shape(queries));
   require_packed(packed, layout_of(keys), C);
   if (mask) {
-    require(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == C &&
+    require_cpu(*mask, "mask");
+    require(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == C &&
                 mask->size(1) == K,
-            "expected mask torch.bool [", C, ", ", K, "] on the CPU, got ", shape(*mask));
+            "expected mask torch.bool [", C, ", ", K, "], got ", dtype_name(mask->scalar_type()), " ", shape(*mask));
   }
   require(topk >= 1 && topk <= K, "expected topk between 1 and ", K, ", got ", topk);
 }
@@ -58,8 +58,8 @@ struct Masked {
     });
   }
 
-  std::vector<uint16_t> bits;
-  std::vector<float> bias;
+  Vector<uint16_t> bits;
+  Vector<float> bias;
 };
 
 bool in_float64(const Tensor& queries, const Tensor& keys) {
@@ -83,8 +83,8 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
   }
 
   const char* from = static_cast<const char*>(packed.const_data_ptr());
-  std::unique_ptr<Masked> masked;
-  if (mask) masked = std::make_unique<Masked>(*mask, layout, from, C);
+  std::optional<Masked> masked;
+  if (mask) masked.emplace(*mask, layout, from, C);
   Search search = {
       .queries = queries.const_data_ptr(),
       .queries_type = queries.scalar_type(),
@@ -116,8 +116,8 @@ std::tuple<Tensor, Tensor> nearest(
     Tensor queries, Tensor keys, Tensor packed, std::optional<Tensor> mask, int64_t topk) {
   require_search(queries, keys, packed, mask, topk);
   const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2);
-  Tensor indices = torch::stable::new_empty(queries, {B, S, C, topk}, ScalarType::Long);
-  Tensor distances = torch::stable::new_empty(
+  Tensor indices = new_tensor(queries, {B, S, C, topk}, ScalarType::Long);
+  Tensor distances = new_tensor(
       queries, {B, S, C, topk}, in_float64(queries, keys) ? ScalarType::Double : ScalarType::Float);
   search_all(
       queries, keys, packed, mask, topk, indices.mutable_data_ptr<int64_t>(), distances.mutable_data_ptr());
@@ -128,8 +128,8 @@ std::tuple<Tensor, Tensor> lookup(
     Tensor queries, Tensor keys, Tensor packed, Tensor values, std::optional<Tensor> mask, std::string pool) {
   require_search(queries, keys, packed, mask, 1);
   Tensor indices =
-      torch::stable::new_empty(queries, {queries.size(0), queries.size(1), queries.size(2)}, ScalarType::Long);
-  const std::unique_ptr<double[]> distances(new double[indices.numel()]); // that nobody asked for
+      new_tensor(queries, {queries.size(0), queries.size(1), queries.size(2)}, ScalarType::Long);
+  const Buffer<double> distances = new_buffer<double>(indices.numel()); // that nobody asked for
   search_all(queries, keys, packed, mask, 1, indices.mutable_data_ptr<int64_t>(), distances.get());
   return {gather(values, indices, pool, "bscv"), indices};
 }

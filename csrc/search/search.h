@@ -10,7 +10,6 @@
 #include <functional>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -50,7 +50,7 @@ void gather_pooled(const T* table, const Walk& all, int64_t width, bool mean, T*
   const Sum divisor = static_cast<Sum>(mean ? C : 1);
   parallel(positions, kSerialWork / std::max<int64_t>(C * width, 1), [&](int64_t begin, int64_t end) {
     std::array<Row, kListedRows> rows;
-    std::vector<Sum> totals(tile * width);
+    Vector<Sum> totals(tile * width);
     for (int64_t n = begin; n < end; n += tile) {
       const int64_t last = std::min(end, n + tile);
       sum_codebooks(table, all, n, last, width, rows.data(), totals.data());

@@ -11,7 +11,6 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 namespace kvb {
 
@@ -22,22 +21,6 @@ constexpr int64_t kSerialWork = 1 << 15; // elements below which a second thread
 constexpr int64_t kCachedBytes = 1 << 19; // of sums or slots: half of an L2 cache, so that they stay in it
 
 // --- checks ----------------------------------------------------------------------------------------------------------
-
-inline const char* dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::Double: return "torch.float64";
-    case ScalarType::Bool: return "torch.bool";
-    case ScalarType::Byte: return "torch.uint8";
-    case ScalarType::Char: return "torch.int8";
-    case ScalarType::Short: return "torch.int16";
-    case ScalarType::Int: return "torch.int32";
-    case ScalarType::Long: return "torch.int64";
-    default: return torch::headeronly::toString(type);
-  }
-}
 
 inline void require_floating(const Tensor& tensor, const char* name) {
   require_cpu(tensor, name);
@@ -327,8 +310,8 @@ void list_source(const Source& source, const RowRange& range, const F& visit) {
   Walk part = walk(source.indices, places(source, books), source.K, 1);
   part.table_origin = -range.first;
   part = codebooks(part, c0, c1);
-  std::vector<Row> rows(std::min(tile, positions) * books);
-  std::vector<Sum> stage_rows(std::min(tile, positions) * staged_books * width);
+  Vector<Row> rows(std::min(tile, positions) * books);
+  Vector<Sum> stage_rows(std::min(tile, positions) * staged_books * width);
 
   for (int64_t n = 0; n < positions; n += tile) {
     const int64_t end = std::min(positions, n + tile);

@@ -74,9 +74,9 @@ void collect(const Source& queries, int64_t* hits, Accumulator<T>* sums) {
 std::tuple<Tensor, Tensor> accumulate(Tensor queries, Tensor indices, int64_t K) {
   require_queries(queries, indices, K);
   const int64_t C = queries.size(2), D = queries.size(3);
-  Tensor hits = torch::stable::new_empty(queries, {C, K}, ScalarType::Long);
+  Tensor hits = new_tensor(queries, {C, K}, ScalarType::Long);
   const bool wide = queries.scalar_type() == ScalarType::Double;
-  Tensor sums = torch::stable::new_empty(queries, {C, K, D}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor sums = new_tensor(queries, {C, K, D}, wide ? ScalarType::Double : ScalarType::Float);
   with_floating(queries.scalar_type(), [&](auto query) {
     using T = decltype(query);
     collect<T>(
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> accumulate(Tensor queries, Tensor indices, int64_t K)
 
 Tensor count(Tensor queries, Tensor indices, int64_t K) {
   require_queries(queries, indices, K);
-  Tensor hits = torch::stable::new_empty(queries, {queries.size(2), K}, ScalarType::Long);
+  Tensor hits = new_tensor(queries, {queries.size(2), K}, ScalarType::Long);
   with_floating(queries.scalar_type(), [&](auto query) {
     collect<decltype(query)>({queries, indices, K, false, 1}, hits.mutable_data_ptr<int64_t>(), nullptr);
   });

@@ -6,7 +6,6 @@
 #include "pooled.h"
 
 #include <cmath>
-#include <memory>
 
 namespace kvb {
 namespace {
@@ -75,8 +74,8 @@ double square(const Sum* row, int64_t width) {
 // The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.
 template <class Sum>
 struct Gradient {
-  std::vector<Sum> rows;
-  std::vector<double> squares; // [B]
+  Vector<Sum> rows;
+  Vector<double> squares; // [B]
   int64_t width, positions; // V, S
 
   Gradient(int64_t samples, int64_t positions, int64_t width)
@@ -105,9 +104,9 @@ struct Addend {
 // What a thread needs to list one group after the other; it takes memory when it is used.
 struct Scratch {
   const int64_t K, books, positions;
-  std::vector<int32_t> place; // [K]: where a row of the codebook is listed, plus ``origin``; below it: nowhere
-  std::vector<int32_t> codes; // [books, N]
-  std::vector<Addend> again; // of one codebook: a place that was taken, and a position
+  Vector<int32_t> place; // [K]: where a row of the codebook is listed, plus ``origin``; below it: nowhere
+  Vector<int32_t> codes; // [books, N]
+  Vector<Addend> again; // of one codebook: a place that was taken, and a position
   int32_t origin = 0;
 
   // Forget all places, without a pass over K.
@@ -131,8 +130,8 @@ class Group {
  public:
   Group(int64_t books, int64_t positions)
       : N_(static_cast<int32_t>(positions)),
-        touched_(new TouchedRow[books * positions]),
-        addends_(new Addend[books * positions]) {}
+        touched_(new_buffer<TouchedRow>(books * positions)),
+        addends_(new_buffer<Addend>(books * positions)) {}
 
   // Begin with the codes of codebooks [c0, c1). They follow each other closely, in the same cache lines.
   void read(const Tensor& indices, int64_t c0, int64_t c1, Scratch& scratch) {
@@ -227,10 +226,9 @@ class Group {
   }
 
   int32_t N_, end_ = 0, added_ = 0, summed_ = 0; // positions; lengths of touched, parts and sums
-  // Left uninitialised: most is never used.
-  std::unique_ptr<TouchedRow[]> touched_; // codebook by codebook, in batch order
-  std::unique_ptr<Addend[]> addends_; // a sum's parts in batch order
-  std::vector<Sum> sums_; // [summed, V]
+  Buffer<TouchedRow> touched_; // codebook by codebook, in batch order
+  Buffer<Addend> addends_; // a sum's addends in batch order
+  Vector<Sum> sums_; // [summed, V]
 };
 
 // --- the step --------------------------------------------------------------------------------------------------------
@@ -253,19 +251,19 @@ class TrainingStep {
   }
 
   // Means over codebooks [N, V], rounded as gather rounds them.
-  std::vector<Sum> means() {
-    std::vector<T> rounded(N_ * V_);
+  Vector<Sum> means() {
+    Vector<T> rounded(N_ * V_);
     if (kept_.empty()) {
       gather_pooled(table_, walk(indices_, {}, K_ * V_, V_), V_, true, rounded.data());
     } else {
-      std::vector<Sum> totals(groups() * N_ * V_);
+      Vector<Sum> totals(groups() * N_ * V_);
       for_groups([&](int64_t g, Scratch& scratch, Group<Sum>&) {
         list_and_add(g, scratch, totals.data() + g * N_ * V_);
       });
       for (int64_t g = 1; g < groups(); ++g) add_row(totals.data(), totals.data() + g * N_ * V_, N_ * V_);
       for (int64_t i = 0; i < N_ * V_; ++i) rounded[i] = static_cast<T>(totals[i] / static_cast<Sum>(C_));
     }
-    std::vector<Sum> means(N_ * V_);
+    Vector<Sum> means(N_ * V_);
     std::transform(rounded.begin(), rounded.end(), means.begin(), [](T mean) { return widen<Sum>(mean); });
     return means;
   }
@@ -273,7 +271,7 @@ class TrainingStep {
   // The norm of the whole gradient: that of all positions as if they shared no row, and corrections, added in order.
   double norm(const Gradient<Sum>& grad) {
     if (N_ == 0) return 0; // whatever the loss
-    std::vector<double> corrections(groups());
+    Vector<double> corrections(groups());
     for_groups([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
       corrections[g] = summed(g, grad, scratch, own).correction(grad);
     });
@@ -341,7 +339,7 @@ class TrainingStep {
   const Tensor& indices_;
   int64_t K_, V_, C_, N_;
   int64_t books_ = 1; // codebooks of a group
-  std::vector<Group<Sum>> kept_; // all groups, or none where they would fill the memory
+  Vector<Group<Sum>> kept_; // all groups, or none where they would fill the memory
 };
 
 // Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets, and the loss.
@@ -349,7 +347,7 @@ template <class Sum>
 double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t C, Sum smoothing, Sum* logits,
               Gradient<Sum>& grad) {
   const int64_t S = grad.positions, V = grad.width;
-  std::vector<Sum> loss(B);
+  Vector<Sum> loss(B);
   const Sum scale = static_cast<Sum>(1.0 / (static_cast<double>(B) * S * C));
   parallel(B, kSerialWork / std::max<int64_t>((S + 8) * V, 1), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
@@ -386,13 +384,13 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
   require_classes(targets, V);
 
   const ScalarType exact = values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor loss = torch::stable::new_empty(values, {}, exact), norm = torch::stable::new_empty(values, {}, exact);
-  Tensor logits = torch::stable::new_empty(values, {B, V}, exact);
+  Tensor loss = new_tensor(values, {}, exact), norm = new_tensor(values, {}, exact);
+  Tensor logits = new_tensor(values, {B, V}, exact);
   with_floating(values.scalar_type(), [&](auto value) {
     using T = decltype(value);
     using Sum = Accumulator<T>;
     TrainingStep<T> step(values.mutable_data_ptr<T>(), K, V, indices);
-    const std::vector<Sum> means = step.means();
+    const Vector<Sum> means = step.means();
     Gradient<Sum> grad(B, S, V);
     *loss.mutable_data_ptr<Sum>() = static_cast<Sum>(losses(
         means.data(), targets.const_data_ptr<int64_t>(), B, C, static_cast<Sum>(label_smoothing),

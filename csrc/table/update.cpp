@@ -106,7 +106,7 @@ Tensor update_keys_(
     const bool any = std::any_of(hit, hit + C * K, [](Sum count) { return count > 0; });
     const Rule rule{any ? decay : 1.0, eps, threshold, start, rescale_all && any};
     parallel(C, packing_grain(K, D), [&](int64_t begin, int64_t end) {
-      std::vector<float> rows;
+      Vector<float> rows;
       for (int64_t c = begin; c < end; ++c) {
         update<T>(
             {

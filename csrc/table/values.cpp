@@ -3,7 +3,6 @@
 #include "pooled.h"
 
 #include <bit>
-#include <memory>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -19,7 +18,7 @@ constexpr int64_t kMapped = 1 << 25; // bytes from which malloc maps fresh pages
 
 // An uninitialised output. Faulting in fresh pages of 4 KB costs more than writing them: ask for large ones.
 Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  Tensor out = torch::stable::new_empty(like, sizes, like.scalar_type());
+  Tensor out = new_tensor(like, sizes, like.scalar_type());
 #ifdef __linux__
   constexpr uintptr_t page = 1 << 21;
   const int64_t bytes = out.numel() * element_bytes(out.scalar_type());
@@ -134,7 +133,7 @@ void dense_gradient(const Source& source, T* out) {
   const Shares shares = share_out(
       source.indices.size(2), source.K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
   for_shares(shares, [&](int64_t t) {
-    std::vector<Sum> scratch;
+    Vector<Sum> scratch;
     for (const RowRange& range : shares[t]) {
       T* to = out + range.first * width;
       if constexpr (std::is_same_v<T, Sum>) {
@@ -153,13 +152,13 @@ void dense_gradient(const Source& source, T* out) {
 // The rows of one range that any index points at.
 struct TouchedRows {
   RowRange range;
-  std::vector<uint64_t> bits;
+  Vector<uint64_t> bits;
   int64_t count;
   int64_t place = 0; // of the first of them in the output
 };
 
 TouchedRows find_touched(const Source& source, const RowRange& range) {
-  TouchedRows touched{range, std::vector<uint64_t>((range.rows() + 63) / 64), 0};
+  TouchedRows touched{range, Vector<uint64_t>((range.rows() + 63) / 64), 0};
   for_targets(source.indices, source.K, range, [&](int64_t target) {
     uint64_t& word = touched.bits[target / 64];
     const uint64_t bit = uint64_t{1} << (target % 64);
@@ -216,11 +215,10 @@ int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
       share_out(source.indices.size(2), source.K, cached_rows(sizeof(int64_t)), source.indices.numel() * width);
   const TouchedShares touched = find_all_touched(source, shares);
   for_shares(shares, [&](int64_t t) {
-    std::unique_ptr<int64_t[]> slots;
-    std::vector<Sum> scratch;
+    Buffer<int64_t> slots;
+    Vector<Sum> scratch;
     for (const TouchedRows& one : touched[t]) {
-      // Left uninitialised: only the slots of touched rows are ever read.
-      slots.reset(new int64_t[one.range.rows()]);
+      slots = new_buffer<int64_t>(one.range.rows()); // only the slots of touched rows are ever read
       number_rows(one, slots.get(), rows + one.place);
       T* to = grads + one.place * width;
       if constexpr (std::is_same_v<T, Sum>) {
@@ -294,9 +292,9 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indi
   require_grad(grad, indices, K, pool);
   const Source source = source_of(grad, indices, K, pool);
   const int64_t size = std::min(indices.numel(), indices.size(2) * K), width = source.width();
-  Tensor rows = torch::stable::new_empty(grad, {size}, ScalarType::Long);
+  Tensor rows = new_tensor(grad, {size}, ScalarType::Long);
   Tensor grads = new_output(grad, {size, width});
-  Tensor count = torch::stable::new_empty(grad, {1}, ScalarType::Long);
+  Tensor count = new_tensor(grad, {1}, ScalarType::Long);
   with_floating(grad.scalar_type(), [&](auto value) {
     using T = decltype(value);
     int64_t* to = rows.mutable_data_ptr<int64_t>();
