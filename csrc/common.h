@@ -68,18 +68,26 @@ inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
 template <class T>
 struct Allocator {
   using value_type = T;
+  static constexpr bool kAligned = alignof(T) > __STDCPP_DEFAULT_NEW_ALIGNMENT__;
   Allocator() = default;
   template <class U>
   Allocator(const Allocator<U>&) {}
 
   T* allocate(size_t count) {
     const double bytes = static_cast<double>(count) * sizeof(T);
-    void* memory = bytes < 0x1p62 ? ::operator new(count * sizeof(T), std::nothrow) : nullptr;
+    void* memory = nullptr;
+    if constexpr (kAligned)
+      memory = bytes < 0x1p62 ? ::operator new(count * sizeof(T), std::align_val_t{alignof(T)}, std::nothrow) : nullptr;
+    else
+      memory = bytes < 0x1p62 ? ::operator new(count * sizeof(T), std::nothrow) : nullptr;
     if (!memory) out_of_memory(bytes);
     return static_cast<T*>(memory);
   }
   void deallocate(T* memory, size_t) {
-    ::operator delete(memory);
+    if constexpr (kAligned)
+      ::operator delete(memory, std::align_val_t{alignof(T)});
+    else
+      ::operator delete(memory);
   }
   template <class U>
   bool operator==(const Allocator<U>&) const {

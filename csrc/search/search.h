@@ -39,7 +39,7 @@ using SearchRows = void (*)(const Search& search, int64_t codebook, int64_t begi
 using PackCodebook = void (*)(const Layout& layout, const float* keys, char* packed);
 // Adds each listed row of ``data`` to its sum and counts it, unless it holds NaN or Inf.
 using AddFinite =
-    void (*)(const float* data, const Row* rows, int64_t listed, int64_t width, int64_t* hits, float* sums);
+    void (*)(const float* data, const Row* rows, int64_t listed, int64_t width, int64_t* hits, double* sums);
 
 struct Kernels {
   const char* name;

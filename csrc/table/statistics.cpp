@@ -4,6 +4,7 @@
 #include "../search/search.h"
 
 #include <bit>
+#include <cmath>
 
 namespace kvb {
 namespace {
@@ -36,35 +37,78 @@ void require_queries(const Tensor& queries, const Tensor& indices, int64_t K) {
   require_shape(indices, "indices", {queries.size(0), queries.size(1), queries.size(2)});
 }
 
+// The sums of one range of pairs. They are kept in float64, so that float32 numbers are rounded once, at the end,
+// however many there are; float64 numbers keep what each addition loses as well (Knuth's TwoSum).
+template <class T>
+class Sums {
+  static constexpr bool kCompensated = std::is_same_v<T, double>;
+
+ public:
+  Sums(int64_t rows, int64_t width) : width_(width), sums_(rows * width), lost_(kCompensated ? rows * width : 0) {}
+
+  static int64_t row_bytes(int64_t width) {
+    return width * (kCompensated ? 2 : 1) * sizeof(double);
+  }
+
+  // Add finite rows, and count them.
+  template <class Number>
+  void add(const Number* data, const Row* rows, int64_t listed, int64_t* hits) {
+    if constexpr (std::is_same_v<Number, float>) {
+      kernels().add_finite(data, rows, listed, width_, hits, sums_.data());
+    } else {
+      visit_listed(data, rows, listed, width_, [&](const Number* row, int64_t target) {
+        if (!finite(row, width_)) return;
+        ++hits[target];
+        if constexpr (kCompensated)
+          add_compensated(row, target);
+        else
+          add_row(sums_.data() + target * width_, row, width_);
+      });
+    }
+  }
+
+  void write(Accumulator<T>* to) const {
+    for (size_t i = 0; i < sums_.size(); ++i) {
+      const double sum = kCompensated ? sums_[i] + lost_[i] : sums_[i];
+      to[i] = static_cast<Accumulator<T>>(std::isfinite(sum) ? sum : sums_[i]);
+    }
+  }
+
+ private:
+  void add_compensated(const double* row, int64_t target) {
+    double* const sum = sums_.data() + target * width_;
+    double* const lost = lost_.data() + target * width_;
+    for (int64_t d = 0; d < width_; ++d) {
+      const double total = sum[d] + row[d], part = total - sum[d];
+      lost[d] += (sum[d] - (total - part)) + (row[d] - part);
+      sum[d] = total;
+    }
+  }
+
+  int64_t width_;
+  Vector<double> sums_, lost_;
+};
+
 // Hits of the finite queries of every pair, and their sums unless ``sums`` is null.
 template <class T>
 void collect(const Source& queries, int64_t* hits, Accumulator<T>* sums) {
-  using Sum = Accumulator<T>;
-  const int64_t width = queries.width(), kept = sums ? width : 0;
-  const int64_t row_bytes = sizeof(int64_t) + kept * sizeof(Sum);
+  const int64_t width = queries.width();
+  const int64_t row_bytes = sizeof(int64_t) + (sums ? Sums<T>::row_bytes(width) : 0);
   const Shares shares = share_out(
       queries.indices.size(2), queries.K, kCachedBytes / row_bytes, (queries.indices.numel() + 1) * width);
   for_shares(shares, [&](int64_t t) {
     for (const RowRange& range : shares[t]) {
       int64_t* const hit = hits + range.first;
-      Sum* const sum = sums + range.first * kept;
       std::fill_n(hit, range.rows(), 0);
-      std::fill_n(sum, range.rows() * kept, Sum{0});
-      if (kept == 0) {
+      if (!sums) {
         for_rows<T>(queries, range, [&](const auto* query, int64_t target) { hit[target] += finite(query, width); });
         continue;
       }
+      Sums<T> kept(range.rows(), width);
       list_source<T>(queries, range, [&](const auto* data, const Row* rows, int64_t listed) {
-        if constexpr (std::is_same_v<decltype(data), const float*>) {
-          kernels().add_finite(data, rows, listed, width, hit, sum);
-        } else {
-          visit_listed(data, rows, listed, width, [&](const auto* query, int64_t target) {
-            if (!finite(query, width)) return;
-            ++hit[target];
-            add_row(sum + target * width, query, width);
-          });
-        }
+        kept.add(data, rows, listed, hit);
       });
+      kept.write(sums + range.first * width);
     }
   });
 }

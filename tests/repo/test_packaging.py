@@ -146,7 +146,7 @@ def test_a_build_gives_one_file_for_every_python(sources):
     assert not said(done)
 
 
-# Fails to compile under -ffast-math; holds 1 where the linker added code that flushes subnormals as it loads.
+# Fails to compile under -ffast-math.
 EXACT_SOURCE = """
 #if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || defined(__ASSOCIATIVE_MATH__)
 #error
@@ -159,13 +159,12 @@ def test_fast_math_among_the_users_flags_is_switched_off(sources, flags):
     (sources / "csrc" / "library.cpp").write_text(EXACT_SOURCE + SOURCE)
     done, wheel = build("wheel", sources, KVB_BUILD_EXT="1", CFLAGS=flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    code = zipfile.ZipFile(wheel).read("kvb/_C.abi3.so")
-    assert b"set_fast_math" not in code
+    # The linker may add code that flushes subnormals of the whole process as it is loaded.
     subnormal = (
         "import ctypes, sys, torch; x = torch.tensor(1e-40); y = float(x * 1); ctypes.CDLL(sys.argv[1]);"
         "assert float(x * 1) == y > 0"
     )
-    (sources / "_C.so").write_bytes(code)
+    (sources / "_C.so").write_bytes(zipfile.ZipFile(wheel).read("kvb/_C.abi3.so"))
     done = run(sys.executable, "-c", subnormal, str(sources / "_C.so"))
     assert done.returncode == 0, done.stderr
 
