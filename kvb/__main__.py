@@ -13,7 +13,7 @@ import torch
 
 import kvb
 
-FEATURES = {"digits": "digits", "mnist": "mnist", "20ng": "newsgroups"}  # and their modules in kvb.experiments
+FEATURES = {"digits": "data.digits", "mnist": "data.mnist", "20ng": "data.newsgroups"}  # modules of kvb.experiments
 STUDIES = {**FEATURES, "toy": "toy"}
 
 
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 def _experiment(name: str, chosen: argparse.Namespace, run: Callable[[Any, Any], None]) -> None:
     """Give ``run`` a module of kvb.experiments and that of the data; say in one line what they lack."""
     try:
-        from kvb.experiments.packages import MissingPackageError
+        from kvb.experiments.data.packages import MissingPackageError
 
         modules = [importlib.import_module(f"kvb.experiments.{module}") for module in (name, STUDIES[chosen.data])]
     except ModuleNotFoundError as error:

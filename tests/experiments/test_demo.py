@@ -16,7 +16,7 @@ from kvb.experiments.heads import BottleneckHead
 from kvb.splitters import RandomProjection
 
 demo = pytest.importorskip("kvb.experiments.demo", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
-DIGITS = importlib.import_module("kvb.experiments.digits").STUDY
+DIGITS = importlib.import_module("kvb.experiments.data.digits").STUDY
 
 
 @pytest.fixture(scope="module")

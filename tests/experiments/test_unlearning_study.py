@@ -12,7 +12,7 @@ from kvb import __main__, unlearning
 
 study = pytest.importorskip("kvb.experiments.unlearning", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
 demo = importlib.import_module("kvb.experiments.demo")
-DIGITS = importlib.import_module("kvb.experiments.digits").STUDY
+DIGITS = importlib.import_module("kvb.experiments.data.digits").STUDY
 
 
 @pytest.fixture(scope="module")

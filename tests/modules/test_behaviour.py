@@ -349,7 +349,7 @@ def test_info_names_versions_and_backends():
     assert facts["torch"] == torch.__version__
     assert facts["backend on cpu"].split(" (")[0] == kvb.ops.backend("cpu")
     if torch.version.cuda is None and torch.version.hip is None:
-        assert facts["backend on cuda"] == "reference (this PyTorch was built without CUDA or ROCm)"
+        assert facts["backend on cuda"] == "torch (this PyTorch was built without CUDA or ROCm)"
     assert torch.backends.cpu.get_cpu_capability() in facts["cpu"]
 
 

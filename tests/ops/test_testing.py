@@ -162,7 +162,7 @@ def test_command_line_names_the_first_failure(monkeypatch, capsys):
     assert __main__.main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["gather", "torch", "on", "cpu", "FAIL", "3", "of", "3"] for line in lines)
-    assert lines[-1].startswith("first failure: gather, reference on cpu, case 'plain': expected values torch.float32")
+    assert lines[-1].startswith("first failure: gather, torch on cpu, case 'plain': expected values torch.float32")
 
 
 def test_an_absent_device_is_named():

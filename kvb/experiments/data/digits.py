@@ -8,8 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from kvb.experiments.class_incremental import Examples, stratified_split
-from kvb.experiments.demo import Study
-from kvb.experiments.report import SMALL, Source
+from kvb.experiments.studies import SMALL, Source, Study
 
 TEST_SHARE = 0.2
 

