@@ -1,6 +1,7 @@
 // The layout of packed keys, one codebook after the other.
 //
 //   id       64 bytes of text, checked by every search
+//   mark     uint64, a fingerprint of the keys: whether they are still the ones that were packed
 //   Scale    the numbers a bound is made of
 //   centre   float[D], the mean of the finite keys
 //   bits     uint16 a block: which of its 16 keys are usable
@@ -13,7 +14,7 @@
 // The float32 filter reads the blocks. The 8-bit filter reads the tiles, four side by side: tile t of group g holds the
 // keys g*256 + l*16 + t in its lanes l = 0..15, so that the maximum of one lane over the 16 tiles of a group stands for
 // the 16 neighbours of one block. Every part starts at a multiple of 64 bytes. Keys in float64 are searched by direct
-// difference alone, and their packed form is the id.
+// difference alone, and their packed form is the id and the mark.
 #pragma once
 
 #include "../common.h"
@@ -71,8 +72,11 @@ struct Layout {
   }
 
   // Where each part begins, in bytes.
-  int64_t scale() const {
+  int64_t mark() const {
     return kAlignment;
+  }
+  int64_t scale() const {
+    return mark() + kAlignment;
   }
   int64_t centre() const {
     return scale() + kAlignment;
@@ -90,12 +94,12 @@ struct Layout {
     return bias() + 4 * groups() * kGroup;
   }
   int64_t nbytes() const {
-    if (float64) return kAlignment;
+    if (float64) return scale();
     return tiled ? tiles() + tile(groups(), 0) : bias();
   }
 
   std::string id() const {
-    std::string id = "kvb csrc 3: K=" + std::to_string(K) + " D=" + std::to_string(D);
+    std::string id = "kvb cpp 4: K=" + std::to_string(K) + " D=" + std::to_string(D);
     id += float64 ? " float64" : tiled ? " int8" : " float32";
     id.resize(kAlignment, ' ');
     return id;

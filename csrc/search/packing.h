@@ -23,8 +23,15 @@ class Packing {
  public:
   explicit Packing(const Tensor& keys);
 
-  // Pack the keys of codebook ``c`` as they are now; ``rows`` is memory that a thread keeps between codebooks.
-  void pack(int64_t c, Vector<float>& rows) const;
+  // What a thread needs to pack one codebook after the other.
+  struct Scratch {
+    Vector<float> rows; // [K, D], where keys are not float32
+    Vector<double> totals; // [D]
+  };
+  Scratch scratch() const;
+
+  // Pack the keys of codebook ``c`` as they are now; takes no memory.
+  void pack(int64_t c, Scratch& scratch) const;
 
   const Tensor& packed() const {
     return packed_;

@@ -29,6 +29,6 @@ inline bool any_nan(vec values) {
 
 } // namespace
 
-const Kernels kernels = {"portable", false, search_rows, pack_codebook, add_finite};
+const Kernels kernels = {"portable", false, search_rows, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::portable

@@ -85,6 +85,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
   const char* from = static_cast<const char*>(packed.const_data_ptr());
   std::optional<Masked> masked;
   if (mask) masked.emplace(*mask, layout, from, C);
+  std::atomic<bool> stale = false;
   Search search = {
       .queries = queries.const_data_ptr(),
       .queries_type = queries.scalar_type(),
@@ -101,6 +102,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
       .masked_bits = masked ? masked->bits.data() : nullptr,
       .masked_bias = masked ? masked->bias.data() : nullptr,
       .topk = topk,
+      .stale = &stale,
       .indices = indices,
       .distances = static_cast<float*>(distances),
   };
@@ -108,6 +110,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
   over_positions(B * S, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
     kernels().search(search, c, begin, end);
   });
+  require(!stale, "packed keys do not fit the keys, which have changed since; pack the keys again with pack_keys(keys)");
 }
 
 } // namespace

@@ -380,6 +380,8 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
       targets.scalar_type() == ScalarType::Long, "expected targets torch.int64, got ",
       dtype_name(targets.scalar_type()));
   require_shape(targets, "targets", {B});
+  require_apart(values, "values", indices, "indices");
+  require_apart(values, "values", targets, "targets");
   targets = compact(targets);
   require_classes(targets, V);
 
@@ -397,6 +399,7 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
         logits.mutable_data_ptr<Sum>(), grad));
     const double norm_of_all = step.norm(grad);
     *norm.mutable_data_ptr<Sum>() = static_cast<Sum>(norm_of_all);
+    if (!std::isfinite(norm_of_all)) return; // there is no direction to step in
     const double share = max_norm / (norm_of_all + 1e-6);
     step.move(grad, static_cast<Sum>(lr * (share < 1 ? share : 1.0)));
   });
