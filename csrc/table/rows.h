@@ -4,39 +4,23 @@
 // loop over it look ahead: table rows are fetched from random places.
 #pragma once
 
-#include "numbers.h"
+#include "../numbers.h"
 
 #include <array>
 #include <atomic>
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 namespace kvb {
 
 using Sizes = std::array<int64_t, 3>;
 
-constexpr int64_t kListed = 1024; // rows listed at a time: 16 KB
-constexpr int64_t kSerial = 1 << 15; // elements below which a second thread costs more than it saves
+constexpr int64_t kListedRows = 1024; // rows listed at a time: 16 KB, half of an L1 cache
+constexpr int64_t kSerialWork = 1 << 15; // elements below which a second thread costs more than it saves: some 10 us
+constexpr int64_t kCachedBytes = 1 << 19; // of sums or slots: half of an L2 cache, so that they stay in it
 
 // --- checks ----------------------------------------------------------------------------------------------------------
-
-inline const char* dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::Double: return "torch.float64";
-    case ScalarType::Bool: return "torch.bool";
-    case ScalarType::Byte: return "torch.uint8";
-    case ScalarType::Char: return "torch.int8";
-    case ScalarType::Short: return "torch.int16";
-    case ScalarType::Int: return "torch.int32";
-    case ScalarType::Long: return "torch.int64";
-    default: return torch::headeronly::toString(type);
-  }
-}
 
 inline void require_floating(const Tensor& tensor, const char* name) {
   require_cpu(tensor, name);
@@ -72,7 +56,7 @@ struct Walk {
   Sizes size, stride;
   Sizes place; // what a step adds to a row's place
   Sizes table; // what a step adds to its target
-  int64_t scale; // what the next higher index adds to its target
+  int64_t index_step; // what the next higher index adds to its target
   int64_t place_origin = 0, table_origin = 0;
 
   int64_t positions() const {
@@ -126,12 +110,12 @@ inline int64_t list_rows(const Walk& walk, int64_t begin, int64_t end, uint64_t 
       int64_t place = walk.place_origin + at(walk.place, x, y, z);
       int64_t table = walk.table_origin + at(walk.table, x, y, z);
       // In registers: the compiler cannot know that writing rows leaves the walk alone.
-      const int64_t scale = walk.scale, code_step = walk.stride[2], place_step = walk.place[2];
+      const int64_t index_step = walk.index_step, code_step = walk.stride[2], place_step = walk.place[2];
       const int64_t table_step = walk.table[2];
       const uint64_t below = limit;
       Row* next = last;
       for (int64_t i = 0; i < length; ++i) {
-        const int64_t target = table + static_cast<int64_t>(*code) * scale;
+        const int64_t target = table + static_cast<int64_t>(*code) * index_step;
         *next = {place, target};
         next += static_cast<uint64_t>(target) < below; // no branch: it would be a coin toss
         code += code_step;
@@ -195,7 +179,7 @@ inline Walk in_memory_order(Walk walk) {
 inline void require_in_range(const Tensor& indices, int64_t K) {
   const Walk all = in_memory_order(walk(indices, {}, 0, 1));
   Extremes seen;
-  parallel(all.positions(), kSerial, [&](int64_t begin, int64_t end) {
+  parallel(all.positions(), kSerialWork, [&](int64_t begin, int64_t end) {
     with_integer(all.type, [&](auto index) { find_extremes<decltype(index)>(all, begin, end, seen); });
   });
   if (all.positions() == 0 || (seen.low >= 0 && seen.high < K)) return;
@@ -222,7 +206,7 @@ inline void require_codes(const Tensor& indices, int64_t C, int64_t K) {
 
 // Rows [first, last) of the flattened [C*K] table. One thread sums a row, in batch order: no atomics, and the same
 // bits whatever the number of threads.
-struct Block {
+struct RowRange {
   int64_t first, last;
 
   int64_t rows() const {
@@ -230,13 +214,13 @@ struct Block {
   }
 };
 
-using Shares = std::vector<std::vector<Block>>;
+using Shares = std::vector<std::vector<RowRange>>;
 
-// Each thread's share of C*K rows, in blocks of whole codebooks, as many as fit ``wanted`` rows. Shares begin and end
+// Each thread's share of C*K rows, in ranges of whole codebooks, as many as fit ``wanted`` rows. Shares begin and end
 // anywhere, so that one codebook keeps every thread busy.
 inline Shares share_out(int64_t C, int64_t K, int64_t wanted, int64_t work) {
   const int64_t total = C * K;
-  const int64_t threads = work < kSerial ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), total);
+  const int64_t threads = work < kSerialWork ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), total);
   const int64_t group = std::max<int64_t>(1, wanted / std::max<int64_t>(1, K)) * K;
   Shares shares(threads);
   for (int64_t t = 0, begin = 0; t < threads; ++t) {
@@ -291,17 +275,17 @@ void stage(const Source& source, int64_t n0, int64_t n1, int64_t c0, int64_t c1,
   }
 }
 
-// Visit the rows of one block that indices [B, S, C] point at, in batch order.
+// Visit the rows of one range that indices [B, S, C] point at, in batch order.
 template <class F>
-void for_targets(const Tensor& indices, int64_t K, const Block& block, const F& visit) {
-  const int64_t c0 = block.first / K, c1 = (block.last - 1) / K + 1;
+void for_targets(const Tensor& indices, int64_t K, const RowRange& range, const F& visit) {
+  const int64_t c0 = range.first / K, c1 = (range.last - 1) / K + 1;
   Walk part = codebooks(walk(indices, {}, K, 1), c0, c1);
-  part.table_origin -= block.first;
+  part.table_origin -= range.first;
   part = with_long_runs(part);
-  std::array<Row, kListed> rows;
-  for (int64_t at = 0; at < part.positions(); at += kListed) {
-    const int64_t end = std::min(part.positions(), at + kListed);
-    const int64_t listed = list_rows(part, at, end, block.rows(), rows.data());
+  std::array<Row, kListedRows> rows;
+  for (int64_t at = 0; at < part.positions(); at += kListedRows) {
+    const int64_t end = std::min(part.positions(), at + kListedRows);
+    const int64_t listed = list_rows(part, at, end, range.rows(), rows.data());
     for (int64_t i = 0; i < listed; ++i) visit(rows[i].target);
   }
 }
@@ -314,26 +298,26 @@ inline Sizes places(const Source& source, int64_t books) {
   return {source.indices.size(1) * position, position, source.pooled ? 0 : width};
 }
 
-// List the rows of ``source`` that go to one block, in batch order: visit(data, rows, how many), with places in ``data``
-// and targets in the block.
+// List the rows of ``source`` that go to one range, in batch order: visit(data, rows, how many), with places in ``data``
+// and targets in the range.
 template <class T, class F>
-void list_source(const Source& source, const Block& block, const F& visit) {
+void list_source(const Source& source, const RowRange& range, const F& visit) {
   using Sum = Accumulator<T>;
   const int64_t positions = source.indices.size(0) * source.indices.size(1), width = source.width();
-  const int64_t c0 = block.first / source.K, c1 = (block.last - 1) / source.K + 1, books = c1 - c0;
+  const int64_t c0 = range.first / source.K, c1 = (range.last - 1) / source.K + 1, books = c1 - c0;
   const int64_t staged_books = !source.staged() ? 0 : source.pooled ? 1 : books;
-  const int64_t tile = std::max<int64_t>(1, kListed / std::max(books, staged_books * width / 8));
+  const int64_t tile = std::max<int64_t>(1, kListedRows / std::max(books, staged_books * width / 8));
   Walk part = walk(source.indices, places(source, books), source.K, 1);
-  part.table_origin = -block.first;
+  part.table_origin = -range.first;
   part = codebooks(part, c0, c1);
-  std::vector<Row> rows(std::min(tile, positions) * books);
-  std::vector<Sum> stage_rows(std::min(tile, positions) * staged_books * width);
+  Vector<Row> rows(std::min(tile, positions) * books);
+  Vector<Sum> stage_rows(std::min(tile, positions) * staged_books * width);
 
   for (int64_t n = 0; n < positions; n += tile) {
     const int64_t end = std::min(positions, n + tile);
     if (source.staged()) part.place_origin = -n * part.place[1];
     const Walk order = with_long_runs(part);
-    const int64_t listed = list_rows(order, n * books, end * books, block.rows(), rows.data());
+    const int64_t listed = list_rows(order, n * books, end * books, range.rows(), rows.data());
     if (!source.staged()) {
       visit(source.tensor.template const_data_ptr<T>(), rows.data(), listed);
     } else {
@@ -343,7 +327,7 @@ void list_source(const Source& source, const Block& block, const F& visit) {
   }
 }
 
-// Visit listed rows one by one: visit(row, row of the block).
+// Visit listed rows one by one: visit(row, row of the range).
 template <class T, class F>
 void visit_listed(const T* data, const Row* rows, int64_t listed, int64_t width, const F& visit) {
   for (int64_t i = 0; i < listed; ++i) {
@@ -353,8 +337,8 @@ void visit_listed(const T* data, const Row* rows, int64_t listed, int64_t width,
 }
 
 template <class T, class F>
-void for_rows(const Source& source, const Block& block, const F& visit) {
-  list_source<T>(source, block, [&](const auto* data, const Row* rows, int64_t listed) {
+void for_rows(const Source& source, const RowRange& range, const F& visit) {
+  list_source<T>(source, range, [&](const auto* data, const Row* rows, int64_t listed) {
     visit_listed(data, rows, listed, source.width(), visit);
   });
 }

@@ -25,10 +25,10 @@ inline bool any_nan(vec values) {
   return std::isnan(total(values)); // of sums x - x, which are 0 or NaN
 }
 
-#include "search_impl.inc"
+#include "search.inc"
 
 } // namespace
 
-const Kernels kernels = {"portable", false, search_rows, pack_codebook, add_finite};
+const Kernels kernels = {"portable", false, search_rows, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::portable

@@ -10,11 +10,11 @@ namespace {
 #define KVB_WIDTH 8
 #include "vectors.inc"
 #include "lanes256.inc"
-#include "search_impl.inc"
+#include "search.inc"
 
 } // namespace
 
-const Kernels kernels = {"avx2", false, search_rows, pack_codebook, add_finite};
+const Kernels kernels = {"avx2", false, search_rows, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::avx2
 KVB_TARGET_END

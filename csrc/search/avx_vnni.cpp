@@ -23,11 +23,11 @@ inline void store_bytes(int8_t* to, ivec values) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(eight));
 }
 #define KVB_DOT
-#include "search_impl.inc"
+#include "search.inc"
 
 } // namespace
 
-const Kernels kernels = {"avx_vnni", true, search_rows, pack_codebook, add_finite};
+const Kernels kernels = {"avx_vnni", true, search_rows, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::avx_vnni
 KVB_TARGET_END

@@ -1,6 +1,7 @@
 // The layout of packed keys, one codebook after the other.
 //
 //   id       64 bytes of text, checked by every search
+//   mark     uint64, a fingerprint of the keys: whether they are still the ones that were packed
 //   Scale    the numbers a bound is made of
 //   centre   float[D], the mean of the finite keys
 //   bits     uint16 a block: which of its 16 keys are usable
@@ -13,10 +14,10 @@
 // The float32 filter reads the blocks. The 8-bit filter reads the tiles, four side by side: tile t of group g holds the
 // keys g*256 + l*16 + t in its lanes l = 0..15, so that the maximum of one lane over the 16 tiles of a group stands for
 // the 16 neighbours of one block. Every part starts at a multiple of 64 bytes. Keys in float64 are searched by direct
-// difference alone, and their packed form is the id.
+// difference alone, and their packed form is the id and the mark.
 #pragma once
 
-#include "common.h"
+#include "../common.h"
 
 #include <cstring>
 #include <string>
@@ -25,9 +26,9 @@ namespace kvb {
 
 constexpr int64_t kLanes = 16; // keys of a block
 constexpr int64_t kGroup = 256; // keys of a group of tiles
-constexpr int64_t kPart = 64; // bytes, the alignment of every part
-constexpr int64_t kQuads = 16; // quadruples of coordinates in a hardware tile
-constexpr int64_t kBeside = 4; // tiles side by side
+constexpr int64_t kAlignment = 64; // bytes, the alignment of every part
+constexpr int64_t kTileQuads = 16; // quadruples of coordinates in a hardware tile
+constexpr int64_t kInterleaved = 4; // tiles whose rows alternate in memory: their sums wait for nothing
 constexpr int64_t kTileRow = 64; // bytes of four coordinates in a tile
 
 struct Scale {
@@ -38,12 +39,12 @@ struct Scale {
 };
 
 inline int64_t padded(int64_t bytes) {
-  return (bytes + kPart - 1) / kPart * kPart;
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 struct Layout {
   int64_t K, D;
-  bool wide; // float64 keys
+  bool float64; // float64 keys
   bool tiled; // with 8-bit tiles
 
   int64_t blocks() const {
@@ -57,7 +58,7 @@ struct Layout {
   }
   // The quadruples of coordinates in a tile: cut evenly into parts that fit a hardware tile.
   int64_t parts() const {
-    return ((D + 3) / 4 + kQuads - 1) / kQuads;
+    return ((D + 3) / 4 + kTileQuads - 1) / kTileQuads;
   }
   int64_t quads() const { // of one part
     return ((D + 3) / 4 + parts() - 1) / parts();
@@ -65,17 +66,20 @@ struct Layout {
   int64_t depth() const { // of all parts
     return parts() * quads();
   }
-  // Where tile ``t`` of group ``group`` begins among the tiles; its next row is kBeside * kTileRow further.
+  // Where tile ``t`` of group ``group`` begins among the tiles; its next row is kInterleaved * kTileRow further.
   int64_t tile(int64_t group, int64_t t) const {
-    return ((group * kLanes + t) / kBeside * depth() * kBeside + t % kBeside) * kTileRow;
+    return ((group * kLanes + t) / kInterleaved * depth() * kInterleaved + t % kInterleaved) * kTileRow;
   }
 
   // Where each part begins, in bytes.
+  int64_t mark() const {
+    return kAlignment;
+  }
   int64_t scale() const {
-    return kPart;
+    return mark() + kAlignment;
   }
   int64_t centre() const {
-    return scale() + kPart;
+    return scale() + kAlignment;
   }
   int64_t bits() const {
     return centre() + padded(4 * D);
@@ -90,14 +94,14 @@ struct Layout {
     return bias() + 4 * groups() * kGroup;
   }
   int64_t nbytes() const {
-    if (wide) return kPart;
+    if (float64) return scale();
     return tiled ? tiles() + tile(groups(), 0) : bias();
   }
 
   std::string id() const {
-    std::string id = "kvb csrc 3: K=" + std::to_string(K) + " D=" + std::to_string(D);
-    id += wide ? " float64" : tiled ? " int8" : " float32";
-    id.resize(kPart, ' ');
+    std::string id = "kvb cpp 4: K=" + std::to_string(K) + " D=" + std::to_string(D);
+    id += float64 ? " float64" : tiled ? " int8" : " float32";
+    id.resize(kAlignment, ' ');
     return id;
   }
 };

@@ -11,11 +11,11 @@ namespace {
 #include "vectors.inc"
 #include "lanes512.inc"
 #include "dot512.inc"
-#include "search_impl.inc"
+#include "search.inc"
 
 } // namespace
 
-const Kernels kernels = {"avx512_vnni", true, search_rows, pack_codebook, add_finite};
+const Kernels kernels = {"avx512_vnni", true, search_rows, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::avx512_vnni
 KVB_TARGET_END

@@ -2,11 +2,10 @@
 //
 // Every codebook gets the same gradient row for a position. So most touched rows of the table need no gradient of their
 // own: those that several positions fetch get a sum, and all are listed with the row that they get.
-#include "ops.h"
+#include "../ops.h"
 #include "pooled.h"
 
 #include <cmath>
-#include <memory>
 
 namespace kvb {
 namespace {
@@ -39,19 +38,19 @@ void require_classes(const Tensor& targets, int64_t V) {
 
 // --- rows of values and gradients ------------------------------------------------------------------------------------
 
-constexpr int64_t kLanes = 4; // floats of a vector that every machine has
+constexpr int64_t kVector = 4; // floats of a vector that every machine has
 
 // row[v] = with(row[v], other[v]). Rows are short: a vector that overlaps the one before ends a row of floats, instead
 // of single numbers.
 template <class A, class B, class F>
 inline void update_row(A* __restrict row, const B* __restrict other, int64_t width, const F& with) {
   const auto updated = [&](int64_t v) { return with(row[v], other[v]); };
-  if (std::is_same_v<A, float> && std::is_same_v<B, float> && width >= kLanes) {
-    A last[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) last[i] = updated(width - kLanes + i);
-    for (int64_t v = 0; v + kLanes <= width; v += kLanes)
-      for (int64_t i = 0; i < kLanes; ++i) row[v + i] = updated(v + i);
-    for (int64_t i = 0; i < kLanes; ++i) row[width - kLanes + i] = last[i];
+  if (std::is_same_v<A, float> && std::is_same_v<B, float> && width >= kVector) {
+    A last[kVector];
+    for (int64_t i = 0; i < kVector; ++i) last[i] = updated(width - kVector + i);
+    for (int64_t v = 0; v + kVector <= width; v += kVector)
+      for (int64_t i = 0; i < kVector; ++i) row[v + i] = updated(v + i);
+    for (int64_t i = 0; i < kVector; ++i) row[width - kVector + i] = last[i];
   } else {
     for (int64_t v = 0; v < width; ++v) row[v] = updated(v);
   }
@@ -64,10 +63,10 @@ inline void add_short_row(Sum* sums, const T* row, int64_t width) {
 
 template <class Sum>
 double square(const Sum* row, int64_t width) {
-  double totals[kLanes] = {}; // one alone would wait for each addition
+  double totals[kVector] = {}; // one alone would wait for each addition
   int64_t v = 0;
-  for (; v + kLanes <= width; v += kLanes)
-    for (int64_t i = 0; i < kLanes; ++i) totals[i] += static_cast<double>(row[v + i]) * row[v + i];
+  for (; v + kVector <= width; v += kVector)
+    for (int64_t i = 0; i < kVector; ++i) totals[i] += static_cast<double>(row[v + i]) * row[v + i];
   for (; v < width; ++v) totals[0] += static_cast<double>(row[v]) * row[v];
   return (totals[0] + totals[1]) + (totals[2] + totals[3]);
 }
@@ -75,8 +74,8 @@ double square(const Sum* row, int64_t width) {
 // The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.
 template <class Sum>
 struct Gradient {
-  std::vector<Sum> rows;
-  std::vector<double> squares; // [B]
+  Vector<Sum> rows;
+  Vector<double> squares; // [B]
   int64_t width, positions; // V, S
 
   Gradient(int64_t samples, int64_t positions, int64_t width)
@@ -93,21 +92,21 @@ struct Gradient {
 // --- touched rows ----------------------------------------------------------------------------------------------------
 
 // A row, counted from the first one of the group, and its gradient: that of a position, or N plus the number of a sum.
-struct Touched {
+struct TouchedRow {
   int32_t row, gradient;
 };
 
 // A position whose gradient is part of a sum.
-struct Part {
+struct Addend {
   int32_t sum, position;
 };
 
 // What a thread needs to list one group after the other; it takes memory when it is used.
 struct Scratch {
   const int64_t K, books, positions;
-  std::vector<int32_t> place; // [K]: where a row of the codebook is listed, plus ``origin``; below it: nowhere
-  std::vector<int32_t> codes; // [books, N]
-  std::vector<Part> again; // of one codebook: a place that was taken, and a position
+  Vector<int32_t> place; // [K]: where a row of the codebook is listed, plus ``origin``; below it: nowhere
+  Vector<int32_t> codes; // [books, N]
+  Vector<Addend> again; // of one codebook: a place that was taken, and a position
   int32_t origin = 0;
 
   // Forget all places, without a pass over K.
@@ -131,13 +130,13 @@ class Group {
  public:
   Group(int64_t books, int64_t positions)
       : N_(static_cast<int32_t>(positions)),
-        touched_(new Touched[books * positions]),
-        parts_(new Part[books * positions]) {}
+        touched_(new_buffer<TouchedRow>(books * positions)),
+        addends_(new_buffer<Addend>(books * positions)) {}
 
   // Begin with the codes of codebooks [c0, c1). They follow each other closely, in the same cache lines.
   void read(const Tensor& indices, int64_t c0, int64_t c1, Scratch& scratch) {
     scratch.clear();
-    end_ = parted_ = summed_ = 0;
+    end_ = added_ = summed_ = 0;
     int32_t* code = scratch.codes.data();
     with_integer(indices.scalar_type(), [&](auto index) {
       const auto* const all = static_cast<const decltype(index)*>(indices.const_data_ptr());
@@ -159,14 +158,14 @@ class Group {
 
   void sum(const Gradient<Sum>& grad) {
     sums_.assign(summed_ * grad.width, Sum{0});
-    for (int32_t i = 0; i < parted_; ++i)
-      add_short_row(sums_.data() + parts_[i].sum * grad.width, grad.at(parts_[i].position), grad.width);
+    for (int32_t i = 0; i < added_; ++i)
+      add_short_row(sums_.data() + addends_[i].sum * grad.width, grad.at(addends_[i].position), grad.width);
   }
 
   // What sums add to the squared norm of the gradient, beyond that of their parts.
   double correction(const Gradient<Sum>& grad) const {
     double total = 0;
-    for (int32_t i = 0; i < parted_; ++i) total -= grad.squares[grad.sample(parts_[i].position)];
+    for (int32_t i = 0; i < added_; ++i) total -= grad.squares[grad.sample(addends_[i].position)];
     for (int32_t i = 0; i < summed_; ++i) total += square(sums_.data() + i * grad.width, grad.width);
     return total;
   }
@@ -176,7 +175,7 @@ class Group {
   void move(T* table, const Gradient<Sum>& grad, Sum step) const {
     const int64_t V = grad.width;
     for (int32_t i = 0; i < end_; ++i) {
-      if (i + kFetched < end_) prefetch(table + touched_[i + kFetched].row * V, V * sizeof(T));
+      if (i + kRowsAhead < end_) prefetch(table + touched_[i + kRowsAhead].row * V, V * sizeof(T));
       const int64_t gradient = touched_[i].gradient, sum = gradient - N_;
       update_row(
           table + touched_[i].row * V, sum < 0 ? grad.at(gradient) : sums_.data() + sum * V, V,
@@ -185,7 +184,7 @@ class Group {
   }
 
  private:
-  static constexpr int32_t kFetched = 32; // rows between a fetch and its use: all of them come from far away
+  static constexpr int32_t kRowsAhead = 32; // rows between a fetch and its use: all of them come from far away
 
   // Returns how many positions fetch a row that an earlier one listed. There are no branches: which ones do is hard to
   // guess.
@@ -193,8 +192,8 @@ class Group {
   [[gnu::noinline]] int64_t list_rows(const int32_t* codes, int32_t first_row, Scratch& scratch, const F& fetch) {
     // In registers: the compiler cannot know that writing the lists leaves these alone.
     int32_t* const place_of = scratch.place.data();
-    Touched* const touched = touched_.get();
-    Part *const all_again = scratch.again.data(), *again = all_again;
+    TouchedRow* const touched = touched_.get();
+    Addend *const all_again = scratch.again.data(), *again = all_again;
     const int32_t origin = scratch.origin, begin = end_, N = N_;
     int32_t end = begin;
     for (int32_t n = 0; n < N; ++n) {
@@ -213,59 +212,58 @@ class Group {
   }
 
   // Make sums of the gradients of rows that were listed already.
-  void join(const Part* again, int64_t count) {
+  void join(const Addend* again, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       int32_t& gradient = touched_[again[i].sum].gradient;
       const bool alone = gradient < N_;
       const int32_t sum = alone ? summed_ : gradient - N_;
-      parts_[parted_] = {sum, gradient};
-      parted_ += alone;
-      parts_[parted_++] = {sum, again[i].position};
+      addends_[added_] = {sum, gradient};
+      added_ += alone;
+      addends_[added_++] = {sum, again[i].position};
       summed_ += alone;
       gradient = N_ + sum;
     }
   }
 
-  int32_t N_, end_ = 0, parted_ = 0, summed_ = 0; // positions; lengths of touched, parts and sums
-  // Left uninitialised: most is never used.
-  std::unique_ptr<Touched[]> touched_; // codebook by codebook, in batch order
-  std::unique_ptr<Part[]> parts_; // a sum's parts in batch order
-  std::vector<Sum> sums_; // [summed, V]
+  int32_t N_, end_ = 0, added_ = 0, summed_ = 0; // positions; lengths of touched, parts and sums
+  Buffer<TouchedRow> touched_; // codebook by codebook, in batch order
+  Buffer<Addend> addends_; // a sum's addends in batch order
+  Vector<Sum> sums_; // [summed, V]
 };
 
 // --- the step --------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kKept = 1 << 25; // bytes of groups that are kept between the passes
-constexpr int64_t kNear = 1 << 18; // bytes of values that wait in cache until they are summed
+constexpr int64_t kListBytes = 1 << 25; // of lists kept between the passes: beyond 32 MB, listing again is cheaper
+constexpr int64_t kValueBytes = 1 << 18; // of fetched values that wait to be summed: a quarter of an L2 cache
 
 // One step, in three passes over the codebooks: sum the values, sum the gradients, move the rows.
 template <class T>
-class Step {
+class TrainingStep {
   using Sum = Accumulator<T>;
 
  public:
-  Step(T* table, int64_t K, int64_t V, const Tensor& indices)
+  TrainingStep(T* table, int64_t K, int64_t V, const Tensor& indices)
       : table_(table), indices_(indices), K_(K), V_(V), C_(indices.size(2)), N_(indices.size(0) * indices.size(1)) {
-    const int64_t lists = sizeof(Touched) + sizeof(Part), sums = V * sizeof(Sum) / 2;
-    if (C_ * N_ * (lists + sums) > kKept || N_ * V * static_cast<int64_t>(sizeof(T)) > kNear) return;
-    books_ = std::clamp<int64_t>(C_ / 16, 1, kBooks); // whatever the number of threads, it finds work
+    const int64_t lists = sizeof(TouchedRow) + sizeof(Addend), sums = V * sizeof(Sum) / 2;
+    if (C_ * N_ * (lists + sums) > kListBytes || N_ * V * static_cast<int64_t>(sizeof(T)) > kValueBytes) return;
+    books_ = std::clamp<int64_t>(C_ / 16, 1, kSummedBooks); // at least 16 groups: work for many threads
     for (int64_t g = 0; g < groups(); ++g) kept_.emplace_back(books_, N_);
   }
 
   // Means over codebooks [N, V], rounded as gather rounds them.
-  std::vector<Sum> means() {
-    std::vector<T> rounded(N_ * V_);
+  Vector<Sum> means() {
+    Vector<T> rounded(N_ * V_);
     if (kept_.empty()) {
       gather_pooled(table_, walk(indices_, {}, K_ * V_, V_), V_, true, rounded.data());
     } else {
-      std::vector<Sum> totals(groups() * N_ * V_);
+      Vector<Sum> totals(groups() * N_ * V_);
       for_groups([&](int64_t g, Scratch& scratch, Group<Sum>&) {
         list_and_add(g, scratch, totals.data() + g * N_ * V_);
       });
       for (int64_t g = 1; g < groups(); ++g) add_row(totals.data(), totals.data() + g * N_ * V_, N_ * V_);
       for (int64_t i = 0; i < N_ * V_; ++i) rounded[i] = static_cast<T>(totals[i] / static_cast<Sum>(C_));
     }
-    std::vector<Sum> means(N_ * V_);
+    Vector<Sum> means(N_ * V_);
     std::transform(rounded.begin(), rounded.end(), means.begin(), [](T mean) { return widen<Sum>(mean); });
     return means;
   }
@@ -273,7 +271,7 @@ class Step {
   // The norm of the whole gradient: that of all positions as if they shared no row, and corrections, added in order.
   double norm(const Gradient<Sum>& grad) {
     if (N_ == 0) return 0; // whatever the loss
-    std::vector<double> corrections(groups());
+    Vector<double> corrections(groups());
     for_groups([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
       corrections[g] = summed(g, grad, scratch, own).correction(grad);
     });
@@ -300,7 +298,7 @@ class Step {
   // A thread's groups are the same in every pass: the caches that it filled are its own.
   template <bool LastFirst = false, class F>
   void for_groups(const F& visit) {
-    parallel(groups(), kSerial / std::max<int64_t>(N_ * V_ * books_, 1), [&](int64_t begin, int64_t end) {
+    parallel(groups(), kSerialWork / std::max<int64_t>(N_ * V_ * books_, 1), [&](int64_t begin, int64_t end) {
       Scratch scratch{K_, books_, N_};
       Group<Sum> own(1, kept_.empty() ? N_ : 0);
       for (int64_t i = begin; i < end; ++i) visit(LastFirst ? begin + end - 1 - i : i, scratch, own);
@@ -341,7 +339,7 @@ class Step {
   const Tensor& indices_;
   int64_t K_, V_, C_, N_;
   int64_t books_ = 1; // codebooks of a group
-  std::vector<Group<Sum>> kept_; // all groups, or none where they would fill the memory
+  Vector<Group<Sum>> kept_; // all groups, or none where they would fill the memory
 };
 
 // Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets, and the loss.
@@ -349,9 +347,9 @@ template <class Sum>
 double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t C, Sum smoothing, Sum* logits,
               Gradient<Sum>& grad) {
   const int64_t S = grad.positions, V = grad.width;
-  std::vector<Sum> loss(B);
+  Vector<Sum> loss(B);
   const Sum scale = static_cast<Sum>(1.0 / (static_cast<double>(B) * S * C));
-  parallel(B, kSerial / std::max<int64_t>((S + 8) * V, 1), [&](int64_t begin, int64_t end) {
+  parallel(B, kSerialWork / std::max<int64_t>((S + 8) * V, 1), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       Sum *const row = logits + b * V, *const slopes = grad.rows.data() + b * V;
       std::fill_n(row, V, Sum{0});
@@ -382,23 +380,26 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
       targets.scalar_type() == ScalarType::Long, "expected targets torch.int64, got ",
       dtype_name(targets.scalar_type()));
   require_shape(targets, "targets", {B});
+  require_apart(values, "values", indices, "indices");
+  require_apart(values, "values", targets, "targets");
   targets = compact(targets);
   require_classes(targets, V);
 
   const ScalarType exact = values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor loss = torch::stable::new_empty(values, {}, exact), norm = torch::stable::new_empty(values, {}, exact);
-  Tensor logits = torch::stable::new_empty(values, {B, V}, exact);
+  Tensor loss = new_tensor(values, {}, exact), norm = new_tensor(values, {}, exact);
+  Tensor logits = new_tensor(values, {B, V}, exact);
   with_floating(values.scalar_type(), [&](auto value) {
     using T = decltype(value);
     using Sum = Accumulator<T>;
-    Step<T> step(values.mutable_data_ptr<T>(), K, V, indices);
-    const std::vector<Sum> means = step.means();
+    TrainingStep<T> step(values.mutable_data_ptr<T>(), K, V, indices);
+    const Vector<Sum> means = step.means();
     Gradient<Sum> grad(B, S, V);
     *loss.mutable_data_ptr<Sum>() = static_cast<Sum>(losses(
         means.data(), targets.const_data_ptr<int64_t>(), B, C, static_cast<Sum>(label_smoothing),
         logits.mutable_data_ptr<Sum>(), grad));
     const double norm_of_all = step.norm(grad);
     *norm.mutable_data_ptr<Sum>() = static_cast<Sum>(norm_of_all);
+    if (!std::isfinite(norm_of_all)) return; // there is no direction to step in
     const double share = max_norm / (norm_of_all + 1e-6);
     step.move(grad, static_cast<Sum>(lr * (share < 1 ? share : 1.0)));
   });

@@ -1,9 +1,8 @@
 // Values fetched by index, and the gradient of that: gather, gather_backward, gather_backward_rows.
-#include "ops.h"
+#include "../ops.h"
 #include "pooled.h"
 
 #include <bit>
-#include <memory>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -15,12 +14,11 @@
 namespace kvb {
 namespace {
 
-constexpr int64_t kCached = 1 << 19; // bytes of sums or slots that stay in a core's cache with room to spare
 constexpr int64_t kMapped = 1 << 25; // bytes from which malloc maps fresh pages, at glibc's highest threshold
 
 // An uninitialised output. Faulting in fresh pages of 4 KB costs more than writing them: ask for large ones.
 Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  Tensor out = torch::stable::new_empty(like, sizes, like.scalar_type());
+  Tensor out = new_tensor(like, sizes, like.scalar_type());
 #ifdef __linux__
   constexpr uintptr_t page = 1 << 21;
   const int64_t bytes = out.numel() * element_bytes(out.scalar_type());
@@ -81,8 +79,8 @@ inline void stream_row(char* __restrict out, const char* __restrict row, int64_t
 // Rows of ``table`` one after the other, in the order of ``order``, whose targets are in bytes.
 void gather_each(const char* table, const Walk& order, int64_t row_bytes, char* out) {
   const bool streaming = streams(out, row_bytes, order.positions() * row_bytes);
-  parallel(order.positions(), kSerial * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
-    std::array<Row, kListed> rows;
+  parallel(order.positions(), kSerialWork * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
+    std::array<Row, kListedRows> rows;
     char* to = out + begin * row_bytes;
     const auto copy_listed = [&](int64_t listed, auto copy) {
       for (int64_t i = 0; i < listed; ++i, to += row_bytes) {
@@ -90,8 +88,8 @@ void gather_each(const char* table, const Walk& order, int64_t row_bytes, char* 
         copy(to, table + rows[i].target, row_bytes);
       }
     };
-    for (int64_t at = begin; at < end; at += kListed) {
-      const int64_t listed = list_rows(order, at, std::min(end, at + kListed), UINT64_MAX, rows.data());
+    for (int64_t at = begin; at < end; at += kListedRows) {
+      const int64_t listed = list_rows(order, at, std::min(end, at + kListedRows), UINT64_MAX, rows.data());
       streaming ? copy_listed(listed, stream_row) : copy_listed(listed, copy_row);
     }
 #ifdef __SSE2__
@@ -116,16 +114,16 @@ Source source_of(const Tensor& grad, const Tensor& indices, int64_t K, const std
   return {grad, indices, K, pool != "none", pool == "mean" ? indices.size(2) : 1};
 }
 
-// The most rows a block may have for ``bytes`` a row to stay in cache.
+// The most rows a range may have for ``bytes`` a row to stay in cache.
 int64_t cached_rows(int64_t bytes) {
-  return kCached / std::max<int64_t>(bytes, 1);
+  return kCachedBytes / std::max<int64_t>(bytes, 1);
 }
 
 template <class T>
-void sum_dense(const Source& source, const Block& block, Accumulator<T>* sums) {
+void sum_dense(const Source& source, const RowRange& range, Accumulator<T>* sums) {
   const int64_t width = source.width();
-  std::fill_n(sums, block.rows() * width, Accumulator<T>{0});
-  for_rows<T>(source, block, [&](const auto* row, int64_t target) { add_row(sums + target * width, row, width); });
+  std::fill_n(sums, range.rows() * width, Accumulator<T>{0});
+  for_rows<T>(source, range, [&](const auto* row, int64_t target) { add_row(sums + target * width, row, width); });
 }
 
 template <class T>
@@ -135,14 +133,14 @@ void dense_gradient(const Source& source, T* out) {
   const Shares shares = share_out(
       source.indices.size(2), source.K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
   for_shares(shares, [&](int64_t t) {
-    std::vector<Sum> scratch;
-    for (const Block& block : shares[t]) {
-      T* to = out + block.first * width;
+    Vector<Sum> scratch;
+    for (const RowRange& range : shares[t]) {
+      T* to = out + range.first * width;
       if constexpr (std::is_same_v<T, Sum>) {
-        sum_dense<T>(source, block, to);
+        sum_dense<T>(source, range, to);
       } else {
-        scratch.resize(block.rows() * width);
-        sum_dense<T>(source, block, scratch.data());
+        scratch.resize(range.rows() * width);
+        sum_dense<T>(source, range, scratch.data());
         std::transform(scratch.begin(), scratch.end(), to, [](Sum sum) { return static_cast<T>(sum); });
       }
     }
@@ -151,17 +149,17 @@ void dense_gradient(const Source& source, T* out) {
 
 // --- gradients as merged rows ----------------------------------------------------------------------------------------
 
-// The rows of one block that any index points at.
-struct Touched {
-  Block block;
-  std::vector<uint64_t> bits;
+// The rows of one range that any index points at.
+struct TouchedRows {
+  RowRange range;
+  Vector<uint64_t> bits;
   int64_t count;
   int64_t place = 0; // of the first of them in the output
 };
 
-Touched find_touched(const Source& source, const Block& block) {
-  Touched touched{block, std::vector<uint64_t>((block.rows() + 63) / 64), 0};
-  for_targets(source.indices, source.K, block, [&](int64_t target) {
+TouchedRows find_touched(const Source& source, const RowRange& range) {
+  TouchedRows touched{range, Vector<uint64_t>((range.rows() + 63) / 64), 0};
+  for_targets(source.indices, source.K, range, [&](int64_t target) {
     uint64_t& word = touched.bits[target / 64];
     const uint64_t bit = uint64_t{1} << (target % 64);
     touched.count += !(word & bit);
@@ -170,37 +168,37 @@ Touched find_touched(const Source& source, const Block& block) {
   return touched;
 }
 
-// Number the touched rows in ascending order: slots[row of the block] is its place among them.
-void number_rows(const Touched& touched, int64_t* slots, int64_t* rows) {
+// Number the touched rows in ascending order: slots[row of the range] is its place among them.
+void number_rows(const TouchedRows& touched, int64_t* slots, int64_t* rows) {
   int64_t slot = 0;
   for (size_t word = 0; word < touched.bits.size(); ++word) {
     for (uint64_t bits = touched.bits[word]; bits; bits &= bits - 1, ++slot) {
       const int64_t row = static_cast<int64_t>(word) * 64 + std::countr_zero(bits);
       slots[row] = slot;
-      rows[slot] = touched.block.first + row;
+      rows[slot] = touched.range.first + row;
     }
   }
 }
 
 template <class T>
-void sum_touched(const Source& source, const Touched& touched, const int64_t* slots, Accumulator<T>* sums) {
+void sum_touched(const Source& source, const TouchedRows& touched, const int64_t* slots, Accumulator<T>* sums) {
   const int64_t width = source.width();
   std::fill_n(sums, touched.count * width, Accumulator<T>{0});
-  for_rows<T>(source, touched.block, [&](const auto* row, int64_t target) {
+  for_rows<T>(source, touched.range, [&](const auto* row, int64_t target) {
     add_row(sums + slots[target] * width, row, width);
   });
 }
 
-using TouchedShares = std::vector<std::vector<Touched>>;
+using TouchedShares = std::vector<std::vector<TouchedRows>>;
 
 TouchedShares find_all_touched(const Source& source, const Shares& shares) {
   TouchedShares touched(shares.size());
   for_shares(shares, [&](int64_t t) {
-    for (const Block& block : shares[t]) touched[t].push_back(find_touched(source, block));
+    for (const RowRange& range : shares[t]) touched[t].push_back(find_touched(source, range));
   });
   int64_t place = 0;
   for (auto& share : touched) {
-    for (Touched& one : share) {
+    for (TouchedRows& one : share) {
       one.place = place;
       place += one.count;
     }
@@ -217,11 +215,10 @@ int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
       share_out(source.indices.size(2), source.K, cached_rows(sizeof(int64_t)), source.indices.numel() * width);
   const TouchedShares touched = find_all_touched(source, shares);
   for_shares(shares, [&](int64_t t) {
-    std::unique_ptr<int64_t[]> slots;
-    std::vector<Sum> scratch;
-    for (const Touched& one : touched[t]) {
-      // Left uninitialised: only the slots of touched rows are ever read.
-      slots.reset(new int64_t[one.block.rows()]);
+    Buffer<int64_t> slots;
+    Vector<Sum> scratch;
+    for (const TouchedRows& one : touched[t]) {
+      slots = new_buffer<int64_t>(one.range.rows()); // only the slots of touched rows are ever read
       number_rows(one, slots.get(), rows + one.place);
       T* to = grads + one.place * width;
       if constexpr (std::is_same_v<T, Sum>) {
@@ -235,14 +232,14 @@ int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
   });
   int64_t count = 0;
   for (const auto& share : touched)
-    for (const Touched& one : share) count += one.count;
+    for (const TouchedRows& one : share) count += one.count;
   return count;
 }
 
 // The tail that stands for no row.
 template <class T>
 void clear_tail(int64_t begin, int64_t end, int64_t width, int64_t* rows, T* grads) {
-  parallel(end - begin, kSerial / std::max<int64_t>(width, 1), [&](int64_t first, int64_t last) {
+  parallel(end - begin, kSerialWork / std::max<int64_t>(width, 1), [&](int64_t first, int64_t last) {
     std::fill(rows + begin + first, rows + begin + last, -1);
     std::fill(grads + (begin + first) * width, grads + (begin + last) * width, T{});
   });
@@ -295,9 +292,9 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indi
   require_grad(grad, indices, K, pool);
   const Source source = source_of(grad, indices, K, pool);
   const int64_t size = std::min(indices.numel(), indices.size(2) * K), width = source.width();
-  Tensor rows = torch::stable::new_empty(grad, {size}, ScalarType::Long);
+  Tensor rows = new_tensor(grad, {size}, ScalarType::Long);
   Tensor grads = new_output(grad, {size, width});
-  Tensor count = torch::stable::new_empty(grad, {1}, ScalarType::Long);
+  Tensor count = new_tensor(grad, {1}, ScalarType::Long);
   with_floating(grad.scalar_type(), [&](auto value) {
     using T = decltype(value);
     int64_t* to = rows.mutable_data_ptr<int64_t>();

@@ -2,15 +2,15 @@
 // between KVB_TARGET and its end.
 #pragma once
 
-#include "numbers.h"
+#include "../numbers.h"
 #include "packed.h"
 #include "target.h"
 
+#include <atomic>
 #include <cmath>
 #include <functional>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -30,23 +30,28 @@ struct Search {
   const uint16_t* masked_bits; // null, or [C, blocks]: the packed ones without the masked pairs
   const float* masked_bias; // null, or [C, Biases::count, 16], likewise
   int64_t topk;
+  std::atomic<bool>* stale; // set where the packed keys do not fit the keys
   int64_t* indices; // [B, S, C, T]
   float* distances; // [B, S, C, T]
 };
 
 // Searches rows [begin, end) of the B*S positions in one codebook.
 using SearchRows = void (*)(const Search& search, int64_t codebook, int64_t begin, int64_t end);
-// Packs one codebook of keys, given as float32 rows, all but its id.
-using PackCodebook = void (*)(const Layout& layout, const float* keys, char* packed);
+// Packs one codebook of keys, given as float32 rows, but for its id and fingerprint; ``totals`` [D] is scratch memory.
+using PackCodebook = void (*)(const Layout& layout, const float* keys, double* totals, char* packed);
+// A fingerprint of bytes, whatever the instruction set, that takes -0 for +0 where ``signs`` has the sign bits of the
+// numbers in a word.
+using Fingerprint = uint64_t (*)(const char* data, int64_t bytes, uint64_t signs);
 // Adds each listed row of ``data`` to its sum and counts it, unless it holds NaN or Inf.
 using AddFinite =
-    void (*)(const float* data, const Row* rows, int64_t listed, int64_t width, int64_t* hits, float* sums);
+    void (*)(const float* data, const Row* rows, int64_t listed, int64_t width, int64_t* hits, double* sums);
 
 struct Kernels {
   const char* name;
   bool tiles; // packs 8-bit tiles and multiplies them
   SearchRows search;
   PackCodebook pack;
+  Fingerprint fingerprint;
   AddFinite add_finite;
 };
 

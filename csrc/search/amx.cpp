@@ -11,7 +11,7 @@ namespace {
 #include "vectors.inc"
 #include "lanes512.inc"
 #include "dot512.inc"
-#include "search_impl.inc"
+#include "search.inc"
 
 // What the tile registers hold: 0 to 3 sums, 4 and 5 keys, 6 and 7 queries. The second sixteen queries use the odd
 // sums and register 7.
@@ -65,7 +65,7 @@ struct TileFilter : QuantizedQueries<Each> {
   static constexpr int64_t kRows = 32; // queries taken at once
   static constexpr int64_t kBatch = 4; // tiles of keys whose sums wait for their maximum together
 
-  TileFilter(const Codebook& book, const Biases& bias)
+  TileFilter(const PackedCodebook& book, const Biases& bias)
       : Base(book, bias, kRows),
         parts(book.layout.parts()),
         quads(book.layout.quads()),
@@ -80,7 +80,7 @@ struct TileFilter : QuantizedQueries<Each> {
   // ones of the second sixteen queries. Resident queries were loaded before.
   template <bool Resident, bool Both>
   void two_tiles(const uint8_t* tile, int32_t (*sums)[256]) const {
-    constexpr int64_t next = kBeside * kTileRow;
+    constexpr int64_t next = kInterleaved * kTileRow;
     zero<0>();
     zero<2>();
     if constexpr (Both) zero<1>();
@@ -158,7 +158,7 @@ struct TileFilter : QuantizedQueries<Each> {
 
   const int64_t parts, quads;
   const int64_t stride; // bytes from one query to the next
-  std::vector<int8_t> numbers;
+  Vector<int8_t> numbers;
   int64_t configured = 0; // rows
 };
 
@@ -173,7 +173,7 @@ void search_tiles(const Search& search, int64_t codebook, int64_t begin, int64_t
 
 } // namespace
 
-const Kernels kernels = {"amx", true, search_tiles, pack_codebook, add_finite};
+const Kernels kernels = {"amx", true, search_tiles, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::amx
 KVB_TARGET_END
