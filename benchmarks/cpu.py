@@ -219,7 +219,7 @@ def gather_mean(quick: bool) -> Measured:
 
 def kmeans(quick: bool) -> Measured:
     """One iteration from random rows: pack, search, accumulate, divide. Scaled down where it would take minutes."""
-    shape = KMEANS_SCALED if quick or ops.backend("cpu") == "reference" else KMEANS
+    shape = KMEANS_SCALED if quick or ops.backend("cpu") == "torch" else KMEANS
     queries = torch.randn(shape.N, 1, shape.C, shape.D)
     keys = queries[torch.randperm(shape.N)[: shape.K], 0].transpose(0, 1).contiguous()
 

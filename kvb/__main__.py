@@ -13,7 +13,7 @@ import torch
 
 import kvb
 
-FEATURES = {"digits": "digits", "mnist": "mnist", "20ng": "newsgroups"}  # and their modules in kvb.experiments
+FEATURES = {"digits": "data.digits", "mnist": "data.mnist", "20ng": "data.newsgroups"}  # modules of kvb.experiments
 STUDIES = {**FEATURES, "toy": "toy"}
 
 
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 def _experiment(name: str, chosen: argparse.Namespace, run: Callable[[Any, Any], None]) -> None:
     """Give ``run`` a module of kvb.experiments and that of the data; say in one line what they lack."""
     try:
-        from kvb.experiments.packages import MissingPackageError
+        from kvb.experiments.data.packages import MissingPackageError
 
         modules = [importlib.import_module(f"kvb.experiments.{module}") for module in (name, STUDIES[chosen.data])]
     except ModuleNotFoundError as error:
@@ -166,13 +166,13 @@ def _bench(full: bool, peers: bool, target: Path | None, plots: Path | None) -> 
 
 
 def _check(device: str | None) -> int:
-    from kvb import check
+    from kvb import testing
 
-    there = {found.type: found for found in check.devices()}
+    there = {found.type: found for found in testing.devices()}
     if device is not None and device not in there:
         sys.exit(f"--device must be one of the devices of this machine, {', '.join(there)}; got {device!r}")
     print(f"kvb {kvb.__version__}, torch {torch.__version__}")
-    return 0 if check.run([there[device]] if device else list(there.values())) else 1
+    return 0 if testing.run([there[device]] if device else list(there.values())) else 1
 
 
 def _info() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from kvb import checks
+from kvb import validation
 
 PATIENCE = 1.0  # seconds until encoding shows its progress
 _HEADER = 128  # bytes of a .npy file before its numbers: enough for any shape, and a multiple of 64 as .npy asks
@@ -43,11 +43,11 @@ class CodeDataset(Dataset[Any]):
     """
 
     def __init__(self, codes: Tensor, labels: Tensor | None = None) -> None:
-        checks.integer("CodeDataset", "codes", codes)
+        validation.integer("CodeDataset", "codes", codes)
         if codes.dim() < 2:
             raise ValueError(f"expected codes of shape (N, C, *shape), got {tuple(codes.shape)}")
         if labels is not None:
-            checks.tensor("CodeDataset", "labels", labels)
+            validation.tensor("CodeDataset", "labels", labels)
             if labels.dim() == 0 or len(labels) != len(codes):
                 raise ValueError(
                     f"expected labels of shape (N, ...) with one for each of the {len(codes)} samples in codes, "
@@ -101,7 +101,7 @@ class CodeDataset(Dataset[Any]):
         Raises:
             TypeError, ValueError: batch_size is no positive integer.
         """
-        checks.positive_int("batch_size", batch_size)
+        validation.positive_int("batch_size", batch_size)
         return self._batches(batch_size, shuffle, drop_last, generator)
 
     def _batches(

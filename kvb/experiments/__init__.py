@@ -2,8 +2,8 @@
 
 ``class_incremental`` trains ``heads`` in three scenarios; ``protocol`` is the paper's, over seeds, on any features;
 ``report`` is its command, and ``full`` one run of all its steps; ``demo`` is short; ``toy`` is the paper's figure 2;
-``unlearning`` forgets classes. Data are ``digits``, ``mnist`` (encoded by ``lite0``) and ``newsgroups`` (``minilm``).
-All but the first three need the packages of ``kvb[demo]``; this module does not.
+``unlearning`` forgets classes. ``studies`` says what they are about; ``data`` holds the studies, ``encoders`` the
+pretrained networks behind them. Commands, figures and data need the packages of ``kvb[demo]``; this module does not.
 """
 
 from kvb.experiments.class_incremental import (

@@ -17,7 +17,8 @@ import torch
 from kvb.experiments.class_incremental import Examples, draw_tasks, learn
 from kvb.experiments.heads import BottleneckHead, CodesHead
 from kvb.experiments.protocol import Data, Recipe, Say, codes_used, learn_keys
-from kvb.experiments.report import Plan, Source, told_before
+from kvb.experiments.report import Plan, told_before
+from kvb.experiments.studies import Source
 from kvb.experiments.versions import versions
 
 SAMPLES = 50_000

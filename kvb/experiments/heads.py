@@ -6,13 +6,14 @@ the linear and the MLP head.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kvb import functional, training
-from kvb.bottleneck import KeyValueBottleneck
+from kvb.modules.bottleneck import KeyValueBottleneck
 
 ROWS = 1024  # features that are split into queries at a time: all of them would be C*D/channels times as large
 
@@ -140,3 +141,37 @@ class NearestMeanHead(Head):
         self.sums.index_add_(0, labels, prepared.double())
         self.counts += labels.bincount(minlength=len(self.counts))
         return prepared.new_zeros(())
+
+
+# --- baselines by name ------------------------------------------------------------------------------------------------
+# Each: (channels, sizes, *, hidden, from_zero) -> one head for every size, a number of classes. ``from_zero`` starts
+# output layers at zero, as the bottleneck's values do: from PyTorch's own start, heads forget more.
+
+
+def _output(channels: int, num_classes: int, from_zero: bool) -> nn.Linear:
+    layer = nn.Linear(channels, num_classes)
+    if from_zero:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def linear_heads(channels: int, sizes: Sequence[int], *, hidden: int, from_zero: bool) -> list[Head]:
+    return [NetworkHead(_output(channels, size, from_zero)) for size in sizes]
+
+
+def mlp_heads(channels: int, sizes: Sequence[int], *, hidden: int, from_zero: bool) -> list[Head]:
+    """One hidden layer, which all of them share."""
+    shared = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU())
+    return [NetworkHead(nn.Sequential(*shared, _output(hidden, size, from_zero))) for size in sizes]
+
+
+def nearest_mean_heads(channels: int, sizes: Sequence[int], *, hidden: int, from_zero: bool) -> list[Head]:
+    return [NearestMeanHead(channels, size) for size in sizes]
+
+
+BASELINES: dict[str, Callable[..., list[Head]]] = {
+    "linear": linear_heads,
+    "MLP": mlp_heads,
+    "nearest mean": nearest_mean_heads,
+}

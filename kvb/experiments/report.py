@@ -11,25 +11,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from kvb.experiments import plots, protocol
-from kvb.experiments.class_incremental import SCENARIOS, Examples
-from kvb.experiments.demo import Study
+from kvb.experiments.class_incremental import SCENARIOS
 from kvb.experiments.protocol import Data, Recipe, Run, Spread
+from kvb.experiments.studies import KEY_SHARE, Source
 from kvb.experiments.versions import versions
 
-KEY_SHARE = 0.5  # of the training part: set aside for the keys, without labels
 KEY_DATA = "key_data"  # the ablation that is no number of the recipe
-# What small data asks of the paper's recipe. Both were chosen on validation examples: random keys that learn from 1,960
-# batches end at .948 there on mnist (C=32), random features at .950, in a second instead of minutes; 10, 50 and
-# 200 epochs a task are within .006 of each other at C=256, as are 10 and 50 on 20ng. C, K and D are the paper's.
-SMALL = Recipe(key_init="sample", key_steps=0, epochs=20)
 WHY = {
     "key_init": "random key features: as good on validation examples, in seconds",
     "key_steps": "they stay where they are",
@@ -39,40 +31,6 @@ WHY = {
 # For a first look: everything tiny.
 QUICK = Recipe(codebooks=16, pairs=64, dim_keys=8, key_init="sample", key_steps=0, epochs=2, rates=(0.1, 1.0))
 QUICK_VALUES = 2  # of an ablation
-
-
-@dataclass(frozen=True)
-class Source:
-    """Real data for the protocol.
-
-    study: the demo on it, for its names. split: training and test examples of a random split, with a folder to keep
-    slowly computed features in. features: what they are, in lines. recipe: for it. key_data: features of other data by
-    the same encoder, by name, for the ablation.
-    """
-
-    study: Study
-    split: Callable[[torch.Generator, Path | None], tuple[Examples, Examples]]
-    features: tuple[str, ...]
-    recipe: Recipe
-    key_data: Mapping[str, Callable[[Path | None], Tensor]] = field(default_factory=dict)
-
-    def data(self, seed: int, folder: Path | None, keys: str = "set aside") -> Data:
-        """What a seed works on; ``keys`` names other key data of ``key_choices``."""
-        generator = torch.Generator().manual_seed(seed)
-        aside = protocol.set_aside(*self.split(generator, folder), KEY_SHARE, generator)
-        if keys == "noise":
-            data = protocol.normalised(aside)
-            channels = data.keys.shape[1]
-            return data._replace(keys=torch.randn(data.keys.shape, generator=generator) / channels**0.5)
-        if keys == "training":
-            aside = aside._replace(keys=aside.train.features)
-        elif keys != "set aside":
-            aside = aside._replace(keys=self.key_data[keys](folder))
-        return protocol.normalised(aside)
-
-    @property
-    def key_choices(self) -> tuple[str, ...]:
-        return ("set aside", "training", *self.key_data, "noise")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,162 @@
+"""The machine code of every kernel, compiled ahead of time as the launches ask for it: no GPU is needed.
+
+One pass over the launch table a target: nothing spills, everything fits, matrix units and wide accesses are used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not part of the package
+
+from benchmarks.triton_static import machine_code
+from benchmarks.triton_static.offline import TARGETS, compiling_for
+from kvb.kernels import launch
+from kvb.kernels.launch_search import SEARCH
+
+pytestmark = pytest.mark.compiled
+
+# A key dim for every form and every column of the launch table, and a K for each of its regimes.
+DIMS = (8, 14, 30, 32, 64, 128, 300)
+PAIRS = (200, 256, 600, 5000)
+# CI takes every kernel and table entry once a target; `make test-all` takes the whole product.
+ENTRIES = (
+    *((8, 200), (14, 256), (32, 200), (32, 256), (64, 200)),
+    *((8, 600), (14, 5000), (32, 5000), (64, 5000), (128, 5000), (300, 600)),
+)
+PRODUCT = tuple((D, K) for D in DIMS for K in PAIRS)
+
+
+def untouched(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def search(D, K, dtype=torch.float32, B=4096, C=2, topk=1, mask=False):
+    keys = untouched(C, K, D, dtype=dtype)
+    packed = untouched(C, launch.packed_nbytes(K, D, dtype), dtype=torch.uint8)
+    allowed = untouched(C, K, dtype=torch.bool) if mask else None
+    launch.nearest(untouched(B, 1, C, D, dtype=dtype), keys, packed, allowed, topk)
+
+
+def update(D, dtype=torch.float32, spare=True):
+    keys, rows = untouched(2, 600, D, dtype=dtype), untouched(2, 100, D, dtype=dtype) if spare else None
+    exact = torch.promote_types(dtype, torch.float32)
+    launch.update_keys_(
+        *(keys, untouched(2, 600, D, dtype=dtype), untouched(2, 600, dtype=dtype)),
+        *(untouched(2, 600, dtype=exact), untouched(2, 600, D, dtype=exact)),
+        *(rows, untouched(2, dtype=torch.int64) if spare else None),
+        *(0.9, 1e-5, 0.5, 1.0, False),
+    )
+
+
+def everything_else():
+    """One launch of every kernel that the launch table of the search does not choose."""
+    for dtype in (torch.float32, torch.bfloat16):
+        launch.pack_keys(untouched(2, 600, 14, dtype=dtype))
+        update(14, dtype)
+    launch.pack_keys(untouched(2, 600, 300))
+    update(64)
+    update(300)
+    update(14, torch.float64)
+    update(14, spare=False)
+    search(14, 600, mask=True, B=64)
+    search(14, 600, B=4)
+    search(14, 600, topk=3)
+    search(6, 60, dtype=torch.float64)
+    search(14, 5000, B=1, C=1)
+    keys, packed = untouched(2, 600, 14), untouched(2, launch.packed_nbytes(600, 14, torch.float32), dtype=torch.uint8)
+    launch.lookup(untouched(4, 1, 2, 14), keys, packed, untouched(2, 600, 64), None, "none")
+    indices = untouched(256, 1, 4, dtype=torch.int64)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        values, rows = untouched(4, 600, 64, dtype=dtype), untouched(256, 1, 4, 64, dtype=dtype)
+        for layout_of_values in ("bscv", "bcsv"):
+            launch.gather(values, indices, "none", layout_of_values)
+        launch.gather(values, indices, "mean", "bscv")
+        for K in (200, 600):
+            launch.gather_backward(rows, indices, K, "none")
+            launch.accumulate(rows, indices, K)
+        launch.gather_backward_rows(rows, indices, 600, "none")
+        launch.sgd_step_(values, indices, untouched(256, dtype=torch.int64), 0.3, 1.0, 0.1)
+    launch.count(rows, indices, 600)
+
+
+def test_an_index_out_of_bounds_stops_the_device():
+    """The interpreter leaves these assertions out; the machine code has them, and never touches that memory."""
+    with compiling_for("sm_90") as kernels:
+        values, indices = untouched(4, 600, 64), untouched(256, 1, 4, dtype=torch.int64)
+        launch.gather(values, indices, "none", "bscv")
+        launch.gather(values, indices, "sum", "bscv")
+        launch.gather_backward(untouched(256, 1, 4, 64), indices, 600, "none")
+    asserting = [kernel for kernel in kernels if "indices" in kernel.signature]
+    assert len(asserting) == 3
+    assert all("__assertfail" in kernel.asm["ptx"] for kernel in asserting)
+
+
+def check(kernels):
+    """Hold kernels to the limits of their target; their machine code by kernel."""
+    assert kernels
+    codes = {kernel: machine_code.read(kernel) for kernel in kernels}
+    for kernel, code in codes.items():
+        assert machine_code.excesses(kernel, code) == [], str(kernel)
+        if kernel.name in ("search", "resident"):
+            assert code.total().matrix > 0, f"{kernel} does not use the matrix units"
+            loads = code.search_loop().loads if kernel.name == "search" else code.total().loads
+            # AMD's compiler moves tiles to shared memory in pieces whose width depends on its version.
+            assert kernel.target.startswith("gfx") or max(loads, default=128) == 128, f"{kernel} loads {loads}"
+    return codes
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_entry_of_the_launch_table(target):
+    with compiling_for(target) as kernels:
+        for D, K in ENTRIES:
+            search(D, K)
+    codes = check(kernels)
+    if target == "sm_90":
+        loops = [code.search_loop() for kernel, code in codes.items() if kernel.name == "search"]
+        assert loops
+        assert not any(loop.shuffles for loop in loops), "scores leave their thread before the last key"
+    filters = {(k.constants["BN"], k.constants["BK"], k.num_warps) for k in kernels if k.name == "search"}
+    BNs = {entry.BN for entry in SEARCH[target].filters.values()}
+    assert {BN for BN, _, _ in filters} == BNs
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_other_kernel(target):
+    with compiling_for(target) as kernels:
+        everything_else()
+    check(kernels)
+
+
+@pytest.mark.parametrize("books_outermost", [False, True])
+@pytest.mark.parametrize(("D", "K"), [(14, 600), (14, 200), (32, 5000)])
+def test_twenty_batch_sizes_compile_once(D, K, books_outermost):
+    keys = untouched(2, K, D)
+    packed = untouched(2, launch.packed_nbytes(K, D, keys.dtype), dtype=torch.uint8)
+    with compiling_for("sm_90") as kernels:
+        for B in (65, *range(100, 2000, 101)):
+            queries = untouched(2, B, 3, D).permute(1, 2, 0, 3) if books_outermost else untouched(B, 3, 2, D)
+            launch.nearest(queries, keys, packed, None, 1)
+    names = [kernel.name for kernel in kernels]
+    assert len(names) == len(set(names)), names
+    assert all(len(kernel.launches) == 20 for kernel in kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_whole_product_of_sizes(target, dtype):
+    with compiling_for(target) as kernels:
+        for D, K in PRODUCT:
+            search(D, K, dtype)
+            launch.pack_keys(untouched(2, K, D, dtype=dtype))
+    check(kernels)
