@@ -10,12 +10,12 @@ from typing import Any
 
 
 class Journal:
-    """Starts an empty file; every ``write`` is on disk when it returns."""
+    """Starts an empty file, or goes on with what is there; every ``write`` is on disk when it returns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, go_on: bool = False) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+        path.open("a" if go_on else "w").close()
 
     def write(self, facts: Mapping[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -25,7 +25,9 @@ class Journal:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a journal; the last one may have been cut off, and is left out then."""
+    """The lines of a journal, none if there is no file; the last one may have been cut off, and is left out then."""
+    if not path.exists():
+        return
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n"):
             yield json.loads(line)
