@@ -1,6 +1,7 @@
-"""The package list and the build of the C++ extension; everything else is in pyproject.toml."""
+"""The package list, the README and the build of the C++ extension; everything else is in pyproject.toml."""
 
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -33,6 +34,16 @@ sources = sorted(glob("csrc/*.cpp"))
 # kvb/kernels is a symlink to kernels/, which has no __init__.py: so no top-level `kernels` is ever
 # installed, and another package of that name is never shadowed.
 arguments = {"packages": [*find_packages(include=["kvb", "kvb.*"]), "kvb.kernels"]}
+
+
+def readme():
+    """README.md for a package index: with links into the source repository where README has relative ones."""
+    source = re.search(r'^Source = "(.*?)"', Path("pyproject.toml").read_text(), re.MULTILINE)[1]
+    text = re.sub(r"!\[([^]]*)\]\((?!https?:)([^)]+)\)", rf"![\1]({source}/raw/main/\2)", Path("README.md").read_text())
+    return re.sub(r"(?<!!)\[([^]]*)\]\((?!https?:|#)([^)]+)\)", rf"[\1]({source}/blob/main/\2)", text)
+
+
+arguments |= {"long_description": readme(), "long_description_content_type": "text/markdown"}
 
 
 def missing():

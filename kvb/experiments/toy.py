@@ -1,7 +1,7 @@
 """The toy of the paper's figure 2: points in the plane, two classes at a time, and the decisions of four heads drawn.
 
-The bottlenecks learn by ``kvb.optim.RowwiseAdam``: the averages of ``torch.optim.Adam`` go on moving values that
-nothing fetches any more. How far is measured beside, and ``kvb.optim.audit`` would say so.
+The bottlenecks learn by ``kvb.optim.RowwiseAdam``: the averages of ``torch.optim.Adam`` go on moving values
+that nothing fetches any longer. The run also measures how far, and ``kvb.optim.audit`` warns of it.
 
 The keys start at points of the square, where the paper's start standard normal: with the published update those
 without a hit sink to the origin, a corner of the square; kvb's stay, so that most would never be hit.
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 import kvb
 from kvb import optim
 from kvb.experiments import plots
+from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import Examples, Result, Score
-from kvb.experiments.heads import BASELINES, BottleneckHead, Head
+from kvb.experiments.heads import BottleneckHead, Head
 from kvb.experiments.seeding import seeded
 from kvb.experiments.versions import versions
 from kvb.modules.bottleneck import KeyValueBottleneck
@@ -111,7 +112,7 @@ def bottleneck_head(toy: Toy, splitter: nn.Module, codebooks: int, pairs: int) -
 
 
 def baseline(toy: Toy, name: str) -> Head:
-    (head,) = BASELINES[name](2, [toy.classes], hidden=HIDDEN, from_zero=False)
+    (head,) = BASELINES[name](2, [toy.classes], hidden=HIDDEN, projected=0, from_zero=False)
     return head
 
 

@@ -144,6 +144,18 @@ def test_a_build_gives_one_file_for_every_python(sources):
     assert not said(done)
 
 
+def test_links_and_pictures_of_the_readme_work_on_a_package_index(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        text = archive.read(name).decode()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 10
+    assert all(link.startswith("https://") for link in links)
+    pictures = re.findall(r"!\[[^]]*\]\((.*?)\)", text)
+    assert pictures
+    assert all("/raw/main/docs/" in picture and (ROOT / picture.split("/main/")[1]).exists() for picture in pictures)
+
+
 def test_a_build_that_fails_leaves_a_pure_wheel_and_one_line(sources):
     build("wheel", sources)
     (sources / "csrc" / "library.cpp").write_text("#error")
