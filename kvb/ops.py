@@ -87,13 +87,15 @@ def _kernels() -> Any:
     return importlib.import_module("kvb.kernels.launch")
 
 
-def _register_kernels(dispatch_key: str) -> None:
-    def launcher(name: str) -> Callable[..., Any]:
-        return lambda *args: getattr(_kernels(), name)(*args)
+def _launcher(name: str) -> Callable[..., Any]:
+    """The kernels' operator, or that of the reference where there is no kernel for it."""
+    fallback = _without_autocast(getattr(reference, name))
+    return lambda *args: getattr(_kernels(), name, fallback)(*args)
 
+
+def _register_kernels(dispatch_key: str) -> None:
     for name in NAMES:
-        if name != "sample":
-            _library.impl(name, launcher(name), dispatch_key)
+        _library.impl(name, _launcher(name), dispatch_key)
 
 
 def _load_on_cpu() -> tuple[str, str]:
@@ -139,6 +141,16 @@ absent = {device: why for device, (_, why) in _backends.items()}
 def backend(device: str) -> str:
     """Which backend runs on a device type: "cpp", "triton" or "torch"."""
     return _backends.get(device, ("torch", ""))[0]
+
+
+def operators(device: str) -> tuple[str, ...]:
+    """The operators that the fast backend of a device type has; all others run in plain PyTorch."""
+    if backend(device) == "torch":
+        return ()
+    if backend(device) == "triton":
+        return tuple(name for name in NAMES if hasattr(_kernels(), name))
+    key = device.upper()
+    return tuple(name for name in NAMES if torch._C._dispatch_has_kernel_for_dispatch_key(f"kvb::{name}", key))
 
 
 def _packed_nbytes(keys: Tensor) -> int:

@@ -18,8 +18,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not part of the package
 
-from benchmarks import machine_code
-from benchmarks.offline import TARGETS, compiling_for
+from benchmarks.triton_static import machine_code
+from benchmarks.triton_static.offline import TARGETS, compiling_for
 from kvb.kernels import launch
 from kvb.kernels.launch_search import SEARCH
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import triton
 
-from benchmarks.offline import LIMITS, Compiled
+from benchmarks.triton_static.offline import LIMITS, Compiled
 
 
 class Instruction(NamedTuple):
