@@ -6,7 +6,9 @@ One pass over the launch table a target: nothing spills, everything fits, matrix
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -108,10 +110,41 @@ def test_an_index_out_of_bounds_stops_the_device():
         values, indices = untouched(4, 600, 64), untouched(256, 1, 4, dtype=torch.int64)
         launch.gather(values, indices, "none", "bscv")
         launch.gather(values, indices, "sum", "bscv")
-        launch.gather_backward(untouched(256, 1, 4, 64), indices, 600, "none")
-    asserting = [kernel for kernel in kernels if "indices" in kernel.signature]
-    assert len(asserting) == 3
-    assert all("__assertfail" in kernel.asm["ptx"] for kernel in asserting)
+        for K in (600, 200):
+            launch.gather_backward(untouched(256, 1, 4, 64), indices, K, "none")
+    asserting = {
+        kernel.name: "__assertfail" in kernel.asm["ptx"] for kernel in kernels if "indices" in kernel.signature
+    }
+    assert asserting.pop("add_by_product") is False  # ``check_pairs`` runs in front of it
+    assert set(asserting) == {"gather_each", "gather_pooled", "add_by_atomics", "check_pairs"}
+    assert all(asserting.values())
+
+
+def assembled(code):
+    """What NVIDIA's assembler says of PTX for sm_90."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(code)
+        file.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+@triton.jit
+def asserting_product(x, y, out, N, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    total = tl.zeros((SIZE, SIZE), tl.float32)
+    for step in range(N):
+        part = tl.load(x + step * SIZE * SIZE + at)
+        tl.device_assert(part < 1, "too large")
+        total += tl.dot(part, tl.load(y + at))
+    tl.store(out + at, total)
+
+
+def test_products_that_wait_for_one_another_are_seen():
+    half = untouched(64, 64, dtype=torch.float16)
+    with compiling_for("sm_90") as kernels:
+        asserting_product[(1,)](half, half, untouched(64, 64), 3, SIZE=64, debug=True)
+    assert "C7510" in assembled(kernels[0].asm["ptx"])
 
 
 def check(kernels):
@@ -123,6 +156,8 @@ def check(kernels):
         sums = asymmetric_sums(kernel)
         assert not sums or kernel.name in HARMLESS, f"{kernel}: {sums[0]}"
         assert kernel.name != "resident" or all("fadd double" in line for line in sums), f"{kernel}: {sums[0]}"
+        if "wgmma" in kernel.asm.get("ptx", ""):
+            assert "C7510" not in assembled(kernel.asm["ptx"]), f"the products of {kernel} wait for one another"
         if kernel.name in ("search", "resident"):
             assert code.total().matrix > 0, f"{kernel} does not use the matrix units"
             loads = code.search_loop().loads if kernel.name == "search" else code.total().loads
