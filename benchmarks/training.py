@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kvb
-from benchmarks import cpu, memory, verify
-from benchmarks.cpu import THREADS, Measured, Row
+from benchmarks import memory, table, verify
 from benchmarks.shapes import PAPER
+from benchmarks.table import THREADS, Measured, Row, effort
 from benchmarks.timing import Contestant, Ratio, race
 from kvb import functional
 
@@ -100,8 +100,8 @@ SPARSE = functools.partial(_autograd, clip=kvb.optim.clip_grad_norm_, sparse_gra
 
 
 def _against(ours: Contestant, theirs: Contestant, peer: str, quick: bool) -> Measured:
-    result = race({"kvb": ours, "dense": theirs}, cpu.QUICK if quick else cpu.FULL)
-    return Measured(result.seconds("kvb"), result.seconds("dense"), "s", peer, result.ratio("dense", "kvb"))
+    result = race({"kvb": ours, "dense": theirs}, effort(quick))
+    return table.against(result, "kvb", "dense", peer)
 
 
 def fused(quick: bool) -> Measured:
@@ -142,4 +142,4 @@ ROWS = (
 
 
 if __name__ == "__main__":
-    sys.exit(cpu.run(ROWS, "benchmarks.training", __doc__, None))
+    sys.exit(table.run(ROWS, "benchmarks.training", __doc__, None))

@@ -2,11 +2,11 @@
 
 from kvb import compat, decoders, functional, optim, splitters, training, unlearning
 from kvb.about import __version__, info
-from kvb.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.checkpoints import CheckpointError, load, save
 from kvb.data import CodeDataset
-from kvb.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
-from kvb.encoders import (
+from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
+from kvb.modules.encoders import (
     BottleneckedEncoder,
     CLIPBottleneckedEncoder,
     ConvMixerBottleneckedEncoder,
@@ -15,7 +15,7 @@ from kvb.encoders import (
     SwavBottleneckedEncoder,
     VICRegBottleneckedEncoder,
 )
-from kvb.keys import KeyReport
+from kvb.modules.key_learning import KeyReport
 
 __all__ = [
     "BottleneckOutput",

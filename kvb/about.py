@@ -1,4 +1,4 @@
-"""What this installation is: versions, and who answers the operators on each device."""
+"""What this installation is: versions, and which backend runs on each device type."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 
 
 def _backend(device: str) -> str:
-    """Who answers on a device type; for the C++ extension its instruction set, for the reference why it must."""
+    """The backend of a device type; for C++ its instruction set, for plain PyTorch why nothing faster runs."""
     backend = ops.backend(device)
-    if backend == "csrc":
-        return f"csrc ({torch.ops.kvb.cpu_capability()})"
+    if backend == "cpp":
+        return f"cpp ({torch.ops.kvb.cpu_capability()})"
     why = ops.absent[device]
     return f"{backend} ({why})" if why else backend
 

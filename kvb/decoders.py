@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvb import checks
+from kvb import validation
 
 
 class CodebookVoting(nn.Module):
@@ -39,14 +39,14 @@ class CodebookVoting(nn.Module):
         channel_last: bool = True,
     ) -> None:
         super().__init__()
-        self.num_classes = checks.positive_int("num_classes", num_classes)
-        self.topk = checks.positive_int("topk", topk)
+        self.num_classes = validation.positive_int("num_classes", num_classes)
+        self.topk = validation.positive_int("topk", topk)
         self.channel_last = channel_last
         if weights is not None and (topk == 1 or len(weights) != topk):
             raise ValueError(f"weights must hold one number for each of topk > 1 ranks, got {weights} for topk={topk}")
         if topk > 1:
             self.register_buffer("weights", torch.tensor(weights or [1] * topk, dtype=torch.float32))
-        self.dropout = checks.number("dropout", dropout, 0.0, 1.0)
+        self.dropout = validation.number("dropout", dropout, 0.0, 1.0)
 
     def forward(self, values: Tensor) -> Tensor:
         """values -> logits [B, V].
@@ -57,7 +57,7 @@ class CodebookVoting(nn.Module):
         Raises:
             TypeError: not a floating-point tensor. ValueError: a shape that does not fit.
         """
-        checks.floating("CodebookVoting", "values", values)
+        validation.floating("CodebookVoting", "values", values)
         ranks = self.topk > 1
         axis = -1 if self.channel_last else 2 + ranks
         if (
@@ -99,8 +99,8 @@ class LinearProbe(nn.Module):
 
     def __init__(self, num_features: int, num_classes: int, bias: bool = True) -> None:
         super().__init__()
-        self.num_features = checks.positive_int("num_features", num_features)
-        self.linear = nn.Linear(num_features, checks.positive_int("num_classes", num_classes), bias=bias)
+        self.num_features = validation.positive_int("num_features", num_features)
+        self.linear = nn.Linear(num_features, validation.positive_int("num_classes", num_classes), bias=bias)
 
     def forward(self, values: Tensor) -> Tensor:
         """values [B, ...] of ``num_features`` a sample -> logits [B, num_classes]."""
@@ -121,9 +121,9 @@ class MLP(nn.Module):
 
     def __init__(self, num_features: int, num_classes: int, hidden: int = 128) -> None:
         super().__init__()
-        self.num_features = checks.positive_int("num_features", num_features)
-        self.hidden = nn.Linear(num_features, checks.positive_int("hidden", hidden))
-        self.output = nn.Linear(hidden, checks.positive_int("num_classes", num_classes))
+        self.num_features = validation.positive_int("num_features", num_features)
+        self.hidden = nn.Linear(num_features, validation.positive_int("hidden", hidden))
+        self.output = nn.Linear(hidden, validation.positive_int("num_classes", num_classes))
 
     def forward(self, values: Tensor) -> Tensor:
         """values [B, ...] of ``num_features`` a sample -> logits [B, num_classes]."""
@@ -133,7 +133,7 @@ class MLP(nn.Module):
 
 
 def _flat(owner: str, values: Tensor, num_features: int) -> Tensor:
-    checks.floating(owner, "values", values)
+    validation.floating(owner, "values", values)
     if values.dim() < 2 or values.shape[1:].numel() != num_features:
         raise ValueError(
             f"expected values of shape (B, ...) with num_features = {num_features} numbers a sample, "
@@ -157,8 +157,8 @@ def add_distance_to_values(values: Tensor, distances: Tensor, *, axis: int = -1)
         TypeError: not floating-point tensors. ValueError: shapes disagree, or there is no such axis.
     Source: the option of that name in the authors' experiments.
     """
-    checks.floating("add_distance_to_values", "values", values)
-    checks.floating("add_distance_to_values", "distances", distances)
+    validation.floating("add_distance_to_values", "values", values)
+    validation.floating("add_distance_to_values", "distances", distances)
     if not -values.dim() <= axis < values.dim():
         raise ValueError(f"axis must be one of the {values.dim()} axes of values, got {axis}")
     want = (*values.shape[: axis % values.dim()], *values.shape[axis % values.dim() + 1 :])

@@ -9,27 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvb import checks, ops
+from kvb import ops, validation
 
 POOLS = ("none", "mean", "sum")
 LAYOUTS = ("bscv", "bcsv")
 
 
 def _check_search(owner: str, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-    checks.floating(owner, "queries", queries)
-    checks.floating(owner, "keys", keys)
-    checks.shape("keys", keys, "C K D", (None, None, None))
+    validation.floating(owner, "queries", queries)
+    validation.floating(owner, "keys", keys)
+    validation.shape("keys", keys, "C K D", (None, None, None))
     C, K, D = keys.shape
     for name, size in (("codebooks", C), ("pairs", K), ("key dims", D)):
         if size == 0:
             raise ValueError(
                 f"expected keys with at least one of each of (C, K, D), got no {name}: {tuple(keys.shape)}"
             )
-    checks.shape("queries", queries, "B S C D", (None, None, C, D))
-    checks.same_device("queries", queries, "keys", keys)
+    validation.shape("queries", queries, "B S C D", (None, None, C, D))
+    validation.same_device("queries", queries, "keys", keys)
     if mask is not None:
-        checks.mask(owner, mask, C, K)
-        checks.same_device("mask", mask, "keys", keys)
+        validation.mask(owner, mask, C, K)
+        validation.same_device("mask", mask, "keys", keys)
     return queries if queries.stride(-1) == 1 else queries.contiguous()
 
 
@@ -45,8 +45,8 @@ def pack_keys(keys: Tensor) -> Tensor:
     Raises:
         TypeError: not a floating-point tensor. ValueError: not three axes.
     """
-    checks.floating("pack_keys", "keys", keys)
-    checks.shape("keys", keys, "C K D", (None, None, None))
+    validation.floating("pack_keys", "keys", keys)
+    validation.shape("keys", keys, "C K D", (None, None, None))
     return torch.ops.kvb.pack_keys(keys)
 
 
@@ -80,7 +80,7 @@ def nearest(
         ``topk`` > K. RuntimeError: devices differ, or ``packed`` was made from other keys.
     """
     queries = _check_search("nearest", queries, keys, mask)
-    checks.topk(topk, keys.shape[1])
+    validation.topk(topk, keys.shape[1])
     packed = torch.ops.kvb.pack_keys(keys) if packed is None else packed
     indices, distances = torch.ops.kvb.nearest(queries, keys, packed, mask, topk)
     return (indices, distances) if topk > 1 else (indices[..., 0], distances[..., 0])
@@ -108,7 +108,7 @@ def sample(
         as ``nearest``; ValueError: temperature <= 0.
     """
     queries = _check_search("sample", queries, keys, mask)
-    checks.number("temperature", temperature, 0.0, float("inf"), open_low=True)
+    validation.number("temperature", temperature, 0.0, float("inf"), open_low=True)
     seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu", generator=generator)
     indices, distances = torch.ops.kvb.sample(queries, keys, mask, temperature, seed)
     return indices[..., 0], distances[..., 0]
@@ -133,13 +133,13 @@ def gather(
         TypeError: indices that are not integers. ValueError: ranks or sizes disagree, unknown pool or layout.
         IndexError: an index outside [0, K).
     """
-    checks.floating("gather", "values", values)
-    checks.shape("values", values, "C K V", (None, None, None))
-    checks.integer("gather", "indices", indices)
-    checks.shape("indices", indices, "B S C", (None, None, values.shape[0]))
-    checks.same_device("indices", indices, "values", values)
-    checks.choice("pool", pool, POOLS)
-    checks.choice("layout", layout, LAYOUTS)
+    validation.floating("gather", "values", values)
+    validation.shape("values", values, "C K V", (None, None, None))
+    validation.integer("gather", "indices", indices)
+    validation.shape("indices", indices, "B S C", (None, None, values.shape[0]))
+    validation.same_device("indices", indices, "values", values)
+    validation.choice("pool", pool, POOLS)
+    validation.choice("layout", layout, LAYOUTS)
     fetch = ops.gather_row_grad if sparse_grad else torch.ops.kvb.gather
     return fetch(values, indices, pool, layout)
 
@@ -172,9 +172,9 @@ def lookup(
         as ``nearest`` and ``gather``.
     """
     queries = _check_search("lookup", queries, keys, mask)
-    checks.floating("lookup", "values", values)
-    checks.shape("values", values, "C K V", (*keys.shape[:2], None))
-    checks.same_device("values", values, "keys", keys)
-    checks.choice("pool", pool, POOLS)
+    validation.floating("lookup", "values", values)
+    validation.shape("values", values, "C K V", (*keys.shape[:2], None))
+    validation.same_device("values", values, "keys", keys)
+    validation.choice("pool", pool, POOLS)
     packed = torch.ops.kvb.pack_keys(keys) if packed is None else packed
     return ops.lookup(queries, keys, packed, values, mask, pool)

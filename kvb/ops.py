@@ -35,6 +35,7 @@ from kvb import reference
 
 SCHEMAS = (
     "pack_keys(Tensor keys) -> Tensor",
+    "packed_matches(Tensor keys, Tensor packed) -> Tensor",
     "nearest(Tensor queries, Tensor keys, Tensor packed, Tensor? mask, int topk) -> (Tensor, Tensor)",
     "sample(Tensor queries, Tensor keys, Tensor? mask, float temperature, Tensor seed) -> (Tensor, Tensor)",
     "gather(Tensor values, Tensor indices, str pool, str layout) -> Tensor",
@@ -77,7 +78,7 @@ for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
 
 # --- the fast backends ------------------------------------------------------------------------------------------------
 
-CPU_CAPABILITIES = ("reference", "triton", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
+CPU_CAPABILITIES = ("torch", "triton", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
 
 
 @functools.cache
@@ -86,65 +87,78 @@ def _kernels() -> Any:
     return importlib.import_module("kvb.kernels.launch")
 
 
-def _register_kernels(dispatch_key: str) -> None:
-    def launcher(name: str) -> Callable[..., Any]:
-        return lambda *args: getattr(_kernels(), name)(*args)
+def _launcher(name: str) -> Callable[..., Any]:
+    """The kernels' operator, or that of the reference where there is no kernel for it."""
+    fallback = _without_autocast(getattr(reference, name))
+    return lambda *args: getattr(_kernels(), name, fallback)(*args)
 
+
+def _register_kernels(dispatch_key: str) -> None:
     for name in NAMES:
-        if name != "sample":
-            _library.impl(name, launcher(name), dispatch_key)
+        _library.impl(name, _launcher(name), dispatch_key)
 
 
 def _load_on_cpu() -> tuple[str, str]:
-    """Who answers on the CPU, and where that is the reference, why."""
+    """The backend of the CPU, and where that is plain PyTorch, why."""
     wish = os.environ.get("KVB_CPU_CAPABILITY")
+    wish = "torch" if wish == "reference" else wish  # its name before 0.2
     if wish is not None and wish not in CPU_CAPABILITIES:
         raise ValueError(f"KVB_CPU_CAPABILITY={wish!r}: allowed values are {', '.join(CPU_CAPABILITIES)}")
-    if wish == "reference":
-        return "reference", "KVB_CPU_CAPABILITY=reference"
+    if wish == "torch":
+        return "torch", "KVB_CPU_CAPABILITY=torch"
     if wish == "triton":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("KVB_CPU_CAPABILITY=triton runs the GPU's kernels interpreted: set TRITON_INTERPRET=1 too")
         _register_kernels("CPU")
-        return "kernels", ""
+        return "triton", ""
     try:
         importlib.import_module("kvb._C")  # which registers itself
     except ModuleNotFoundError:
-        return "reference", (
+        return "torch", (
             "the C++ extension was not built: pip install --no-build-isolation . with g++ and torch at hand"
         )
     except ImportError as error:
-        warnings.warn(f"the C++ extension of kvb cannot be loaded, plain PyTorch answers: {error}", stacklevel=2)
-        return "reference", f"the C++ extension cannot be loaded: {error}"
-    return "csrc", ""
+        warnings.warn(f"the C++ extension of kvb cannot be loaded, plain PyTorch runs instead: {error}", stacklevel=2)
+        return "torch", f"the C++ extension cannot be loaded: {error}"
+    return "cpp", ""
 
 
 def _load_on_cuda() -> tuple[str, str]:
     """The same for CUDA and ROCm, which PyTorch calls CUDA too; nothing here touches a device."""
     if torch.version.cuda is None and torch.version.hip is None:
-        return "reference", "this PyTorch was built without CUDA or ROCm"
+        return "torch", "this PyTorch was built without CUDA or ROCm"
     if importlib.util.find_spec("triton") is None:
-        return "reference", "Triton is not installed: pip install triton"
+        return "torch", "Triton is not installed: pip install triton"
     _register_kernels("CUDA")
-    return "kernels", ""
+    return "triton", ""
 
 
-_answers = {"cpu": _load_on_cpu(), "cuda": _load_on_cuda()}
+_backends = {"cpu": _load_on_cpu(), "cuda": _load_on_cuda()}
 # Why a device type has no fast backend; empty where it has one.
-absent = {device: why for device, (_, why) in _answers.items()}
+absent = {device: why for device, (_, why) in _backends.items()}
 
 
 def backend(device: str) -> str:
-    """Who answers the operators on a device type: "csrc", "kernels" or "reference"."""
-    return _answers.get(device, ("reference", ""))[0]
+    """Which backend runs on a device type: "cpp", "triton" or "torch"."""
+    return _backends.get(device, ("torch", ""))[0]
+
+
+def operators(device: str) -> tuple[str, ...]:
+    """The operators that the fast backend of a device type has; all others run in plain PyTorch."""
+    if backend(device) == "torch":
+        return ()
+    if backend(device) == "triton":
+        return tuple(name for name in NAMES if hasattr(_kernels(), name))
+    key = device.upper()
+    return tuple(name for name in NAMES if torch._C._dispatch_has_kernel_for_dispatch_key(f"kvb::{name}", key))
 
 
 def _packed_nbytes(keys: Tensor) -> int:
-    """Bytes of one packed codebook in the layout of the backend that answers for ``keys``."""
-    (_, K, D), answers = keys.shape, backend(keys.device.type)
-    if answers == "csrc":
+    """Bytes of one packed codebook in the layout of the backend that runs on the device of ``keys``."""
+    (_, K, D), name = keys.shape, backend(keys.device.type)
+    if name == "cpp":
         return int(torch.ops.kvb.cpu_packed_nbytes(K, D, keys.dtype == torch.float64))
-    layout = _kernels() if answers == "kernels" else reference
+    layout = _kernels() if name == "triton" else reference
     return int(layout.packed_nbytes(K, D, keys.dtype))
 
 
@@ -161,6 +175,10 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 def _fake_pack_keys(keys: Tensor) -> Tensor:
     return keys.new_empty((keys.shape[0], _packed_nbytes(keys)), dtype=torch.uint8)
+
+
+def _fake_packed_matches(keys: Tensor, packed: Tensor) -> Tensor:
+    return keys.new_empty((), dtype=torch.bool)
 
 
 def _fake_search(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvb import checks
-from kvb.drift import Finding, audit, value_tables
+from kvb import validation
+from kvb.optim_audit import Finding, audit, value_tables
 
 __all__ = ["Finding", "RowwiseAdagrad", "RowwiseAdam", "RowwiseSGD", "audit", "clip_grad_norm_", "param_groups"]
 
@@ -91,7 +91,7 @@ class _Rowwise(torch.optim.Optimizer):
         infinity = float("inf")
         for name in ("lr", "weight_decay"):
             if not isinstance(group[name], Tensor):
-                checks.number(name, group[name], 0.0, infinity)
+                validation.number(name, group[name], 0.0, infinity)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -219,8 +219,8 @@ class RowwiseAdagrad(_Rowwise):
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
-        checks.number("initial_accumulator_value", group["initial_accumulator_value"], 0.0, float("inf"))
-        checks.number("eps", group["eps"], 0.0, float("inf"), open_low=True)
+        validation.number("initial_accumulator_value", group["initial_accumulator_value"], 0.0, float("inf"))
+        validation.number("eps", group["eps"], 0.0, float("inf"), open_low=True)
 
     def _fresh(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         start = group["initial_accumulator_value"]
@@ -266,11 +266,11 @@ class RowwiseAdam(_Rowwise):
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
-        checks.number("eps", group["eps"], 0.0, float("inf"), open_low=True)
+        validation.number("eps", group["eps"], 0.0, float("inf"), open_low=True)
         if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}")
         for i, beta in enumerate(group["betas"]):
-            checks.number(f"betas[{i}]", beta, 0.0, 1.0)
+            validation.number(f"betas[{i}]", beta, 0.0, 1.0)
 
     def _zeros_move(self, group: dict[str, Any]) -> bool:
         return True
@@ -350,8 +350,8 @@ def param_groups(model: nn.Module, lr: float, values_lr: float | None = None) ->
     Raises:
         TypeError: not a module. ValueError: a rate below 0, or a model without a value table that learns.
     """
-    checks.number("lr", lr, 0.0, float("inf"))
-    rate = lr if values_lr is None else checks.number("values_lr", values_lr, 0.0, float("inf"))
+    validation.number("lr", lr, 0.0, float("inf"))
+    rate = lr if values_lr is None else validation.number("values_lr", values_lr, 0.0, float("inf"))
     tables = [table for table in value_tables(model).values() if table.requires_grad]
     if not tables:
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvb import checks
+from kvb import validation
 
 MODES = ("chunk", "random_projection", "sparse_projection", "learned_projection")
 
@@ -19,7 +19,7 @@ def make(mode: str, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.
     Raises:
         ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C.
     """
-    checks.choice("splitting_mode", mode, MODES)
+    validation.choice("splitting_mode", mode, MODES)
     if mode == "chunk":
         chunk = Chunk(num_channels, num_codebooks)
         if chunk.dim_keys != dim_keys:
@@ -33,7 +33,7 @@ def make(mode: str, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.
 
 
 def _check_features(owner: str, x: Tensor, channels: int) -> None:
-    checks.floating(owner, "x", x)
+    validation.floating(owner, "x", x)
     if x.dim() < 2 or x.shape[-1] != channels:
         raise ValueError(f"expected x of shape (B, *shape, channels) = (B, *shape, {channels}), got {tuple(x.shape)}")
 
@@ -52,8 +52,8 @@ class Chunk(nn.Module):
 
     def __init__(self, num_channels: int, num_codebooks: int) -> None:
         super().__init__()
-        self.num_channels = checks.positive_int("num_channels", num_channels)
-        self.num_codebooks = checks.positive_int("num_codebooks", num_codebooks)
+        self.num_channels = validation.positive_int("num_channels", num_channels)
+        self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys, rest = divmod(num_channels, num_codebooks)
         if rest:
             raise ValueError(f"num_channels ({num_channels}) must be divisible by num_codebooks ({num_codebooks})")
@@ -87,9 +87,9 @@ class RandomProjection(nn.Module):
         self, num_channels: int, num_codebooks: int, dim_keys: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        self.num_channels = checks.positive_int("num_channels", num_channels)
-        self.num_codebooks = checks.positive_int("num_codebooks", num_codebooks)
-        self.dim_keys = checks.positive_int("dim_keys", dim_keys)
+        self.num_channels = validation.positive_int("num_channels", num_channels)
+        self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
+        self.dim_keys = validation.positive_int("dim_keys", dim_keys)
         self.register_buffer("rand_proj", nn.functional.normalize(self._draw(generator), dim=1))
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
@@ -99,7 +99,7 @@ class RandomProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D]; one matrix product, heads moved as a view."""
         _check_features(type(self).__name__, x, self.num_channels)
-        checks.same_device("x", x, "the projections", self.rand_proj)
+        validation.same_device("x", x, "the projections", self.rand_proj)
         heads = x @ self.rand_proj.to(x.dtype).transpose(0, 1).flatten(1)
         return heads.unflatten(-1, (self.num_codebooks, self.dim_keys)).movedim(-2, 1)
 
@@ -142,15 +142,15 @@ class LearnedProjection(nn.Module):
 
     def __init__(self, num_channels: int, num_codebooks: int, dim_keys: int) -> None:
         super().__init__()
-        self.num_channels = checks.positive_int("num_channels", num_channels)
-        self.num_codebooks = checks.positive_int("num_codebooks", num_codebooks)
-        self.dim_keys = checks.positive_int("dim_keys", dim_keys)
+        self.num_channels = validation.positive_int("num_channels", num_channels)
+        self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
+        self.dim_keys = validation.positive_int("dim_keys", dim_keys)
         self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D]; one matrix product, heads moved as a view."""
         _check_features("LearnedProjection", x, self.num_channels)
-        checks.same_device("x", x, "the projections", self.proj.weight)
+        validation.same_device("x", x, "the projections", self.proj.weight)
         heads = nn.functional.linear(x, self.proj.weight.to(x.dtype))
         return heads.unflatten(-1, (self.dim_keys, self.num_codebooks)).movedim(-1, 1)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvb import checks, ops  # noqa: F401  (importing ops registers the operators)
+from kvb import ops, validation  # noqa: F401  (importing ops registers the operators)
 
 
 class SGDStep(NamedTuple):
@@ -58,20 +58,20 @@ def sgd_step(
         disagree, values that are not contiguous, or a number out of its range. IndexError: a code outside [0, K) or a
         target outside [0, V). RuntimeError: devices differ.
     """
-    checks.floating("sgd_step", "values", values)
-    checks.shape("values", values, "C K V", (None, None, None))
+    validation.floating("sgd_step", "values", values)
+    validation.shape("values", values, "C K V", (None, None, None))
     if not values.is_contiguous():
         raise ValueError(f"expected contiguous values, got strides {values.stride()}; call values.contiguous() first")
-    checks.integer("sgd_step", "codes", codes)
-    checks.codes(codes, values.shape[0])
-    checks.integer("sgd_step", "targets", targets)
-    checks.shape("targets", targets, "B", (codes.shape[0],))
+    validation.integer("sgd_step", "codes", codes)
+    validation.codes(codes, values.shape[0])
+    validation.integer("sgd_step", "targets", targets)
+    validation.shape("targets", targets, "B", (codes.shape[0],))
     for name, tensor in (("codes", codes), ("targets", targets)):
-        checks.same_device(name, tensor, "values", values)
+        validation.same_device(name, tensor, "values", values)
     infinity = float("inf")
-    checks.number("lr", lr, 0.0, infinity)
-    limit = infinity if max_norm is None else checks.number("max_norm", max_norm, 0.0, infinity, open_low=True)
-    if checks.number("label_smoothing", label_smoothing, 0.0, infinity) > 1:
+    validation.number("lr", lr, 0.0, infinity)
+    limit = infinity if max_norm is None else validation.number("max_norm", max_norm, 0.0, infinity, open_low=True)
+    if validation.number("label_smoothing", label_smoothing, 0.0, infinity) > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
     return SGDStep(*torch.ops.kvb.sgd_step_(values, flat, targets.to(torch.int64), lr, limit, label_smoothing))

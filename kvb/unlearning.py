@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvb import checks
-from kvb.bottleneck import KeyValueBottleneck
-from kvb.data import CodeDataset, split_item
-from kvb.keys import cut
+from kvb import items, validation
+from kvb.data import CodeDataset
+from kvb.modules.bottleneck import KeyValueBottleneck
+from kvb.modules.key_learning import cut
 
 __all__ = ["class_hits", "erase", "forget", "hits", "mask_by_activations", "mask_by_examples", "overlap"]
 
@@ -83,14 +83,14 @@ def class_hits(
         as ``hits``; TypeError: labels that are no integers. ValueError: no labels, or one outside [0, num_classes).
     """
     if num_classes is not None:
-        checks.positive_int("num_classes", num_classes)
+        validation.positive_int("num_classes", num_classes)
     C, K = _pairs("class_hits", bottleneck)
     total = torch.zeros(num_classes or 0, C, K, dtype=torch.int64, device=bottleneck.keys.device)
     for codes, counted, labels in _searched("class_hits", bottleneck, data):
         if labels is None:
             raise ValueError("class_hits() needs labels: a CodeDataset with labels, or (inputs, labels, ...) items")
-        checks.integer("class_hits", "labels", labels)
-        checks.shape("labels", labels, "B", (len(codes),))
+        labels = validation.integer("class_hits", "labels", items.label_tensor(labels))
+        validation.shape("labels", labels, "B", (len(codes),))
         low, high = labels.min().item(), labels.max().item()
         if low < 0 or (num_classes is not None and high >= num_classes):
             limit = "num_classes)" if num_classes is None else f"{num_classes})"
@@ -118,13 +118,11 @@ def _histograms(codes: Tensor, counted: Tensor | None, rows: Tensor, L: int, K: 
 
 
 @torch.no_grad()
-def _searched(
-    owner: str, bottleneck: KeyValueBottleneck, data: Any
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Batches that are not empty: codes [B, C, M] int64, which of them count (None: all), and labels."""
+def _searched(owner: str, bottleneck: KeyValueBottleneck, data: Any) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
+    """Batches that are not empty: codes [B, C, M] int64, which of them count (None: all), and labels as they are."""
     found = False
     for batch, labels in _batches(owner, data):
-        if checks.tensor(owner, "data", batch).is_floating_point():
+        if validation.tensor(owner, "data", batch).is_floating_point():
             codes, counted = _encoded(bottleneck, batch.to(bottleneck.keys.device))
         else:
             codes, counted = _given(owner, bottleneck, batch.to(bottleneck.keys.device)), None
@@ -135,15 +133,17 @@ def _searched(
         raise ValueError("data yielded no samples")
 
 
-def _batches(owner: str, data: Any) -> Iterator[tuple[Any, Tensor | None]]:
+def _batches(owner: str, data: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(data, CodeDataset):
         parts = cut(data.codes)
         labels = repeat(None) if data.labels is None else data.labels.split(len(parts[0]))
         yield from zip(parts, labels)  # noqa: B905 (there is no end of None)
     elif isinstance(data, Tensor):
-        yield from ((part, None) for part in cut(checks.tensor(owner, "data", data)))
+        yield from ((part, None) for part in cut(validation.tensor(owner, "data", data)))
     elif isinstance(data, Iterable):
-        yield from map(split_item, data)
+        for item in data:
+            inputs = items.inputs_of(item)
+            yield inputs, items.labels_of(item, inputs)
     else:
         raise TypeError(f"data must be a Tensor, a CodeDataset or an iterable of batches, not {type(data).__name__}")
 
@@ -158,8 +158,8 @@ def _encoded(bottleneck: KeyValueBottleneck, x: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _given(owner: str, bottleneck: KeyValueBottleneck, codes: Tensor) -> Tensor:
-    checks.integer(owner, "codes", codes)
-    checks.codes(codes, bottleneck.num_codebooks)
+    validation.integer(owner, "codes", codes)
+    validation.codes(codes, bottleneck.num_codebooks)
     K = bottleneck.key_value_pairs_per_codebook
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < K:
         raise IndexError(f"codes must be in [0, {K}), got {int(codes.min())} to {int(codes.max())}")
@@ -181,7 +181,7 @@ def overlap(per_class: Tensor) -> Tensor:
     Source: ours; the statistic that readers of arXiv:2311.15268 ask for.
     """
     _require_hits("overlap", "per_class", per_class)
-    checks.shape("per_class", per_class, "L C K", (None, None, None))
+    validation.shape("per_class", per_class, "L C K", (None, None, None))
     shares = per_class.double() / per_class.sum(-1, keepdim=True).clamp(min=1)
     return torch.stack([torch.minimum(one, shares).sum(-1).mean(-1) for one in shares])
 
@@ -218,21 +218,22 @@ def mask_by_activations(
         TypeError: types and dtypes. ValueError: shapes, a number out of its range, or not one of ``n`` and ``share``.
     Source: Shah et al., arXiv:2311.15268; share, retain_hits and keep are ours.
     """
-    checks.shape("forget_hits", _require_hits("mask_by_activations", "forget_hits", forget_hits), "C K", (None, None))
+    _require_hits("mask_by_activations", "forget_hits", forget_hits)
+    validation.shape("forget_hits", forget_hits, "C K", (None, None))
     C, K = forget_hits.shape
     score = forget_hits.double()
     if retain_hits is not None:
         _require_hits("mask_by_activations", "retain_hits", retain_hits)
-        checks.shape("retain_hits", retain_hits, "C K", (C, K))
-        checks.same_device("retain_hits", retain_hits, "forget_hits", forget_hits)
+        validation.shape("retain_hits", retain_hits, "C K", (C, K))
+        validation.same_device("retain_hits", retain_hits, "forget_hits", forget_hits)
         score = score.square() / (score + retain_hits).clamp(min=torch.finfo(score.dtype).tiny)
     if (n is None) == (share is None):
         raise ValueError(f"give one of n and share, got n={n!r} and share={share!r}")
     order = torch.argsort(score.flatten(), descending=True, stable=True)
     if share is None:
-        count = checks.count("n", n)
+        count = validation.count("n", n)
     else:
-        if checks.number("share", share, 0.0, float("inf"), open_low=True) > 1:
+        if validation.number("share", share, 0.0, float("inf"), open_low=True) > 1:
             raise ValueError(f"share must be in (0, 1], got {share}")
         reached = forget_hits.flatten()[order].double().cumsum(0)
         count = int((reached < share * reached[-1]).sum()) + 1
@@ -263,7 +264,7 @@ def mask_by_examples(
 
 
 def _require_hits(owner: str, name: str, value: Any) -> Tensor:
-    kind = checks.tensor(owner, name, value).dtype
+    kind = validation.tensor(owner, name, value).dtype
     if kind == torch.bool or kind.is_complex:
         raise TypeError(f"{owner}(): expected {name} to be counts, got {kind}")
     if not bool((value >= 0).all()):
@@ -274,7 +275,7 @@ def _require_hits(owner: str, name: str, value: Any) -> Tensor:
 def _left_usable(owner: str, mask: Tensor, score: Tensor, keep: Tensor | None) -> Tensor:
     """The mask with the pairs to keep, and with the pair of lowest score in a codebook that would have none."""
     if keep is not None:
-        mask = mask | checks.mask(owner, keep, mask.shape[0], mask.shape[1], name="keep").to(mask.device)
+        mask = mask | validation.mask(owner, keep, mask.shape[0], mask.shape[1], name="keep").to(mask.device)
     empty = ~mask.any(-1)
     mask[empty, score.argmin(-1)[empty]] = True
     return mask
@@ -304,7 +305,7 @@ def forget(bottleneck: KeyValueBottleneck, mask: Tensor) -> Tensor | None:
     Source: Shah et al., arXiv:2311.15268: masked pairs as excluded from the search.
     """
     C, K = _pairs("forget", bottleneck)
-    mask = checks.mask("forget", mask, C, K).to(bottleneck.keys.device)
+    mask = validation.mask("forget", mask, C, K).to(bottleneck.keys.device)
     usable = bottleneck._search_mask()
     empty = ~(mask if usable is None else mask & usable).any(-1)
     if bool(empty.any()):
@@ -336,7 +337,7 @@ def erase(bottleneck: KeyValueBottleneck, mask: Tensor, fill: float = 0.0) -> No
     Source: Shah et al., arXiv:2311.15268: masked pairs as suppressed values, the other reading.
     """
     C, K = _pairs("erase", bottleneck)
-    mask = checks.mask("erase", mask, C, K).to(bottleneck.values.device)
+    mask = validation.mask("erase", mask, C, K).to(bottleneck.values.device)
     infinity = float("inf")
-    fill = checks.number("fill", fill, -infinity, infinity, open_low=True)
+    fill = validation.number("fill", fill, -infinity, infinity, open_low=True)
     bottleneck.values.masked_fill_(~mask[..., None], fill)

@@ -6,7 +6,8 @@ import importlib
 import sys
 from types import ModuleType
 
-from kvb import bottleneck, checks, discrete, encoders
+from kvb import validation
+from kvb.modules import bottleneck, discrete, encoders
 
 CONTRACTS = ("seed", "published")
 NAMES = (
@@ -32,7 +33,7 @@ def alias(contract: str = "seed") -> None:
     Raises:
         ValueError: another contract. RuntimeError: a package of such a name was imported already.
     """
-    checks.choice("contract", contract, CONTRACTS)
+    validation.choice("contract", contract, CONTRACTS)
     for name in NAMES:
         if name in sys.modules and sys.modules[name] is not _answering.get(name):
             raise RuntimeError(f"{name} was imported already; call kvb.compat.alias() before the first import of it")

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvb import bottleneck, checks, discrete
+from kvb import validation
 from kvb.checkpoints import STATE_NAME
+from kvb.modules import bottleneck, discrete
 
 PACKAGES = ("key_value_bottleneck", "discrete_key_value_bottleneck_pytorch", "discrete_key_value_bottleneck")
 _PROJECTIONS = ("project_in.weight", "project_in.bias", "project_out.weight", "project_out.bias")
@@ -112,7 +113,7 @@ def to_published(state: Mapping[str, Tensor], package: str, *, old_initted: bool
     Raises:
         ValueError: another package, or a state_dict that such a module cannot have.
     """
-    checks.choice("package", package, PACKAGES)
+    validation.choice("package", package, PACKAGES)
     kept = {name: value for name, value in state.items() if name.rpartition(".")[2] != STATE_NAME}
     if package == "key_value_bottleneck":
         return kept

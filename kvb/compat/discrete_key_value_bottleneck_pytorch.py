@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvb import checks, functional
+from kvb import functional, validation
 from kvb.compat.quantize import VectorQuantize
 
 
@@ -51,11 +51,11 @@ class DiscreteKeyValueBottleneck(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        C = checks.positive_int("num_memory_codebooks", num_memory_codebooks)
-        checks.positive_int("dim", dim)
+        C = validation.positive_int("num_memory_codebooks", num_memory_codebooks)
+        validation.positive_int("dim", dim)
         self.encoder = encoder
-        self.dim_embed = checks.positive_int("dim_embed", dim if dim_embed is None else dim_embed)
-        V = checks.positive_int("dim_memory", dim if dim_memory is None else dim_memory)
+        self.dim_embed = validation.positive_int("dim_embed", dim if dim_embed is None else dim_embed)
+        V = validation.positive_int("dim_memory", dim if dim_memory is None else dim_memory)
         self.vq = VectorQuantize(dim=dim * C, codebook_size=num_memories, heads=C, **options)
         self.values = nn.Parameter(torch.randn(C, num_memories, V))
         self.register_buffer("rand_proj", nn.init.xavier_normal_(torch.empty(C, self.dim_embed, dim)))
@@ -87,8 +87,8 @@ class DiscreteKeyValueBottleneck(nn.Module):
             self.encoder.eval()
             with torch.no_grad():
                 x = self.encoder(x, **encoder_arguments).detach()
-        checks.floating(type(self).__name__, "x", x)
-        checks.shape("x", x, "b n dim_embed", (None, None, self.dim_embed), "dim_embed defaults to dim")
+        validation.floating(type(self).__name__, "x", x)
+        validation.shape("x", x, "b n dim_embed", (None, None, self.dim_embed), "dim_embed defaults to dim")
         heads = torch.einsum("bnd,cde->bnce", x, self.rand_proj)
         intermediates = self.vq(heads.flatten(-2))
         indices = intermediates[1].view(heads.shape[:3])

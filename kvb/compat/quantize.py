@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvb import checks, functional
-from kvb import keys as learning
+from kvb import functional, validation
+from kvb.modules import key_learning
 
 # Arguments of the published class that only do something else than here at values other than these.
 FIXED: dict[str, Any] = {
@@ -78,9 +78,9 @@ class Codebook(nn.Module):
         learnable: bool,
     ) -> None:
         super().__init__()
-        self.kmeans_iters = checks.positive_int("kmeans_iters", kmeans_iters)
-        self.decay = 1.0 if decay == 1 else checks.number("decay", decay, 0.0, 1.0)
-        self.eps = checks.number("eps", eps, 0.0, float("inf"), open_low=True)
+        self.kmeans_iters = validation.positive_int("kmeans_iters", kmeans_iters)
+        self.decay = 1.0 if decay == 1 else validation.number("decay", decay, 0.0, 1.0)
+        self.eps = validation.number("eps", eps, 0.0, float("inf"), open_low=True)
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.use_cosine_sim = use_cosine_sim
         self.ema_update = ema_update
@@ -113,9 +113,9 @@ class Codebook(nn.Module):
     def _initialise(self, queries: Tensor) -> None:
         """k-means on the first batch, in every mode."""
         K = self.embed.shape[1]
-        passes = learning.passes_needed("kmeans", self.kmeans_iters, 0)
-        stream = learning.Stream(queries, _as_it_is, None, passes=passes, progress=False)
-        keys = learning.kmeans(stream, K, self.embed, iters=self.kmeans_iters, plus=False, generator=None)
+        passes = key_learning.passes_needed("kmeans", self.kmeans_iters, 0)
+        stream = key_learning.Stream(queries, _as_it_is, None, passes=passes, progress=False)
+        keys = key_learning.kmeans(stream, K, self.embed, iters=self.kmeans_iters, plus=False, generator=None)
         self.cluster_size.copy_(torch.ops.kvb.count(queries, functional.nearest(queries, keys)[0], K))
         self.embed_avg.copy_(keys * self.cluster_size[..., None])
         self.embed.copy_(_unit(keys) if self.use_cosine_sim else keys)
@@ -127,12 +127,12 @@ class Codebook(nn.Module):
         if not self.ema_update and self.threshold_ema_dead_code <= 0:
             return
         statistics = torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1])
-        synced = learning.sync_statistics(*statistics) if self.sync else statistics
+        synced = key_learning.sync_statistics(*statistics) if self.sync else statistics
         state = (self.embed.detach(), self.embed_avg, self.cluster_size)
         threshold, at_once = self.threshold_ema_dead_code, self.ema_update and not self.use_cosine_sim
         # Without ema_update the statistics still tell which codes are dead.
         moved = (state if self.ema_update else (state[0].clone(), *state[1:])) + synced
-        learning.update(
+        key_learning.update(
             *(*moved, queries),
             decay=self.decay,
             eps=self.eps,
@@ -143,7 +143,7 @@ class Codebook(nn.Module):
         if self.ema_update and self.use_cosine_sim:
             self.embed.copy_(_unit(self.embed))
         if threshold > 0 and not at_once:
-            learning.replace_dead(*state, queries, threshold=threshold, start=threshold)
+            key_learning.replace_dead(*state, queries, threshold=threshold, start=threshold)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         initted = state_dict.get(prefix + "initted")
@@ -203,10 +203,10 @@ class VectorQuantize(nn.Module):
         ema_update = True if ema_update is None else ema_update
         if learnable and (ema_update or use_cosine_sim):
             raise ValueError("learnable_codebook=True needs ema_update=False and use_cosine_sim=False")
-        self.dim = checks.positive_int("dim", dim)
-        self.heads = checks.positive_int("heads", heads)
-        self.codebook_size = checks.positive_int("codebook_size", codebook_size)
-        codebook_dim = dim if codebook_dim is None else checks.positive_int("codebook_dim", codebook_dim)
+        self.dim = validation.positive_int("dim", dim)
+        self.heads = validation.positive_int("heads", heads)
+        self.codebook_size = validation.positive_int("codebook_size", codebook_size)
+        codebook_dim = dim if codebook_dim is None else validation.positive_int("codebook_dim", codebook_dim)
         inner = codebook_dim * heads
         self.project_in = nn.Identity() if inner == dim else nn.Linear(dim, inner)
         self.project_out = nn.Identity() if inner == dim else nn.Linear(inner, dim)

@@ -2,10 +2,11 @@
 
 ``class_incremental`` trains ``heads`` in three scenarios; ``protocol`` is the paper's, over seeds, on any features;
 ``report`` is its command, and ``full`` one run of all its steps; ``demo`` is short; ``toy`` is the paper's figure 2;
-``unlearning`` forgets classes. Data are ``digits``, ``mnist`` (encoded by ``lite0``) and ``newsgroups`` (``minilm``).
-All but the first three need the packages of ``kvb[demo]``; this module does not.
+``unlearning`` forgets classes. ``studies`` says what they are about; ``data`` holds the studies, ``encoders`` the
+pretrained networks behind them. Commands, figures and data need the packages of ``kvb[demo]``; this module does not.
 """
 
+from kvb.experiments.baselines import NearestMeanHead
 from kvb.experiments.class_incremental import (
     SCENARIOS,
     Examples,
@@ -17,7 +18,7 @@ from kvb.experiments.class_incremental import (
     learn,
     stratified_split,
 )
-from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head, NearestMeanHead, NetworkHead
+from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head, NetworkHead
 
 __all__ = [
     "SCENARIOS",

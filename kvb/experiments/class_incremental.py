@@ -1,7 +1,7 @@
 """Class-incremental learning on fixed features: classes arrive in tasks, nothing is replayed, no task id is given.
 
 A head has one output per class from the start, and is tested with all of them. Every head gets the same batches in the
-same order. Beside it, two references that are easier: task-incremental, with the task known, and i.i.d. training.
+same order. Two easier references: task-incremental, with the task known, and i.i.d. training.
 
 Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 5; the forgetting measure
 is that of Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018 (arXiv:1801.10112).
@@ -108,7 +108,7 @@ class Result:
 
 
 class _Area(NamedTuple):
-    """A head, the classes that it answers for, and which of its outputs stands for each."""
+    """A head, the classes that it answers for, and which output stands for each."""
 
     head: Head
     classes: Tensor
@@ -165,7 +165,7 @@ def _fit(
     stop: Plateau | None,
     watch: Callable[[int], None],
 ) -> int:
-    """Train on these rows, in an order drawn anew for every epoch, until ``steps`` or ``stop``; the steps taken."""
+    """Train on these rows, in a new random order in every epoch, until ``steps`` or ``stop``; the steps taken."""
     taken, best, stale = 0, float("inf"), 0
     while taken < steps:
         batches = rows[torch.randperm(len(rows), generator=generator)].split(budget.batch_size)[: steps - taken]
@@ -205,7 +205,7 @@ def learn(
         rate: the learning rate.
         seed: of the order of the batches; equal for heads that are to be compared.
         stop: ends a task early; by default, it ends with the budget's epochs.
-        watch: told the steps taken for the task, after every epoch.
+        watch: called with the steps taken for the task, after every epoch.
     Raises:
         ValueError: an unknown scenario, or heads that do not fit it.
     """

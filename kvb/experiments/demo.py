@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvb.bottleneck import KeyValueBottleneck
 from kvb.experiments import plots
+from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import (
     Examples,
     Result,
@@ -28,41 +27,17 @@ from kvb.experiments.class_incremental import (
     learn,
     stratified_split,
 )
-from kvb.experiments.heads import BottleneckHead, Budget, Head, NetworkHead
+from kvb.experiments.heads import BottleneckHead, Budget, Head
+from kvb.experiments.seeding import seeded
+from kvb.experiments.studies import Study
 from kvb.experiments.versions import versions
+from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.splitters import RandomProjection
 
 VALIDATION_SHARE = 0.25  # of the training examples
 INIT_MODE = "sample"
 HIDDEN = 128
 BUDGET = Budget(epochs=3, batch_size=32, label_smoothing=0.1, clip_norm=1.0)
-
-
-@dataclass(frozen=True)
-class Study:
-    """What a demo is about.
-
-    name: of its files; data: "Digits: {count} real images …", said first; title: of the figure; features: what they
-    are, and how they were made, in one line each; classes: what each is called; split: training and test examples of a
-    random split, with a folder to keep slowly computed features in; codebooks, pairs, dim_keys: C, K and D of the
-    bottleneck; rates: learning rates to choose from.
-    """
-
-    name: str
-    data: str
-    title: str
-    features: tuple[str, ...]
-    classes: tuple[str, ...]
-    classes_per_task: int
-    split: Callable[[torch.Generator, Path | None], tuple[Examples, Examples]]
-    codebooks: int = 64
-    pairs: int = 256
-    dim_keys: int = 8
-    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
-
-    def chance(self, tasks_seen: int) -> float:
-        """The accuracy of guessing among the classes seen so far."""
-        return 1 / (self.classes_per_task * tasks_seen)
 
 
 # --- the three heads; each is built from the training features, of which only the bottleneck makes use ----------------
@@ -76,32 +51,20 @@ def bottleneck_head(study: Study, features: Tensor) -> Head:
     return BottleneckHead(splitter, bottleneck)
 
 
-def linear_head(study: Study, features: Tensor) -> Head:
-    return NetworkHead(nn.Linear(features.shape[1], len(study.classes)))
-
-
-def mlp_head(study: Study, features: Tensor) -> Head:
-    hidden = nn.Linear(features.shape[1], HIDDEN)
-    return NetworkHead(nn.Sequential(hidden, nn.ReLU(), nn.Linear(HIDDEN, len(study.classes))))
+def baseline(name: str, study: Study, features: Tensor) -> Head:
+    (head,) = BASELINES[name](features.shape[1], [len(study.classes)], hidden=HIDDEN, projected=0, from_zero=False)
+    return head
 
 
 HEADS: dict[str, Callable[[Study, Tensor], Head]] = {
     "bottleneck": bottleneck_head,
-    "linear": linear_head,
-    "MLP": mlp_head,
+    "linear": partial(baseline, "linear"),
+    "MLP": partial(baseline, "MLP"),
 }
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """PyTorch's default generator starts at ``seed`` inside, and is as before afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def build(study: Study, name: str, seed: int, features: Tensor) -> Head:
-    with _seeded(seed):
+    with seeded(seed):
         return HEADS[name](study, features)
 
 

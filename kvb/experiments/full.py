@@ -17,7 +17,8 @@ import torch
 from kvb.experiments.class_incremental import Examples, draw_tasks, learn
 from kvb.experiments.heads import BottleneckHead, CodesHead
 from kvb.experiments.protocol import Data, Recipe, Say, codes_used, learn_keys
-from kvb.experiments.report import Plan, Source, told_before
+from kvb.experiments.report import Plan, without_shortage_warning
+from kvb.experiments.studies import Source
 from kvb.experiments.versions import versions
 
 SAMPLES = 50_000
@@ -51,7 +52,7 @@ class _Clock:
 
     def __init__(self, steps: int, tasks: int, say: Say) -> None:
         self.steps, self.tasks, self.say = steps, tasks, say  # steps of one task
-        self.task, self.seconds, self.told = 0, 0.0, 0
+        self.task, self.seconds, self.reported = 0, 0.0, 0
         self.last = 0, 0.0  # steps and seconds at the last line
         self.start()
 
@@ -63,7 +64,7 @@ class _Clock:
         self.seconds += now - self.before
         self.before = now
         part = taken * LINES // self.steps
-        if part > self.told:
+        if part > self.reported:
             done, total = self.task * self.steps + taken, self.tasks * self.steps
             pace = (self.seconds - self.last[1]) / (done - self.last[0])
             self.say(
@@ -71,10 +72,10 @@ class _Clock:
                 f"{(total - done) * pace / 60:.1f} min to go"
             )
             self.last = done, self.seconds
-        self.told = part
+        self.reported = part
 
     def next_task(self) -> None:
-        self.task, self.told = self.task + 1, 0
+        self.task, self.reported = self.task + 1, 0
         self.start()
 
 
@@ -125,7 +126,7 @@ def run(recipe: Recipe, data: Data, seed: int, *, num_classes: int, samples: int
     )
 
 
-@told_before()
+@without_shortage_warning()
 def main(source: Source, plan: Plan, out: Path, say: Callable[[str], None] | None = None) -> FullRun:
     """Run seed 0 with the paper's epochs, tell how it goes, and write ``full-NAME.json``."""
     tell: Say = say or (lambda line: print(line, flush=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import functional, training
-from kvb.bottleneck import KeyValueBottleneck
+from kvb.modules.bottleneck import KeyValueBottleneck
 
 ROWS = 1024  # features that are split into queries at a time: all of them would be C*D/channels times as large
 
@@ -113,30 +113,3 @@ class BottleneckHead(_VotingHead):
     def prepare(self, features: Tensor) -> Tensor:
         parts = (self.splitter(part) for part in features.split(ROWS))
         return self.bottleneck.encode_dataset(parts, progress=False).codes
-
-
-class NearestMeanHead(Head):
-    """The class with the nearest mean of the features: one pass, no rate, nothing to forget; a strong, simple baseline.
-
-    Classes without an example so far are never answered.
-
-    Source: Mensink et al., Distance-based image classification, TPAMI 2013; in class-incremental learning, Rebuffi et
-    al., iCaRL, CVPR 2017 (arXiv:1611.07725).
-    """
-
-    passes = 1
-
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.sums = torch.zeros(num_classes, channels, dtype=torch.float64)
-        self.counts = torch.zeros(num_classes, dtype=torch.int64)
-
-    def forward(self, prepared: Tensor) -> Tensor:
-        means = self.sums / self.counts.clamp(min=1)[:, None]
-        gaps = torch.cdist(prepared.double(), means, compute_mode="donot_use_mm_for_euclid_dist")
-        return (-gaps).masked_fill(self.counts == 0, -torch.inf)
-
-    def step(self, prepared: Tensor, labels: Tensor, *, rate: float, budget: Budget) -> Tensor:
-        self.sums.index_add_(0, labels, prepared.double())
-        self.counts += labels.bincount(minlength=len(self.counts))
-        return prepared.new_zeros(())

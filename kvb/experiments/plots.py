@@ -16,7 +16,7 @@ from torch import Tensor
 from kvb.experiments.class_incremental import Examples, Result
 from kvb.experiments.protocol import Run, Spread
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; the markers tell them apart in print.
+# Okabe and Ito's palette, which colour-blind readers can tell apart too; the markers differ in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 LINE = 0.07  # the height of a label, in accuracy
 SHORT = 6  # letters of a label that fits below a column of a heat map

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvb.bottleneck import KeyValueBottleneck
+from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import (
     SCENARIOS,
     Examples,
@@ -30,11 +29,13 @@ from kvb.experiments.class_incremental import (
     learn,
     stratified_split,
 )
-from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head, NearestMeanHead, NetworkHead
-from kvb.keys import KeyReport
+from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head
+from kvb.experiments.seeding import seeded
+from kvb.modules.bottleneck import KeyValueBottleneck
+from kvb.modules.key_learning import KeyReport
 from kvb.splitters import RandomProjection
 
-HEADS = ("bottleneck", "linear", "MLP", "nearest mean")
+HEADS = ("bottleneck", *BASELINES)
 VALIDATION_SHARE = 0.25  # of the training examples: rates of the other heads are chosen on them
 # What the paper's ablations vary; key data is named by whoever has it.
 ABLATIONS: dict[str, tuple[int, ...]] = {
@@ -53,8 +54,8 @@ class Recipe:
     codebooks, pairs, dim_keys: C, K and D. key_init: as ``init_mode`` of the bottleneck. key_steps: batches that the
     keys learn from, at least; whole passes (the paper's 10 passes over 50,000 images). decay: of their moving averages.
     dead: pairs with fewer hits than ``dead * batch_size / K`` are replaced. rate: of the bottleneck. patience,
-    min_delta: end a task on a plateau of the loss; None ends it after its epochs. hidden: of the MLP. rates: of the
-    linear head and the MLP, to choose from on validation examples; the paper's is 0.001.
+    min_delta: end a task on a plateau of the loss; None ends it after its epochs. hidden: of the MLP. projected: of
+    RanPAC. rates: of the linear head and the MLP, to choose from on validation examples; the paper's is 0.001.
     """
 
     codebooks: int = 256
@@ -73,6 +74,7 @@ class Recipe:
     min_delta: float = 0.0
     classes_per_task: int = 2
     hidden: int = 128
+    projected: int = 2000
     rates: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.1, 1.0, 3.0)
 
     @property
@@ -111,14 +113,6 @@ def normalised(data: Data) -> Data:
 
     train, test = (part._replace(features=moved(part.features)) for part in (data.train, data.test))
     return Data(moved(data.keys), train, test)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's default generator starts at ``seed`` inside, and is as before afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -188,27 +182,14 @@ def _of(scenario: str, heads: list[Head]) -> Heads:
     return heads if scenario == "task-incremental" else heads[0]
 
 
-def _output(layer: nn.Linear) -> nn.Linear:
-    """Starting at zero, as the bottleneck's values do: from PyTorch's own start, heads forget more."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def _other(name: str, recipe: Recipe, tasks: Sequence[Tensor], scenario: str, seed: int, features: Tensor) -> Heads:
     """A head for these features, or one for every task; those of an MLP share their hidden layer."""
-    channels, sizes = features.shape[1], _sizes(tasks, scenario)
     with seeded(seed):
-        return _of(scenario, _networks(name, recipe, channels, sizes))
-
-
-def _networks(name: str, recipe: Recipe, channels: int, sizes: Sequence[int]) -> list[Head]:
-    if name == "nearest mean":
-        return [NearestMeanHead(channels, size) for size in sizes]
-    if name == "linear":
-        return [NetworkHead(_output(nn.Linear(channels, size))) for size in sizes]
-    hidden = nn.Sequential(nn.Linear(channels, recipe.hidden), nn.ReLU())
-    return [NetworkHead(nn.Sequential(hidden, _output(nn.Linear(recipe.hidden, size)))) for size in sizes]
+        sizes = _sizes(tasks, scenario)
+        return _of(
+            scenario,
+            BASELINES[name](features.shape[1], sizes, hidden=recipe.hidden, projected=recipe.projected, from_zero=True),
+        )
 
 
 # --- one seed ---------------------------------------------------------------------------------------------------------
@@ -276,7 +257,7 @@ def run(
                 build = partial(_other, name, recipe, tasks, scenario, seed)
                 built, rate = build(data.train.features), 0.0
                 train, test = data.train, data.test
-                if name != "nearest mean":
+                if not (built if isinstance(built, Head) else built[0]).passes:
                     rate, _ = choose_rate(build, *parts, tasks, rates=recipe.rates, **arguments)
             result = Result(list(learn(built, train, test, tasks, rate=rate, **arguments)))
             rates[scenario][name], results[scenario][name] = rate, result

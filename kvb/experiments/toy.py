@@ -1,7 +1,7 @@
 """The toy of the paper's figure 2: points in the plane, two classes at a time, and the decisions of four heads drawn.
 
-The bottlenecks learn by ``kvb.optim.RowwiseAdam``: the averages of ``torch.optim.Adam`` go on moving values that
-nothing fetches any more. How far is measured beside, and ``kvb.optim.audit`` would say so.
+The bottlenecks learn by ``kvb.optim.RowwiseAdam``: the averages of ``torch.optim.Adam`` go on moving values
+that nothing fetches any longer. The run also measures how far, and ``kvb.optim.audit`` warns of it.
 
 The keys start at points of the square, where the paper's start standard normal: with the published update those
 without a hit sink to the origin, a corner of the square; kvb's stay, so that most would never be hit.
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 import kvb
 from kvb import optim
-from kvb.bottleneck import KeyValueBottleneck
 from kvb.experiments import plots
+from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import Examples, Result, Score
-from kvb.experiments.heads import BottleneckHead, Head, NetworkHead
+from kvb.experiments.heads import BottleneckHead, Head
+from kvb.experiments.seeding import seeded
 from kvb.experiments.versions import versions
+from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.splitters import Chunk, RandomProjection
 
 CENTRE_MARGIN, CENTRE_GAP = 0.12, 0.2  # of the classes' centres: from the edge of the square, and from each other
@@ -109,9 +111,14 @@ def bottleneck_head(toy: Toy, splitter: nn.Module, codebooks: int, pairs: int) -
     return head
 
 
+def baseline(toy: Toy, name: str) -> Head:
+    (head,) = BASELINES[name](2, [toy.classes], hidden=HIDDEN, projected=0, from_zero=False)
+    return head
+
+
 HEADS: dict[str, Callable[[Toy], Head]] = {
-    "linear": lambda toy: NetworkHead(nn.Linear(2, toy.classes)),
-    "MLP": lambda toy: NetworkHead(nn.Sequential(nn.Linear(2, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, toy.classes))),
+    "linear": lambda toy: baseline(toy, "linear"),
+    "MLP": lambda toy: baseline(toy, "MLP"),
     "1 codebook of 400": lambda toy: bottleneck_head(toy, Chunk(2, 1), 1, 400),
     "20 codebooks of 20": lambda toy: bottleneck_head(toy, RandomProjection(2, 20, 2), 20, 20),
 }
@@ -119,8 +126,7 @@ OTHER = "1 codebook of 400, torch.optim.Adam"
 
 
 def build(toy: Toy, name: str, seed: int) -> Head:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return HEADS[name](toy)
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from kvb import training, unlearning
 from kvb.data import CodeDataset
 from kvb.experiments import demo, plots
-from kvb.experiments.demo import Problem, Study
+from kvb.experiments.demo import Problem
 from kvb.experiments.heads import BottleneckHead
+from kvb.experiments.studies import Study
 from kvb.experiments.versions import versions
 
 EPOCHS, BATCH = 10, 32

@@ -1,4 +1,4 @@
-"""What results may depend on beside their configuration: the versions of what computed them."""
+"""The versions of what computed a result: it may depend on them as well as on its configuration."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kvb import bottleneck, checkpoints, checks, encoders, splitters
-from kvb import keys as learning
+from kvb import checkpoints, splitters, validation
+from kvb.modules import bottleneck, encoders, key_learning
 
 # What each name in ``bugs`` does.
 BUGS = {
@@ -76,14 +76,14 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
             return_values_only,
             topk,
         )
-        self.bugs = frozenset(checks.choice("bugs", bug, tuple(BUGS)) for bug in bugs)
+        self.bugs = frozenset(validation.choice("bugs", bug, tuple(BUGS)) for bug in bugs)
         if "starts_at_zero" in self.bugs:
             self.cluster_size.zero_()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """x [b, C, n, D] -> the tuple described above. Gradients reach values; x gets one through distances."""
-        checks.floating(type(self).__name__, "x", x)
-        checks.shape("x", x, "b C n D", (None, self.num_codebooks, None, self.dim_keys))
+        validation.floating(type(self).__name__, "x", x)
+        validation.shape("x", x, "b C n D", (None, self.num_codebooks, None, self.dim_keys))
         x = x.float()
         queries = self._queries(x)
         if not self._initialised:
@@ -112,8 +112,8 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         state = (self.keys, self.keys_avg, self.cluster_size)
         apart = "replaces_keys_only" in self.bugs
         threshold = self.threshold_ema_dead_code
-        learning.update(
-            *(*state, *learning.sync_statistics(*statistics), queries),
+        key_learning.update(
+            *(*state, *key_learning.sync_statistics(*statistics), queries),
             decay=self.decay,
             eps=self.eps,
             threshold=0.0 if apart else threshold,
@@ -121,7 +121,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         )
         if apart and threshold > 0:
             forgotten = self.keys_avg.clone(), self.cluster_size.clone()
-            learning.replace_dead(self.keys, *forgotten, queries, threshold=threshold)
+            key_learning.replace_dead(self.keys, *forgotten, queries, threshold=threshold)
 
     def _initialise_from(self, batch: Tensor) -> None:
         if batch.numel() == 0:
@@ -140,8 +140,8 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
 
     def get_cluster_size(self, keys_ind: Tensor) -> Tensor:
         """How often each pair stands in keys_ind [b, C, T, n, 1]: int64 [C, K]."""
-        checks.integer("get_cluster_size", "keys_ind", keys_ind)
-        checks.codes(keys_ind, self.num_codebooks)
+        validation.integer("get_cluster_size", "keys_ind", keys_ind)
+        validation.codes(keys_ind, self.num_codebooks)
         flat = keys_ind.transpose(0, 1).flatten(1).long()
         return flat.new_zeros(self.num_codebooks, self.key_value_pairs_per_codebook).scatter_add_(
             1, flat, torch.ones_like(flat)
@@ -235,13 +235,13 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
         progress: bool = True,
     ) -> _Encoder:
         """Let the keys learn for ``epochs`` passes over a loader of (inputs, ...) items; nothing at all for 0."""
-        extract = inputs_extractor or learning.first
+        extract = inputs_extractor or key_learning.first
         training = self.bottleneck.training
         self.bottleneck.train()
         try:
             for epoch in range(epochs):
                 title = f"keys: pass {epoch + 1} of {epochs}"
-                for item in tqdm(loader, desc=title, disable=not progress, leave=False, delay=learning.PATIENCE):
+                for item in tqdm(loader, desc=title, disable=not progress, leave=False, delay=key_learning.PATIENCE):
                     with torch.no_grad():
                         self(self._moved(extract(item)))
         finally:
@@ -266,24 +266,24 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
 
 
 class DinoBottleneckedEncoder(BottleneckedEncoder, encoders.DinoBottleneckedEncoder):
-    """``BottleneckedEncoder`` over DINO; arguments as for ``kvb.encoders.DinoBottleneckedEncoder``."""
+    """``BottleneckedEncoder`` over DINO; arguments as for ``kvb.DinoBottleneckedEncoder``."""
 
 
 class SwavBottleneckedEncoder(BottleneckedEncoder, encoders.SwavBottleneckedEncoder):
-    """``BottleneckedEncoder`` over SwAV; arguments as for ``kvb.encoders.SwavBottleneckedEncoder``."""
+    """``BottleneckedEncoder`` over SwAV; arguments as for ``kvb.SwavBottleneckedEncoder``."""
 
 
 class VICRegBottleneckedEncoder(BottleneckedEncoder, encoders.VICRegBottleneckedEncoder):
-    """``BottleneckedEncoder`` over VICReg; arguments as for ``kvb.encoders.VICRegBottleneckedEncoder``."""
+    """``BottleneckedEncoder`` over VICReg; arguments as for ``kvb.VICRegBottleneckedEncoder``."""
 
 
 class SLPretrainedBottleneckedEncoder(BottleneckedEncoder, encoders.SLPretrainedBottleneckedEncoder):
-    """``BottleneckedEncoder`` over supervised ResNets; arguments as in ``kvb.encoders``."""
+    """``BottleneckedEncoder`` over supervised ResNets; arguments as in kvb."""
 
 
 class CLIPBottleneckedEncoder(BottleneckedEncoder, encoders.CLIPBottleneckedEncoder):
-    """``BottleneckedEncoder`` over CLIP; arguments as for ``kvb.encoders.CLIPBottleneckedEncoder``."""
+    """``BottleneckedEncoder`` over CLIP; arguments as for ``kvb.CLIPBottleneckedEncoder``."""
 
 
 class ConvMixerBottleneckedEncoder(BottleneckedEncoder, encoders.ConvMixerBottleneckedEncoder):
-    """``BottleneckedEncoder`` over embeddings of a ConvMixer; arguments as in ``kvb.encoders``."""
+    """``BottleneckedEncoder`` over embeddings of a ConvMixer; arguments as in kvb."""

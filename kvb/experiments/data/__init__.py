@@ -1,0 +1,1 @@
+"""Real data for the experiments, and the installed packages that carry it."""

@@ -1,0 +1,1 @@
+"""Pretrained encoders whose weights come as packages: images and text to features."""

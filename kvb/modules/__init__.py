@@ -1,0 +1,1 @@
+"""The modules that hold a bottleneck, and how its keys learn."""

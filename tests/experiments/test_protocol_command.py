@@ -1,0 +1,126 @@
+"""``python -m kvb protocol``: what it writes, its options, and what it says where something is missing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvb import __main__
+from kvb.experiments import Examples, protocol
+
+
+@pytest.fixture
+def command(tmp_path):
+    pytest.importorskip("kvb.experiments.report", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
+
+    def run(*options):
+        assert __main__.main(["protocol", "--quick", "--out", str(tmp_path / "new"), *options]) == 0
+        return tmp_path / "new"
+
+    return run
+
+
+def test_the_command_compares(command, capsys):
+    out = command("--seeds", "2")
+    record = json.loads((out / "protocol-digits.json").read_text())
+    _, runs = protocol.from_json(record)
+    assert [each.seed for each in runs] == [0, 1]
+    table = (out / "protocol-digits.md").read_text()
+    printed = capsys.readouterr().out
+    assert table.strip() in printed
+    for scenario in ("class-incremental", "task-incremental", "iid"):
+        for head in protocol.HEADS:
+            assert str(protocol.summary(runs, scenario, head)["final_accuracy"]) in table
+    assert "without labels" in printed
+    assert "codebooks 16, not 256" in printed
+    assert (out / "protocol-digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_takes_one_scenario_and_stops_on_a_plateau(command, capsys):
+    out = command("--seeds", "1", "--scenario", "iid", "--epochs", "30", "--patience", "1")
+    record = json.loads((out / "protocol-digits.json").read_text())
+    assert list(record["summary"]) == ["iid"]
+    assert record["recipe"]["epochs"] == 30
+    assert record["recipe"]["patience"] == 1
+
+
+@pytest.mark.parametrize("axis", ["codebooks", "pairs", "dim_keys", "key_data"])
+def test_the_command_varies(axis, command):
+    out = command("--seeds", "1", "--ablate", axis)
+    record = json.loads((out / f"ablation-digits-{axis}.json").read_text())
+    assert record["axis"] == axis
+    assert len(record["values"]) == 2
+    assert all(set(each["summary"]["iid"]) == {"bottleneck"} for each in record["values"].values())
+    assert (out / f"ablation-digits-{axis}.md").read_text().startswith(f"| {axis} | class-incremental | iid |")
+    assert (out / f"ablation-digits-{axis}.png").exists()
+
+
+def test_the_full_run_tiles_and_counts_its_steps(command, capsys):
+    out = command("--full", "--epochs", "1")
+    record = json.loads((out / "full-digits.json").read_text())
+    assert record["samples"] == 50_000
+    assert record["steps"] == pytest.approx(200, abs=10)  # one epoch of 5 tasks of about 40 steps
+    assert record["seen"][-1] > 0.8
+    printed = capsys.readouterr().out
+    assert printed.count("After task") == 5
+    assert "ms a step" in printed
+
+
+def test_tiling_repeats_examples_in_their_order():
+    full = pytest.importorskip("kvb.experiments.full", exc_type=ModuleNotFoundError)
+    examples = Examples(torch.randn(150, 12), torch.arange(150) % 6)
+    tiled = full.tiled(examples, 400)
+    assert torch.equal(tiled.features[:300], examples.features.repeat(2, 1))
+    assert torch.equal(tiled.labels[300:], examples.labels[:100])
+
+
+def test_key_data_of_the_digits():
+    digits = pytest.importorskip("kvb.experiments.data.digits", exc_type=ModuleNotFoundError).SOURCE
+    assert digits.key_choices == ("set aside", "training", "noise")
+    aside, training, noise = (digits.data(0, None, name) for name in digits.key_choices)
+    assert torch.equal(training.keys, training.train.features)
+    assert torch.equal(noise.train.features, aside.train.features)
+    assert noise.keys.norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_missing_extra_is_named_without_a_traceback(tmp_path):
+    code = "import torch, sys; sys.modules['sklearn'] = None; from kvb.__main__ import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "protocol", "--out", str(tmp_path / "new")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "sklearn" in done.stderr
+    assert "pip install 'kvb[demo]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_of_data_is_named(tmp_path, monkeypatch):
+    packages = pytest.importorskip("kvb.experiments.data.packages", exc_type=ModuleNotFoundError)
+
+    def absent(package, ending):
+        raise packages.MissingPackageError(f"{package} is needed")
+
+    pytest.importorskip("kvb.experiments.report", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
+    monkeypatch.setattr(packages, "find", absent)
+    with pytest.raises(SystemExit, match="make data-mnist"):
+        __main__.main(["protocol", "--data", "mnist", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "bad", [["--seeds", "0"], ["--epochs", "x"], ["--ablate", "rate"], ["--full", "--ablate", "pairs"]]
+)
+def test_bad_options_are_refused(bad, capsys):
+    with pytest.raises(SystemExit):
+        __main__.main(["protocol", *bad])
+    assert bad[-2] in capsys.readouterr().err
+
+
+def test_an_unusable_folder_is_refused_before_the_run(tmp_path):
+    taken = tmp_path / "file"
+    taken.touch()
+    pytest.importorskip("kvb.experiments.report", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
+    with pytest.raises(SystemExit, match="--out must be a folder"):
+        __main__.main(["protocol", "--out", str(taken)])

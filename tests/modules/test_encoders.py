@@ -1,0 +1,681 @@
+"""BottleneckedEncoder and the named ones: layouts, freezing, key initialisation, inputs, loading, files."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import types
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import kvb
+from kvb import BottleneckedEncoder
+from kvb.decoders import CodebookVoting
+from kvb.modules import backbones
+
+pytestmark = pytest.mark.fallback
+
+C, K, D, V, CHANNELS = 4, 8, 3, 5, 12
+
+
+class Recorder(nn.Module):
+    """An encoder that counts its calls; 6 inputs to 12 channels by one matrix."""
+
+    def __init__(self, channel_last=True):
+        super().__init__()
+        self.linear = nn.Linear(6, CHANNELS)
+        self.channel_last = channel_last
+        self.calls = 0
+
+    def forward(self, x, scale=1.0):
+        self.calls += 1
+        features = self.linear(x) * scale
+        return features if self.channel_last else features.movedim(-1, 1)
+
+
+def build(encoder=None, **options):
+    defaults = {
+        "num_channels": CHANNELS,
+        "num_codebooks": C,
+        "key_value_pairs_per_codebook": K,
+        "dim_keys": D,
+        "dim_values": V,
+    }
+    return BottleneckedEncoder(encoder or Recorder(), **{**defaults, **options})
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("concat", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (2, 3, 4), (1, 1), (0, 2)])
+def test_layouts(shape, last, concat, topk):
+    options = {"encoder_is_channel_last": last, "concat_values_from_all_codebooks": concat, "topk": topk}
+    model = build(Recorder(last), return_values_only=False, **options).eval()
+    x = torch.randn(2, *shape, 6)
+    plain = model.bottleneck(model.splitter(model.encoder.linear(x)))  # [B, C, (T), *shape, V]
+    t = topk - 1  # the number of axes for the ranks
+    keys, values = plain.keys, plain.values
+    if concat and last:
+        want = torch.cat([values[:, c] for c in range(C)], -1)
+    elif concat:
+        want = torch.cat([values[:, c].movedim(-1, 1 + t) for c in range(C)], 1 + t)
+    else:
+        want = values if last else values.movedim(-1, 2 + t)
+    out = model(x)
+    assert torch.equal(out.values, want)
+    assert torch.equal(out.keys, keys if last else keys.movedim(-1, 2 + t))
+    assert torch.equal(out.indices, plain.indices)
+    assert torch.equal(out.distances, plain.distances)
+    assert out.values.is_contiguous()
+    assert out.keys.is_contiguous()
+    ranks = (2,) if t else ()
+    sizes = (*ranks, *((*shape, C * V) if last else (C * V, *shape)))
+    if not concat:
+        sizes = (C, *ranks, *((*shape, V) if last else (V, *shape)))
+    assert out.values.shape == (2, *sizes)
+    values_only = build(Recorder(last), **options).eval()
+    values_only.load_state_dict(model.state_dict())
+    assert torch.equal(values_only(x), out.values)
+
+
+def test_an_empty_batch():
+    model = build(Recorder(False), encoder_is_channel_last=False, concat_values_from_all_codebooks=True).freeze_keys()
+    out = model(torch.randn(0, 4, 5, 6))
+    assert out.shape == (0, C * V, 4, 5)
+    out.sum().backward()
+    assert not model.bottleneck.values.grad.any()
+
+
+def test_heads_are_what_the_keys_see():
+    model = build(Recorder(False), encoder_is_channel_last=False)
+    x = torch.randn(2, 4, 5, 6)
+    features = model.encoder.linear(x)
+    assert torch.equal(model.forward_encoder(x), features)
+    torch.testing.assert_close(model.forward_splitter(x), model.splitter(features))
+    assert model.forward_splitter(x).shape == (2, C, 4, 5, D)
+
+
+def test_voting_on_a_channel_first_map():
+    model = build(Recorder(False), encoder_is_channel_last=False).freeze_keys()
+    logits = nn.Sequential(model, CodebookVoting(V, channel_last=False))(torch.randn(2, 4, 5, 6))
+    assert logits.shape == (2, V)
+
+
+# --- modes ------------------------------------------------------------------------------------------------------------
+
+
+def test_prepare_leaves_values_alone_to_learn():
+    data = [(torch.randn(40, 6), torch.zeros(40)) for _ in range(3)]
+    model = build(init_mode="kmeans", threshold_ema_dead_code=0.1)
+    steps = copy.deepcopy(model)
+    values = model.bottleneck.values.clone()
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    torch.manual_seed(1)
+    assert model.prepare(data, 2, generator=generators[0], progress=False) is model
+    torch.manual_seed(1)
+    steps.freeze_encoder().freeze_splitter()
+    steps.initialize_keys(data, epochs=2, generator=generators[1], progress=False).freeze_keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, steps.state_dict()[name]), name
+    assert torch.equal(model.bottleneck.values, values)
+    assert model.key_report.rows == 120
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["bottleneck.values"]
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for inputs, _ in data:
+        model(inputs).square().sum().backward()
+        optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"bottleneck.values", "bottleneck.cluster_size_counter"}
+
+
+def test_the_encoder_stays_in_eval_mode():
+    encoder = nn.Sequential(nn.Linear(6, CHANNELS), nn.BatchNorm1d(CHANNELS), nn.Dropout(0.5))
+    model = build(encoder).train()
+    assert model.bottleneck.training
+    assert not any(part.training for part in encoder.modules())
+    model(torch.randn(9, 6))
+    assert encoder[1].num_batches_tracked == 0
+    nn.Sequential(model, nn.ReLU()).train()
+    assert not encoder.training
+    encoder.train()  # whoever wants it can have it
+    model(torch.randn(9, 6))
+    assert encoder[1].num_batches_tracked == 1
+
+
+def test_no_graph_where_no_gradient_could_go():
+    model = build().freeze_keys()
+    heads = []
+    model.bottleneck.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
+    x = torch.randn(5, 6, requires_grad=True)
+    model(x).sum().backward()
+    assert not heads[0].requires_grad
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("frozen_encoder", [False, True])
+@pytest.mark.parametrize("frozen_splitter", [False, True])
+def test_distances_reach_what_is_not_frozen(frozen_encoder, frozen_splitter):
+    """Published: a learned projection behind a frozen encoder fails in backward."""
+    model = build(return_values_only=False, splitting_mode="learned_projection").freeze_keys()
+    if frozen_encoder:
+        model.freeze_encoder()
+    if frozen_splitter:
+        model.freeze_splitter()
+    output = model(torch.randn(9, 6))
+    (output.distances.sum() + output.values.sum()).backward()
+    learns = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    want = {"bottleneck.values"}
+    if not frozen_splitter:  # a frozen one also cuts off the encoder, as published
+        want |= {"splitter.proj.weight"} | (
+            set() if frozen_encoder else {"encoder.linear.weight", "encoder.linear.bias"}
+        )
+    assert learns == want
+    model.unfreeze_encoder().unfreeze_splitter()
+    assert all(p.requires_grad for p in model.parameters())
+    model(torch.randn(9, 6)).distances.sum().backward()
+    assert model.encoder.linear.weight.grad.any()
+
+
+@pytest.mark.parametrize("mode", kvb.splitters.MODES)
+def test_an_encoder_in_inference_mode(mode):
+    encoder = Recorder()
+    encoder.forward = torch.inference_mode()(encoder.forward)
+    model = build(encoder, splitting_mode=mode, return_values_only=False, threshold_ema_dead_code=0.5)
+    for _ in range(2):
+        output = model(torch.randn(9, 6))
+        (output.values.sum() + output.distances.sum()).backward()
+        assert model.bottleneck.values.grad.any()
+        model.freeze_keys()
+    learned = getattr(model.splitter, "proj", None)
+    assert learned is None or learned.weight.grad.any()
+    with torch.inference_mode():
+        assert not model(torch.randn(9, 6)).values.requires_grad
+
+
+def test_every_mode_of_the_bottleneck_is_at_hand():
+    model = build().freeze_keys()
+    assert model.fraction_of_unused_keys() == 1
+    model(torch.randn(50, 6))
+    assert model.fraction_of_unused_keys() < 1
+    torch.testing.assert_close(model.usage().sum(-1), torch.ones(C))
+    assert (model.perplexity() > 1).all()
+    assert model.deactivate_counts() is model
+    assert not model.bottleneck.count_cluster_size
+    assert model.activate_counts().bottleneck.count_cluster_size
+    assert model.reset_cluster_size_counter().fraction_of_unused_keys() == 1
+    assert model.enable_update_keys().bottleneck.update_keys
+    assert not model.disable_update_keys().bottleneck.update_keys
+    assert model.unfreeze_keys().bottleneck.update_keys
+    mask = torch.zeros(C, K, dtype=torch.bool)
+    mask[:, 3] = True
+    out = build(return_values_only=False).mask_pairs(mask)(torch.randn(5, 6))
+    assert (out.indices == 3).all()
+
+
+def test_counts_are_not_taken_in_eval_mode():
+    model = build().freeze_keys().eval()
+    model(torch.randn(50, 6))
+    assert model.fraction_of_unused_keys() == 1
+
+
+# --- initialising the keys --------------------------------------------------------------------------------------------
+
+
+class Loader:
+    """Counts how often it is read."""
+
+    def __init__(self, items):
+        self.items, self.passes = items, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.items)
+
+
+@pytest.mark.parametrize(
+    ("mode", "epochs", "passes"),
+    [
+        ("random", 0, 0),
+        ("random", 2, 2),
+        ("kmeans", 0, 1),
+        ("kmeans++", 0, 1),
+        ("kmeans", 3, 4),
+        ("sample", 0, 2),
+    ],
+)
+def test_passes_over_the_data(mode, epochs, passes):
+    loader = Loader([torch.randn(30, 6) for _ in range(4)])
+    model = build(init_mode=mode).initialize_keys(loader, epochs=epochs, progress=False)
+    assert loader.passes == passes
+    assert model.encoder.calls == 4 * passes
+    assert model.bottleneck.initted.item() == 1
+    assert (model.key_report is None) == (passes == 0)
+
+
+def test_kmeans_reads_no_more_than_it_needs():
+    loader = Loader([torch.randn(2 * K, 4, 6) for _ in range(100)])  # 64 rows an item; 64*K are needed
+    model = build(init_mode="kmeans").initialize_keys(loader, epochs=0, progress=False)
+    assert model.encoder.calls == K
+    assert model.key_report.rows == 64 * K
+
+
+def test_kmeans_keys_are_means_of_the_heads():
+    centres = 10 * torch.randn(K, 6)
+    data = (centres[torch.randint(K, (600,))] + 0.01 * torch.randn(600, 6)).split(100)
+    model = build(init_mode="kmeans++", splitting_mode="chunk")
+    model.prepare(data, epochs=0, progress=False)
+    want = model.forward_splitter(centres).transpose(0, 1)
+    assert torch.cdist(want, model.bottleneck.keys).amin(-1).max() < 0.05
+    torch.testing.assert_close(model.bottleneck.keys_avg, model.bottleneck.keys)
+
+
+def test_keys_keep_learning_after_kmeans():
+    data = torch.randn(300, 6)
+    model = build(init_mode="kmeans")
+    generator = torch.Generator().manual_seed(0)
+    model.initialize_keys(data, epochs=0, generator=generator, progress=False)
+    first = model.bottleneck.keys.clone()
+    again = copy.deepcopy(model)
+    again.initialize_keys(data, epochs=2, generator=torch.Generator().manual_seed(0), progress=False)
+    assert (again.bottleneck.keys - first).abs().max() > 1e-4
+    assert (again.bottleneck.keys - first).abs().max() < 1  # moved, not drawn anew
+    assert again.key_report.method == "random"  # from the keys there were
+
+
+def test_a_tensor_and_a_generator_of_batches_do():
+    data = torch.randn(600, 6)
+    batches = data.split(256)
+    tensors, iterator = (
+        build(Recorder(), init_mode="kmeans").initialize_keys(source, 0, generator=torch.Generator(), progress=False)
+        for source in (data, iter(batches))
+    )
+    assert tensors.encoder.calls == iterator.encoder.calls == 2  # 64*K = 512 rows
+    with pytest.raises(ValueError, match="can be iterated only once, but 2 passes are needed"):
+        build(init_mode="kmeans").initialize_keys(iter(batches), 1)
+    with pytest.raises(ValueError, match="can be iterated only once"):
+        build().initialize_keys(iter(batches), 2)
+
+
+def test_inputs_are_extracted():
+    data = [{"pixels": torch.randn(30, 6), "label": 3}]
+    model = build(init_mode="kmeans").initialize_keys(
+        data, epochs=1, inputs_extractor=lambda item: item["pixels"], progress=False
+    )
+    assert model.key_report.rows == 30
+
+
+def test_frozen_keys_and_no_data_are_refused():
+    with pytest.raises(RuntimeError, match="keys are frozen"):
+        build().freeze_keys().initialize_keys([torch.randn(3, 6)])
+    for mode in ("random", "kmeans"):
+        model = build(init_mode=mode)
+        with pytest.raises(ValueError, match="epochs must be an integer >= 0, got -1"):
+            model.initialize_keys([torch.randn(3, 6)], -1)
+        assert model.encoder.calls == 0
+    with pytest.raises(ValueError, match="data yielded no rows"):
+        build(init_mode="kmeans").initialize_keys([], 0)
+    with pytest.raises(RuntimeError, match="keys are not initialised"):
+        build(init_mode="kmeans").freeze_keys()
+    with pytest.raises(RuntimeError, match="keys are not initialised"):
+        build(init_mode="kmeans").eval()(torch.randn(3, 6))
+
+
+# --- encoders and inputs of every kind --------------------------------------------------------------------------------
+
+
+class Named(types.SimpleNamespace):
+    """Like the outputs of Hugging Face models."""
+
+
+class Language(nn.Module):
+    """Takes and returns what Hugging Face models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(50, CHANNELS)
+
+    def forward(self, input_ids, attention_mask=None):
+        states = self.embedding(input_ids)
+        if attention_mask is not None:
+            states = states * attention_mask[..., None]
+        return Named(last_hidden_state=states, pooler_output=states.mean(1))
+
+
+def test_mappings_and_named_outputs():
+    model = build(Language()).eval()
+    batch = {"input_ids": torch.randint(50, (2, 7)), "attention_mask": torch.ones(2, 7)}
+    assert model(batch).shape == (2, C, 7, V)
+    torch.testing.assert_close(model(batch["input_ids"], attention_mask=batch["attention_mask"]), model(batch))
+    model.prepare([batch], epochs=2, inputs_extractor=lambda item: item, progress=False)
+    assert model.key_report.rows == 14
+    pooled = build(Language(), outputs_extractor=lambda output: output.pooler_output)
+    assert pooled(batch).shape == (2, C, V)
+
+
+def test_more_arguments_go_to_the_encoder():
+    model = build()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(model.forward_encoder(x, scale=2.0), 2 * model.forward_encoder(x))
+
+
+def test_transforms_are_applied_when_asked():
+    model = build()
+    model.activate_pre_transform = True
+    with pytest.raises(RuntimeError, match="activate_pre_transform is set, but there are no transforms"):
+        model(torch.randn(3, 6))
+    model.transforms = lambda rows: torch.tensor(rows, dtype=torch.float32)
+    assert model([[1, 2, 3, 4, 5, 6]]).shape == (1, C, V)
+
+
+def test_a_hugging_face_model():
+    transformers = pytest.importorskip("transformers", reason="not among the packages that kvb needs")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=CHANNELS, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = build(transformers.BertModel(config), return_values_only=False)
+    tokens = transformers.BatchEncoding({"input_ids": torch.randint(50, (2, 7)), "attention_mask": torch.ones(2, 7)})
+    assert model.prepare([tokens], inputs_extractor=lambda item: item, progress=False)(tokens).values.shape == (
+        2,
+        C,
+        7,
+        V,
+    )
+
+
+def test_a_timm_model():
+    timm = pytest.importorskip("timm", reason="not among the packages that kvb needs")
+    network = timm.create_model("resnet10t", num_classes=0, global_pool="")
+    model = build(network, num_channels=512, dim_keys=128, splitting_mode="chunk", encoder_is_channel_last=False)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, C, V, 2, 2)
+
+
+def test_bad_encoders_and_outputs_are_named():
+    with pytest.raises(TypeError, match="encoder must be a torch.nn.Module, got function"):
+        build(lambda x: x)
+    with pytest.raises(ValueError, match=r"\(B, \*spatial, 12\), got \(3, 6\); check num_channels"):
+        build(nn.Identity())(torch.randn(3, 6))
+    with pytest.raises(ValueError, match=r"\(B, 12, \*spatial\), got \(3, 5, 12\); .*encoder_is_channel_last=False"):
+        build(nn.Identity(), encoder_is_channel_last=False)(torch.randn(3, 5, 12))
+    with pytest.raises(ValueError, match=r"got \(12,\)"):
+        build(nn.Identity())(torch.randn(12))
+    with pytest.raises(TypeError, match=r"got tuple; pass outputs_extractor"):
+        build(nn.Identity())((torch.randn(3, 12),))
+    with pytest.raises(TypeError, match="expected a floating-point output, got torch.int64"):
+        build(nn.Identity())(torch.ones(3, 12, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"splitting_mode must be one of 'chunk'"):
+        build(splitting_mode="slice")
+    with pytest.raises(ValueError, match=r"dim_keys must be num_channels / num_codebooks = 12 / 4 = 3 .* got 5"):
+        build(splitting_mode="chunk", dim_keys=5)
+    with pytest.raises(ValueError, match="num_channels must be a positive integer, got 0"):
+        build(num_channels=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mode", kvb.splitters.MODES)
+def test_every_dtype(dtype, mode):
+    model = build(splitting_mode=mode, return_values_only=False).to(dtype).freeze_keys()
+    out = model(torch.randn(9, 6, dtype=dtype))
+    assert out.values.dtype == dtype
+    assert out.distances.isfinite().all()
+
+
+def test_it_compiles_whole():
+    model = build(Recorder(False), encoder_is_channel_last=False).freeze_keys().eval()
+    x = torch.randn(2, 4, 5, 6)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), model(x))
+
+
+def test_copies_and_pickles():
+    model = build(init_mode="kmeans", splitting_mode="sparse_projection").prepare([torch.randn(99, 6)], progress=False)
+    x = torch.randn(4, 6)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        assert twin.frozen_encoder
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load_leave_the_encoder_out(tmp_path):
+    model = build(init_mode="kmeans").prepare([torch.randn(99, 6)], progress=False)
+    model.save(tmp_path / "keys.pt")
+    other = build(init_mode="kmeans")
+    encoder = copy.deepcopy(other.encoder.state_dict())
+    assert other.load(tmp_path / "keys.pt") is other
+    for name, tensor in model.state_dict().items():
+        if name.startswith("encoder."):
+            assert torch.equal(other.state_dict()[name], encoder[name.removeprefix("encoder.")])
+        else:
+            assert torch.equal(other.state_dict()[name], tensor), name
+    assert not other.bottleneck.update_keys
+
+
+def test_files_of_the_published_class_load(tmp_path):
+    model, other = build(), build()
+    published = model.bottleneck.state_dict()
+    del published["kvb_state"]
+    torch.save({"bottleneck": published, "splitter": model.splitter.state_dict()}, tmp_path / "published.pt")
+    other.load(tmp_path / "published.pt")
+    assert torch.equal(other.bottleneck.keys, model.bottleneck.keys)
+    assert torch.equal(other.splitter.rand_proj, model.splitter.rand_proj)
+
+
+def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
+    model, wider = build(), build(dim_values=V + 1)
+    wider.save(tmp_path / "wider.pt")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(kvb.CheckpointError, match=r"bottleneck\.values"):
+        model.load(tmp_path / "wider.pt")
+    content = (tmp_path / "wider.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(kvb.CheckpointError):
+        model.load(tmp_path / "cut.pt")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_whole_module_can_be_pickled_to_a_file(tmp_path):
+    model = build().freeze_keys()
+    model.save_model(tmp_path / "model.pt")
+    x = torch.randn(4, 6)
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), model(x))
+
+
+# --- the named ones ---------------------------------------------------------------------------------------------------
+
+
+def resnet(channels, *, padded=False):
+    """A network with a ResNet's children, of the given channels by layer."""
+    network = nn.Sequential()
+    if padded:
+        network.add_module("padding", nn.ConstantPad2d(1, 0.0))
+    network.add_module("conv1", nn.Conv2d(3, 8, 3, stride=2, padding=1))
+    inputs = 8
+    for number, outputs in channels.items():
+        network.add_module(f"layer{number}", nn.Conv2d(inputs, outputs, 1, stride=2))
+        inputs = outputs
+    network.add_module("fc", nn.Flatten())
+    return network
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """torch.hub.load answers with small networks of the right widths, and keeps what it was asked for."""
+    asked = []
+    tables = {backbones.RESNET50[1]: backbones.RESNET50, 512: backbones.RESNET50_WIDE, 16: backbones.CIFAR_RESNET}
+
+    def load(repository, name, **options):
+        asked.append((repository, name, options))
+        if name == "dino_vits8":
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 384))
+        first = 16 if name.startswith("cifar") else 512 if "w2" in name or "x2" in name else 256
+        return resnet(tables[first], padded="swav" in repository or "vicreg" in repository)
+
+    monkeypatch.setattr(torch.hub, "load", load)
+    return asked
+
+
+FACEBOOK = "facebookresearch/"
+NAMED = [
+    (kvb.DinoBottleneckedEncoder, "dino_resnet50", backbones.RESNET50, FACEBOOK + "dino:main", "dino_resnet50"),
+    (kvb.SwavBottleneckedEncoder, "swav_resnet50", backbones.RESNET50, FACEBOOK + "swav:main", "resnet50"),
+    (kvb.SwavBottleneckedEncoder, "swav_resnet50w2", backbones.RESNET50_WIDE, FACEBOOK + "swav:main", "resnet50w2"),
+    (kvb.VICRegBottleneckedEncoder, "vicreg_resnet50", backbones.RESNET50, FACEBOOK + "vicreg:main", "resnet50"),
+    (
+        kvb.VICRegBottleneckedEncoder,
+        "vicreg_resnet50w2",
+        backbones.RESNET50_WIDE,
+        FACEBOOK + "vicreg:main",
+        "resnet50x2",
+    ),
+    *(
+        (kvb.SLPretrainedBottleneckedEncoder, name, backbones.CIFAR_RESNET, "chenyaofo/pytorch-cifar-models", name)
+        for name in ("cifar10_resnet56", "cifar10_resnet22", "cifar100_resnet56", "cifar100_resnet22")
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "backbone", "channels", "repository", "name"), NAMED)
+def test_resnets_of_the_hub(hub, kind, backbone, channels, repository, name):
+    x = torch.randn(2, 3, 64, 64)
+    for layer, d in channels.items():
+        pooled = kind(8, 4, backbone=backbone, extracted_layer=layer)
+        assert (pooled.num_channels, pooled.bottleneck.dim_keys, pooled.bottleneck.dim_values) == (d, d // 8, d // 8)
+        assert pooled(x).shape == (2, d, 1, 1)  # chunked and concatenated by default: as wide as the features
+        whole = kind(8, 4, dim_values=3, backbone=backbone, extracted_layer=layer, pool_embedding=False)
+        features = whole.forward_encoder(x)
+        assert features.shape[-1] == d
+        assert features.shape[1] == features.shape[2] >= 2
+        assert whole(x).shape == (2, 24, *features.shape[1:3])
+    for asked in hub:
+        assert asked == (repository, name, {"pretrained": True} if "cifar" in name else {})
+
+
+def test_defaults_of_the_named_ones(hub):
+    for kind, backbone in [
+        (kvb.DinoBottleneckedEncoder, "dino_resnet50"),
+        (kvb.SwavBottleneckedEncoder, "swav_resnet50"),
+        (kvb.VICRegBottleneckedEncoder, "vicreg_resnet50"),
+        (kvb.SLPretrainedBottleneckedEncoder, "cifar10_resnet56"),
+    ]:
+        model = kind(num_codebooks=16, key_value_pairs_per_codebook=4)
+        assert model.backbone == backbone
+        assert model.extracted_layer == 3
+        assert model.splitting_mode == "chunk"
+        assert model.concat_values_from_all_codebooks
+        assert not model.encoder_is_channel_last
+        assert model.bottleneck.return_values_only
+        assert (model.bottleneck.init_mode, model.bottleneck.decay) == ("random", 0.95)
+
+
+def test_the_vision_transformer(hub):
+    model = kvb.DinoBottleneckedEncoder(8, 4, backbone="dino_vits8")
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 384)
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels"),
+    [
+        (kvb.DinoBottleneckedEncoder, 1024),
+        (kvb.SwavBottleneckedEncoder, 1024),
+        (kvb.VICRegBottleneckedEncoder, 1024),
+        (kvb.SLPretrainedBottleneckedEncoder, 64),
+        (kvb.CLIPBottleneckedEncoder, 512),
+        (kvb.ConvMixerBottleneckedEncoder, 256),
+    ],
+)
+def test_embeddings_load_nothing(hub, kind, channels):
+    model = kind(16, 4, input_is_embedding=True, concat_values_from_all_codebooks=False)
+    assert hub == []
+    assert model(torch.randn(2, channels)).shape == (2, 16, channels // 16)
+    assert model(torch.randn(2, channels, 3, 5)).shape == (2, 16, channels // 16, 3, 5)
+    model.prepare(torch.randn(300, channels), progress=False)
+    assert model.key_report.rows == 300
+
+
+def test_clip(monkeypatch):
+    class Model(nn.Module):
+        def encode_image(self, x):
+            return x.mean((2, 3)).repeat(1, 171)[:, :512].half()
+
+    def preprocess(image):
+        return image
+
+    clip = types.ModuleType("clip")
+    clip.load = lambda name, device: (Model(), preprocess) if (name, device) == ("ViT-B/32", "cpu") else None
+    monkeypatch.setitem(sys.modules, "clip", clip)
+    model = kvb.CLIPBottleneckedEncoder(8, 4)
+    assert model.transforms is preprocess
+    x = torch.randn(2, 3, 8, 8)
+    assert model.forward_encoder(x).dtype == torch.float32
+    assert model(x).shape == (2, 512)
+
+
+def test_supervised_imagenet(monkeypatch):
+    weights = types.SimpleNamespace(transforms=lambda: "transforms")
+    models = types.ModuleType("torchvision.models")
+    models.ResNet50_Weights = types.SimpleNamespace(IMAGENET1K_V2=weights)
+    models.resnet50 = lambda weights: resnet(backbones.RESNET50)
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    model = kvb.SLPretrainedBottleneckedEncoder(8, 4, backbone="resnet50_imagenet_v2", extracted_layer=4)
+    assert model.transforms == "transforms"
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 2048, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("package", "build_it", "how"),
+    [
+        ("clip", lambda: kvb.CLIPBottleneckedEncoder(8, 4), r"openai/CLIP\.git"),
+        (
+            "torchvision",
+            lambda: kvb.SLPretrainedBottleneckedEncoder(8, 4, backbone="resnet50_imagenet_v2"),
+            "pip install torchvision",
+        ),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch, package, build_it, how):
+    class Absent:
+        """Finds no module of that name, as if it were not installed."""
+
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match=rf"needs the package {package}, which is not installed.*{how}"):
+        build_it()
+
+
+def test_bad_choices_are_named(hub):
+    with pytest.raises(ValueError, match=r"backbone must be one of 'dino_resnet50', 'dino_vits8'; got 'resnet18'"):
+        kvb.DinoBottleneckedEncoder(8, 4, backbone="resnet18")
+    with pytest.raises(ValueError, match=r"extracted_layer must be one of \[1, 2, 3, 4\], got 5"):
+        kvb.DinoBottleneckedEncoder(8, 4, extracted_layer=5)
+    with pytest.raises(ValueError, match=r"1024 channels of dino_resnet50 must be divisible by num_codebooks \(7\)"):
+        kvb.DinoBottleneckedEncoder(7, 4)
+    with pytest.raises(NotImplementedError, match="input_is_embedding=True"):
+        kvb.ConvMixerBottleneckedEncoder(8, 4)
+    with pytest.raises(ValueError, match="expected a network with a child layer3, got children 0, 1"):
+        backbones.truncated(nn.Sequential(nn.ReLU(), nn.ReLU()), 3, pool=True)
+    assert hub == []
+    model = kvb.DinoBottleneckedEncoder(7, 4, dim_keys=5, splitting_mode="random_projection", input_is_embedding=True)
+    assert model(torch.randn(2, 1024)).shape == (2, 35)
+
+
+def test_half_precision_on_the_gpu_is_swavs_alone(hub):
+    kinds = Counter()
+    for kind in (kvb.SwavBottleneckedEncoder, kvb.DinoBottleneckedEncoder, kvb.VICRegBottleneckedEncoder):
+        kinds[kind.__name__] += isinstance(kind(8, 4).encoder, backbones.HalfOnGPU)
+    assert kinds == {"SwavBottleneckedEncoder": 1, "DinoBottleneckedEncoder": 0, "VICRegBottleneckedEncoder": 0}

@@ -1,0 +1,273 @@
+"""Random and adversarial inputs, judged in higher precision: no query may violate the numeric contract.
+
+For every query and rank: ``d(chosen) - d(best) <= 8 u (|q-m| + max|k-m|)^2`` with u = 2^-24 (2^-53 for float64 inputs),
+the returned distance is the chosen key's (float32: rounded once; float64: a sum of D squares in float64), and equal
+keys yield the lowest index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from kvb import functional, ops
+
+pytestmark = pytest.mark.contract
+
+# Triton's interpreter runs one program after the other.
+INTERPRETED = ops.backend("cpu") == "triton"
+CI_QUERIES, ALL_QUERIES = (5_000, 200_000) if INTERPRETED else (1_000_000, 10_000_000)
+
+
+def normal(n, C, K, D):
+    return torch.randn(n, 1, C, D), torch.randn(C, K, D)
+
+
+def offset(n, C, K, D):
+    return tuple(part + 100 for part in normal(n, C, K, D))
+
+
+def duplicates(n, C, K, D):
+    queries, keys = normal(n, C, K, D)
+    return queries, keys[:, torch.randint(max(1, K // 2), (K,))]
+
+
+def near_duplicates(n, C, K, D):
+    """Keys that differ from one another in the last bits only."""
+    queries, keys = normal(n, C, K, D)
+    base = keys[:, torch.randint(max(1, K // 8), (K,))]
+    bits = base.view(torch.int32) + torch.randint(-2, 3, base.shape, dtype=torch.int32)
+    return queries, bits.view(torch.float32)
+
+
+def lattice(n, C, K, D):
+    """Small integers: nearly every query has ties, all of them exact."""
+    return torch.randint(-2, 3, (n, 1, C, D)).float(), torch.randint(-2, 3, (C, K, D)).float()
+
+
+def bisectors(n, C, K, D):
+    """Queries half-way between two keys, up to rounding."""
+    _, keys = normal(n, C, K, D)
+    book = torch.arange(C)
+    a, b = (keys[book, torch.randint(K, (n, C))] for _ in range(2))
+    return ((a + b) / 2)[:, None], keys
+
+
+def outliers(n, C, K, D):
+    """Magnitudes from 1e-8 to 1e8 among the queries, and a far key."""
+    queries, keys = normal(n, C, K, D)
+    keys[:, 0] *= 1e4
+    return queries * 10 ** torch.randint(-8, 9, (n, 1, C, 1)).float(), keys
+
+
+def scaled(factor):
+    def make(n, C, K, D):
+        return tuple(part * factor for part in normal(n, C, K, D))
+
+    return make
+
+
+def broken_queries(n, C, K, D):
+    queries, keys = normal(n, C, K, D)
+    bad = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    hit = torch.rand(queries.shape) < 0.1
+    return torch.where(hit, bad[torch.randint(3, queries.shape)], queries), keys
+
+
+def broken_keys(n, C, K, D):
+    queries, keys = normal(n, C, K, D)
+    keys[:, ::3, 0] = float("nan")
+    keys[:, 1::5, -1] = float("inf")
+    return queries, keys
+
+
+# name, data, (C, K, D), dtype, topk, share of all queries
+CASES = [
+    ("normal", normal, (2, 64, 8), torch.float32, 1, 12),
+    ("normal, K below a group", normal, (3, 7, 14), torch.float32, 2, 6),
+    ("normal, large K", normal, (1, 1024, 14), torch.float32, 1, 2),
+    ("normal, large D", normal, (2, 40, 200), torch.float32, 3, 2),
+    ("offset 100, D of hundreds", offset, (1, 40, 520), torch.float32, 1, 1),
+    ("normal, topk", normal, (2, 64, 8), torch.float32, 5, 6),
+    ("offset 100", offset, (2, 64, 8), torch.float32, 1, 12),
+    ("offset 100, topk", offset, (2, 33, 5), torch.float32, 3, 6),
+    ("duplicates", duplicates, (2, 64, 8), torch.float32, 2, 6),
+    ("near-duplicates", near_duplicates, (2, 64, 8), torch.float32, 1, 8),
+    ("near-duplicates, topk", near_duplicates, (2, 40, 4), torch.float32, 4, 4),
+    ("lattice", lattice, (2, 50, 3), torch.float32, 3, 6),
+    ("bisectors", bisectors, (2, 64, 8), torch.float32, 1, 12),
+    ("K=1", normal, (2, 1, 8), torch.float32, 1, 6),
+    ("D=1", normal, (2, 64, 1), torch.float32, 2, 6),
+    ("outliers", outliers, (2, 32, 8), torch.float32, 1, 4),
+    ("1e-15", scaled(1e-15), (2, 64, 8), torch.float32, 1, 6),
+    ("1e15", scaled(1e15), (2, 64, 8), torch.float32, 1, 6),
+    ("float16 1e-3", scaled(1e-3), (2, 64, 8), torch.float16, 1, 6),
+    ("float16 1e3", scaled(1e3), (2, 64, 8), torch.float16, 1, 6),
+    ("float16", normal, (2, 64, 8), torch.float16, 2, 6),
+    ("bfloat16", offset, (2, 64, 8), torch.bfloat16, 2, 6),
+    ("NaN and Inf queries", broken_queries, (2, 64, 8), torch.float32, 2, 6),
+    ("NaN and Inf keys", broken_keys, (2, 64, 8), torch.float32, 2, 6),
+    ("autocast", offset, (2, 64, 8), torch.float32, 1, 6),
+    ("float64", bisectors, (1, 32, 6), torch.float64, 2, 2),
+    ("float64 offset", offset, (1, 32, 6), torch.float64, 1, 2),
+    ("float64 1e100", scaled(1e100), (1, 32, 6), torch.float64, 1, 2),
+]
+SHARES = sum(case[-1] for case in CASES)
+
+
+def exact_distances(queries: torch.Tensor, keys: torch.Tensor) -> np.ndarray:
+    """[n, C, K]: float64 arithmetic judges float32 inputs, extended precision judges float64."""
+    wide = np.longdouble if queries.dtype == torch.float64 else np.float64
+    q, k = (part.double().numpy().astype(wide) for part in (queries[:, 0], keys))
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = np.zeros((*q.shape[:2], k.shape[1]), wide)
+        for d in range(q.shape[-1]):
+            total += (q[:, :, None, d] - k[None, :, :, d]) ** 2
+    return total
+
+
+def violations(queries, keys, indices, distances, topk) -> int:
+    """How many (query, codebook, rank) break the contract."""
+    unit = 2.0**-53 if queries.dtype == torch.float64 else 2.0**-24
+    exact = exact_distances(queries, keys)
+    good_query = queries[:, 0].isfinite().all(-1).numpy()
+    good_key = keys.isfinite().all(-1).numpy()
+    got, d = indices[:, 0].numpy(), distances[:, 0].numpy()
+
+    safe = np.where(good_key[..., None], keys.double().numpy(), 0)
+    centre = safe.sum(1) / np.maximum(good_key.sum(1, keepdims=True), 1)
+    with np.errstate(invalid="ignore"):
+        reach = np.linalg.norm(queries[:, 0].double().numpy() - centre, axis=-1)
+    radius = np.where(good_key, np.linalg.norm(safe - centre[:, None], axis=-1), 0).max(1)
+    bound = (8 * unit * (reach + radius) ** 2)[..., None]
+
+    exact = np.where(good_key, exact, np.inf)
+    order = np.sort(exact, -1)[..., :topk]
+    chosen = np.take_along_axis(exact, got, -1)
+    with np.errstate(invalid="ignore"):
+        regret_ok = (chosen <= order + bound) | (np.isinf(chosen) & np.isinf(order))
+        roundings = 1 if unit > 2.0**-53 else 3 + np.ceil(np.log2(keys.shape[-1]))
+        rounded_ok = (np.abs(d - chosen) <= roundings * unit * chosen + np.finfo(d.dtype).tiny) | (d == chosen)
+    # A twin with a lower index must have been chosen at an earlier rank.
+    distinct_ok = np.array([len(set(row)) == topk for row in got.reshape(-1, topk)]).reshape(got.shape[:2])[..., None]
+    ok = regret_ok & rounded_ok & distinct_ok
+    broken_ok = (got == np.arange(topk)) & np.isnan(d)
+    return int((~np.where(good_query[..., None], ok, broken_ok)).sum())
+
+
+def twins_out_of_order(keys, indices) -> int:
+    """Chosen keys that have an identical twin with a lower index which was not chosen before."""
+    wrong = 0
+    for c in range(keys.shape[0]):
+        _, label = torch.unique(keys[c], dim=0, return_inverse=True)
+        got = indices[:, 0, c]
+        lower = torch.stack([(label[:k] == label[k]).sum() for k in range(len(label))])
+        earlier = torch.zeros_like(got)
+        for t in range(got.shape[1]):
+            earlier[:, t] = (label[got[:, :t]] == label[got[:, t : t + 1]]).sum(-1)
+        wrong += int((lower[got] != earlier).sum())
+    return wrong
+
+
+def make_as(dtype, make, *sizes):
+    """float64 data is drawn in float64: every bit counts."""
+    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
+    try:
+        return tuple(part.to(dtype) for part in make(*sizes))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def run_case(name, make, sizes, dtype, topk, share, total) -> int:
+    """Queries judged; raises at the first violation."""
+    C, K, D = sizes
+    judged, wanted = 0, -(-total * share // SHARES)
+    while judged < wanted:
+        n = min(20_000, -(-wanted // C))
+        queries, keys = make_as(dtype, make, n, C, K, D)
+        autocast = torch.autocast("cpu", torch.bfloat16) if name == "autocast" else contextlib.nullcontext()
+        with autocast:
+            indices, distances = functional.nearest(queries, keys, topk=topk)
+        indices, distances = indices.view(n, 1, C, topk), distances.view(n, 1, C, topk)
+        assert violations(queries, keys, indices, distances, topk) == 0, name
+        if "dup" in name or name == "lattice":
+            assert twins_out_of_order(keys, indices) == 0, name
+        if name == "lattice":  # exact ties everywhere: the full order is known
+            exact = torch.from_numpy(exact_distances(queries, keys))
+            assert torch.equal(indices[:, 0], exact.sort(dim=-1, stable=True).indices[..., :topk]), name
+        judged += n * C
+    return judged
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_no_violation(case):
+    *_, topk, share = case
+    total = CI_QUERIES // topk if INTERPRETED else CI_QUERIES  # the kernels search once for every rank
+    assert run_case(*case, total=total) >= total * share // SHARES
+
+
+@pytest.mark.slow
+def test_no_violation_in_many_more_queries():
+    judged = sum(run_case(*case, total=ALL_QUERIES) for case in CASES)
+    print(f"\nexactness: 0 violations in {judged:,} queries over {len(CASES)} kinds of data")
+    assert judged >= ALL_QUERIES
+
+
+def test_the_judge_sees_a_wrong_index():
+    queries, keys = normal(100, 2, 8, 4)
+    indices, distances = functional.nearest(queries, keys, topk=2)
+    assert violations(queries, keys, indices, distances, 2) == 0
+    swapped = indices.flip(-1)
+    assert violations(queries, keys, swapped, distances.flip(-1), 2) > 0
+    assert violations(queries, keys, indices, distances * 1.001, 2) > 0
+    twins = torch.cat([keys, keys], 1)
+    assert twins_out_of_order(twins, indices[..., :1] + 8) == 200
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_low_precision_matrix_products_change_nothing(precision):
+    queries, keys = offset(40 if INTERPRETED else 5000, 2, 64, 8)
+    want = functional.nearest(queries, keys, topk=3)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+    try:
+        got = functional.nearest(queries, keys, topk=3)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+def test_an_offset_does_not_change_the_answer():
+    """Queries and keys on a grid of 2^-10, so that adding 100 is exact."""
+    n = 1000 if INTERPRETED else 20_000
+    queries, keys = ((part * 1024).round() / 1024 for part in normal(n, 2, 64, 8))
+    plain = functional.nearest(queries, keys)
+    moved = functional.nearest(queries + 100, keys + 100)
+    assert torch.equal(plain[0], moved[0])
+    assert torch.equal(plain[1], moved[1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread")
+def test_thread_count_changes_nothing():
+    queries, keys = normal(3000, 3, 300, 12)
+    values = torch.randn(3, 300, 7)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            indices, distances = functional.nearest(queries, keys, topk=2)
+            code = indices[..., 0]
+            grads = torch.ops.kvb.gather_backward(queries[..., :7], code, 300, "none")
+            rows = torch.ops.kvb.gather_backward_rows(queries[..., :7], code, 300, "none")
+            sums = torch.ops.kvb.accumulate(queries, code, 300)
+            pooled = functional.gather(values, code, pool="mean")
+            runs.append([indices, distances, grads, *rows, *sums, pooled])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))

@@ -1,0 +1,225 @@
+"""The C++ extension as a file: what it links to, which instructions it holds; and every instruction set against the
+reference."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kvb
+from kvb import reference
+
+if kvb.ops.backend("cpu") != "cpp":
+    pytest.skip(f"the C++ extension does not answer: {kvb.ops.absent['cpu']}", allow_module_level=True)
+
+from kvb import _C
+
+pytestmark = pytest.mark.memory
+
+CAPABILITIES = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
+LIBRARIES = (
+    "libtorch_cpu",
+    "libc10",
+    "libstdc++",
+    "libgcc_s",
+    "libc",
+    "libm",
+    "libpthread",
+    "ld-linux-x86-64",
+    "ld-linux-aarch64",
+)
+# The first that a line of machine code matches, and the namespaces of kvb that may hold it.
+WIDE = ("avx512", "avx512_vnni", "amx")
+INSTRUCTIONS = {
+    r"\t(tile|tdp|ldtilecfg|sttilecfg)": ("amx",),
+    r"\tvpdpbusd": ("avx_vnni", "avx512_vnni", "amx"),
+    r"%zmm|%k[0-7]\b": WIDE,
+    r"%ymm|\tv[a-z]": ("avx2", "avx_vnni", *WIDE),
+}
+
+
+def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environ)
+
+
+def tool(name: str, *options: str) -> str:
+    """What a tool of binutils says of the extension."""
+    if not shutil.which(name):
+        pytest.skip(f"{name} is not installed")
+    return subprocess.run([name, *options, _C.__file__], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def needed() -> list[str]:
+    libraries = re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "-d"))
+    if any(re.match("lib[at]san", library) for library in libraries):
+        pytest.skip("the extension was built with a sanitizer")
+    return libraries
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_file_for_every_python():
+    assert os.path.basename(_C.__file__) == "_C.abi3.so"
+
+
+def test_it_needs_torch_and_the_system_only(needed):
+    assert "libtorch_cpu.so" in needed
+    assert [library for library in needed if library.partition(".so")[0] not in LIBRARIES] == []
+
+
+def test_it_calls_the_stable_abi_only(needed):
+    """Of PyTorch, functions in C only; of Python, nothing that a limited API lacks."""
+    called = re.findall(r" UND (\S+)", tool("readelf", "--wide", "--dyn-syms"))
+    assert any(name.startswith(("aoti_torch_", "torch_")) for name in called)
+    assert [name for name in called if re.match(r"_ZNK?(2at|3c10|5torch|8pybind11)", name)] == []
+    assert [name for name in called if name.startswith("_Py_")] == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for instructions of x86-64")
+def test_instructions_stay_in_their_namespace(needed):
+    """No function that an old machine runs was compiled for a newer one: neither ours nor an inlined library's."""
+    here, strays, seen = "", set(), set()
+    for line in tool("objdump", "-d", "--no-show-raw-insn").splitlines():
+        if label := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            here = label[1]
+            continue
+        for pattern, allowed in INSTRUCTIONS.items():
+            if re.search(pattern, line):
+                seen.add(pattern)
+                if not any(f"3kvb{len(name)}{name}" in here for name in allowed):
+                    strays.add(f"{here}: {line.strip()}")
+                break
+    assert not strays, "\n".join(sorted(strays)[:20])
+    assert seen == set(INSTRUCTIONS)
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_info_names_the_instruction_set():
+    capability = torch.ops.kvb.cpu_capability()
+    assert capability in CAPABILITIES
+    assert kvb.info()["backend on cpu"] == f"cpp ({capability})"
+
+
+@pytest.mark.parametrize("wish", ["sse", "AVX2", " "])
+def test_an_unknown_instruction_set_is_an_error_that_names_the_known_ones(wish):
+    done = run("import kvb", KVB_CPU_CAPABILITY=wish)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: ")
+    assert "KVB_CPU_CAPABILITY" in last
+    assert all(name in last for name in ("torch", *CAPABILITIES))
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"], ids=["its name", "its former name"])
+def test_plain_pytorch_can_be_asked_for(name):
+    done = run("import kvb; print(kvb.info()['backend on cpu'])", KVB_CPU_CAPABILITY=name)
+    assert done.stdout.startswith("torch ("), done.stderr
+    assert "KVB_CPU_CAPABILITY" in done.stdout
+
+
+# --- what it computes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """A file of searches, as the reference answers them."""
+    torch.manual_seed(0)
+    cases = []
+    kinds = (
+        "normal",
+        "quarters",
+        "outlying keys",
+        "far queries",
+        "tiny",
+        "huge",
+        "too large a query",
+        "too large a key",
+    )
+    for K, D, kind in itertools.product((1, 7, 200, 300, 1024), (1, 5, 8, 14, 32, 64, 130, 520), kinds):
+        queries, keys, some = torch.randn(5, 7, 2, D), torch.randn(2, K, D), torch.rand(2, K) < 0.7
+        some[:, 0] = True
+        whole = kind == "quarters"  # every distance is exact, and many are equal
+        if whole:
+            queries, keys = ((4 * tensor).round() / 4 for tensor in (queries, keys))
+        elif kind == "outlying keys":  # 8-bit numbers tell the others no longer apart
+            keys[:, ::50] *= 1e5
+            queries[0] *= 1e5
+        elif kind == "far queries":
+            queries += 1e4 * torch.randn(D)
+        elif kind == "tiny":
+            queries, keys = queries * 1e-18, keys * 1e-18
+        elif kind != "normal":  # "huge"; and what is "too large" could overflow a float32 score
+            queries, keys = queries * 1e17, keys * 1e17
+            queries[0] *= 30 if kind == "too large a query" else 1
+            keys[:, 0] *= 30 if kind == "too large a key" else 1
+        packed = reference.pack_keys(keys)
+        for topk, mask in itertools.product(sorted({1, min(3, K)}), (None, some)):
+            answer = reference.nearest(queries, keys, packed, mask, topk)
+            cases.append((f"{K=} {D=} {kind=} {topk=}", whole, queries, keys, mask, topk, *answer))
+    file = tmp_path_factory.mktemp("answers") / "cases.pt"
+    torch.save(cases, file)
+    return str(file)
+
+
+COMPARE = """
+import os, torch, kvb
+op = torch.ops.kvb
+print(op.cpu_capability())
+for case, whole, queries, keys, mask, topk, indices, distances in torch.load(os.environ["CASES"]):
+    got = op.nearest(queries, keys, op.pack_keys(keys), mask, topk)
+    assert torch.equal(got[0], indices), case
+    torch.testing.assert_close(got[1], distances, rtol=0 if whole else 1e-6, atol=0, msg=case)
+"""
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set_agrees_with_the_reference(answers, capability):
+    done = run(COMPARE, KVB_CPU_CAPABILITY=capability, CASES=answers)
+    if done.returncode and "this machine lacks the instructions" in done.stderr:
+        assert capability not in ("portable", torch.backends.cpu.get_cpu_capability().lower())
+        assert done.returncode == 1, "it crashed"
+        assert done.stderr.strip().splitlines()[-1].startswith("RuntimeError: ")
+        pytest.skip(f"this machine has no {capability}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [capability]
+
+
+THREADS = """
+import threading, torch, kvb
+torch.set_num_threads(1)
+module = kvb.KeyValueBottleneck(4, 300, 8, 6).freeze_keys().eval()
+x = torch.randn(200, 4, 8)
+want = module(x).detach()
+failed = []
+def work():
+    for _ in range(5):
+        out = module(x)
+        (grad,) = torch.autograd.grad(out.sum(), module.values)
+        torch.ops.kvb.pack_keys(module.keys)
+        if not (torch.equal(out, want) and grad.sum() == out.numel()):
+            failed.append(1)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not failed
+print("done")
+"""
+
+
+@pytest.mark.threads
+def test_threads_share_a_module():
+    """Under the thread sanitizer this is the search for data races; it exits with 66 where it finds one."""
+    done = run(THREADS)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

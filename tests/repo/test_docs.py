@@ -1,0 +1,124 @@
+"""README and docs: their Python runs as it stands there, their links lead somewhere, and their promises hold."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvb
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "docs" / "guide.md").read_text()
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """The names of a page's headings, as hosts of Markdown make them."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+# --- every page -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore:.*moves a row by")
+def test_every_block_runs_in_its_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks(page.read_text()):
+        exec(block, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_link_leads_somewhere(page):
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+    for name in re.findall(r"(?:^|[\s`])((?:kvb|tests|benchmarks|kernels|csrc|docs)/[\w./-]*\w)", text):
+        assert list(ROOT.glob(name)) or "*" in name, f"{page.name} names {name}"
+
+
+def test_the_readme_is_short_and_starts_with_use():
+    lines = README.splitlines()
+    assert len(lines) <= 140
+    assert any("pip install" in line for line in lines[:40])
+    assert "```python" in lines[:40]
+    assert lines.index("```", lines.index("```python")) < 40
+
+
+# --- what the examples show -------------------------------------------------------------------------------------------
+
+
+def test_searching_and_decoding_agree(capsys):
+    first, second = blocks(README)[0].split("codes = ")
+    names: dict = {}
+    exec(first, names)
+    searched = names["logits"]
+    exec("codes = " + second, names)
+    assert searched.shape == (1000, 10)
+    torch.testing.assert_close(names["logits"], searched)
+    names["logits"].sum().backward()
+    assert names["bottleneck"].values.grad.abs().sum() > 0
+    assert "kmeans: 1000 rows a codebook (0 skipped)" in capsys.readouterr().out
+
+
+def test_training_moves_fetched_rows_alone_and_a_class_is_forgotten():
+    names: dict = {}
+    fused, rows = (block for block in blocks(GUIDE) if "sgd_step" in block or "RowwiseAdam" in block)
+    exec(blocks(GUIDE)[0], names)
+    exec(fused, names)
+    learned = names["bottleneck"].values.detach().clone()
+    assert names["data"].codes.dtype == torch.int16
+    assert learned.any()
+    with pytest.warns(UserWarning, match="moves a row by 0.51 of what it learned"):
+        exec(rows, names)
+    moved = (names["bottleneck"].values != learned).any(-1)
+    touched = torch.zeros_like(moved)
+    touched[torch.arange(64), names["data"].codes[:256].long()] = True
+    assert torch.equal(moved, touched)
+    (block,) = (block for block in blocks(GUIDE) if "unlearning" in block)
+    exec(block, names)
+    fetched = names["per_class"][3] > 0
+    assert not names["mask"][fetched].all()
+    assert names["mask"][~fetched].all()
+    assert names["bottleneck"].pair_mask is None
+
+
+def test_the_shapes_with_an_encoder():
+    (block,) = (block for block in blocks(GUIDE) if "BottleneckedEncoder(" in block)
+    names: dict = {"torch": torch, "kvb": kvb}
+    exec(block, names)
+    assert names["values"].shape == (100, 16, 10, 4, 4)
+    assert names["logits"].shape == (100, 10)
+    assert not names["model"].bottleneck.update_keys
+
+
+def test_the_shapes_of_embeddings(tmp_path, monkeypatch):
+    (block,) = (block for block in blocks(GUIDE) if "DiscreteKeyValueBottleneck(" in block)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"torch": torch, "kvb": kvb}
+    exec(block, names)
+    assert names["output"].shape == (2, 64, 128)
+    assert names["each"].shape == (2, 4, 64, 128)
+    torch.testing.assert_close(names["each"].mean(1), names["output"])
+    assert names["quantized"].shape == (2, 64, 512)
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.pt"]
+
+
+def test_the_published_packages_are_where_it_says():
+    modules = re.findall(r"^\| `([\w.]+) import …`", README, re.MULTILINE)
+    assert len(modules) == 3
+    assert all(importlib.import_module(f"kvb.compat.{module}") for module in modules)
