@@ -6,14 +6,18 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import offline
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not part of the package
+
+from benchmarks.triton_static import offline
 from emulator.machine import Machine, batch_size
 from emulator.memory import GlobalMemory
 from emulator.program import Program

@@ -7,15 +7,16 @@ the lanes of a program until all of them are there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from emulator import arithmetic, copies, matrices, memory, shared, warps
+from emulator import arithmetic, copies, matrices, memory, registers, shared, warps
 from emulator.lanes import Lanes
 from emulator.memory import GlobalMemory
 from emulator.program import Instruction, Program, Unsupported
 from emulator.state import Report, State, Step
+from emulator.written import Written
 
 LANES = 8192  # of a batch
 GRANULES = 1 << 20  # of a batch: pieces of shared memory that are watched
@@ -41,6 +42,7 @@ class Machine(State):
         self.copies = copies.Copies(self)
         self.products = matrices.Products(self)
         self.watched = matrices.registers_of_products(program.code)
+        self.written = Written(self, registers.doubtful(program))
         self.blocks: dict[int, list[Step]] = {}
 
     def launch(
@@ -57,6 +59,7 @@ class Machine(State):
                 self.shared.begin()
                 self.copies.begin()
                 self.products.begin()
+                self.written.begin()
                 self._run()
                 self.copies.end()
                 self.products.end()
@@ -72,21 +75,21 @@ class Machine(State):
         return self.blocks[start]
 
     def _step(self, at: Instruction) -> Step | None:
-        step = self._bare(at)
-        if step is None:
+        bare = self._bare(at)
+        if bare is None:
             return None
-        if at.predicate:
-            condition, inner = self.source(at.predicate, "pred"), step
-
-            def step(lanes: Lanes) -> None:
-                chosen = lanes.where_true(condition, at.negated)
-                if chosen is not None:
-                    inner(chosen)
-
-        look, check, keep = self.products.watch(at, self.watched), *self._watch_written(at)
-        if look is None and check is None and keep is None:
+        step = self.products.watch(at, self.watched, self.written.watch(at, bare))
+        if not at.predicate:
             return step
-        return functools.partial(_chain, [part for part in (look, check, step, keep) if part is not None])
+        condition, doubtful = self.source(at.predicate, "pred"), [at.predicate] * (at.predicate in self.written.known)
+
+        def guarded(lanes: Lanes) -> None:
+            self.written.require(at, doubtful, lanes)
+            chosen = lanes.where_true(condition, at.negated)
+            if chosen is not None:
+                step(chosen)
+
+        return guarded
 
     def _bare(self, at: Instruction) -> Step | None:
         if at.says("st", "param"):
@@ -103,23 +106,6 @@ class Machine(State):
         if build is None:
             raise Unsupported(f"{self.program.name}: {at.text}")
         return build(self, at)
-
-    def _watch_written(self, at: Instruction) -> tuple[Step | None, Step | None]:
-        """Of registers that may be read too early: what to check before an instruction, and to remember after it."""
-        reads, writes = ([name for name in part if name in self.written] for part in at.registers)
-
-        def check(lanes: Lanes) -> None:
-            for name in reads:
-                if not self.written[name][lanes.select].all():
-                    self.note(at, f"{name} is read before anything was written to it")
-
-        def keep(lanes: Lanes) -> None:
-            chosen = lanes.where_true(self.register(at.predicate), at.negated) if at.predicate else lanes
-            if chosen is not None:
-                for name in writes:
-                    self.written[name] |= chosen.mask
-
-        return check if reads else None, keep if writes else None
 
     def _warp_barrier(self, at: Instruction, lanes: Lanes) -> None:
         if at.operands[0] not in ("-1", "0xffffffff"):
@@ -159,6 +145,7 @@ class Machine(State):
         if end is not None:
             going, staying = lanes, None
             if end.predicate:
+                self.written.require(end, [end.predicate] * (end.predicate in self.written.known), lanes)
                 going, staying = lanes.split(self.source(end.predicate, "pred"), end.negated)
         if staying is not None:
             _merge(running, block.stop, staying)
@@ -193,11 +180,6 @@ class Machine(State):
 
 def _merge(places: dict[int, Lanes], start: int, lanes: Lanes) -> None:
     places[start] = places[start] | lanes if start in places else lanes
-
-
-def _chain(steps: Sequence[Step], lanes: Lanes) -> None:
-    for step in steps:
-        step(lanes)
 
 
 def batch_size(program: Program, shared_bytes: int, number: int) -> int:

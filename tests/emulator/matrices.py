@@ -220,11 +220,11 @@ class Products:
             if not self.busy[name]:
                 del self.busy[name]
 
-    def watch(self, at: Instruction, watched: set[str]) -> Callable[[Lanes], None] | None:
-        """What an instruction that touches registers of products has to tell before it runs."""
+    def watch(self, at: Instruction, watched: set[str], step: Step) -> Step:
+        """The instruction, and before it a look whether it touches registers of products."""
         reads, writes = ([name for name in part if name in watched] for part in at.registers)
         if at.name == "wgmma" or not (reads or writes):
-            return None
+            return step
 
         def look(lanes: Lanes) -> None:
             for name in (*reads, *writes):
@@ -232,6 +232,7 @@ class Products:
                     self.state.note(at, f"{name} is used while an asynchronous product owns it")
             for name in writes:
                 self.loose[name] = self.loose[name] | lanes.mask if name in self.loose else lanes.mask.copy()
+            step(lanes)
 
         return look
 

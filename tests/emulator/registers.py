@@ -88,10 +88,10 @@ def _intervals(program: Program) -> dict[str, tuple[int, int]]:
     return {name: (first[name], last[name]) for name in first}
 
 
-def slots(program: Program, alone: set[str]) -> tuple[dict[str, int], dict[str, int]]:
+def slots(program: Program) -> tuple[dict[str, int], dict[str, int]]:
     """Where each register lies among those of its width, and how many places each width needs.
 
-    Registers that are never alive together share a place, all but those that stand ``alone``.
+    Registers that are never alive together share a place.
     """
     place: dict[str, int] = {}
     count: dict[str, int] = dict.fromkeys(program.widths.values(), 0)
@@ -102,11 +102,10 @@ def slots(program: Program, alone: set[str]) -> tuple[dict[str, int], dict[str, 
         for gone in [entry for entry in alive if entry[0] < start]:
             alive.remove(gone)
             free[gone[1]].append(gone[2])
-        if free[width] and name not in alone:
+        if free[width]:
             place[name] = free[width].pop()
         else:
             place[name] = count[width]
             count[width] += 1
-        if name not in alone:
-            alive.append((stop, width, place[name]))
+        alive.append((stop, width, place[name]))
     return place, count

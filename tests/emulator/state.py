@@ -54,10 +54,8 @@ class State:
         if self.threads % WARP:
             raise Unsupported(f"{program.name}: {self.threads} threads are no whole number of warps")
         self.warps = self.threads // WARP  # of one program
-        doubtful = registers.doubtful(program)
-        self.slots, sizes = registers.slots(program, doubtful)
+        self.slots, sizes = registers.slots(program)
         self.banks = {width: np.zeros((size, self.lanes), DTYPES[width]) for width, size in sizes.items()}
-        self.written = {name: np.zeros(self.lanes, bool) for name in doubtful}
         self.parameters = np.zeros(len(program.parameters), np.uint64)
         self.living = np.ones(self.lanes, bool)
         lane = np.arange(self.lanes, dtype=np.uint32)
@@ -74,8 +72,6 @@ class State:
         for bank in self.banks.values():
             raw = bank.view(np.uint8)
             raw[:] = self.random.integers(0, 2 if bank.dtype == bool else 256, raw.shape[1], np.uint8)
-        for flags in self.written.values():
-            flags[:] = False
         self.living[:] = self.cta < len(programs)
         for place, axis in enumerate("xyz"):
             self.special[f"%nctaid.{axis}"][:] = grid[place]

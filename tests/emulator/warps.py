@@ -26,22 +26,29 @@ def partner(mode: str, lane: np.ndarray, operand: np.ndarray, clamp: int) -> np.
     return np.where((found >= 0) & (found < WARP), found, lane)
 
 
-def shuffle(state: State, at: Instruction) -> Step:
-    if at.parts[1] != "sync" or "|" in at.operands[0]:
-        raise Unsupported(at.text)
-    value = state.source(at.operands[1], "b32")
+def sources_of_shuffle(state: State, at: Instruction) -> Callable[[], np.ndarray]:
+    """For every lane of the batch, the lane that a shuffle reads."""
     operand, clamp = (state.source(name, "u32") for name in at.operands[2:4])
-    target, lane = state.target(at.operands[0], "b32"), state.lane_of_warp.astype(np.int64)
-    first = np.arange(state.lanes) // WARP * WARP
+    first, lane = np.arange(state.lanes) // WARP * WARP, state.lane_of_warp.astype(np.int64)
 
     def find() -> np.ndarray:
         return first + partner(at.parts[2], lane, np.asarray(operand, np.int64), int(clamp))
 
-    fixed = find() if np.ndim(operand) == 0 else None
+    if np.ndim(operand):
+        return find
+    fixed = find()
+    return lambda: fixed
+
+
+def shuffle(state: State, at: Instruction) -> Step:
+    if at.parts[1] != "sync" or "|" in at.operands[0]:
+        raise Unsupported(at.text)
+    value, target = state.source(at.operands[1], "b32"), state.target(at.operands[0], "b32")
+    partners = sources_of_shuffle(state, at)
 
     def step(lanes: Lanes) -> None:
         state.require_whole_warps(at, lanes)
-        moved = np.broadcast_to(value, state.lanes)[find() if fixed is None else fixed]
+        moved = np.broadcast_to(value, state.lanes)[partners()]
         np.copyto(target, moved, where=lanes.where)
 
     return step
