@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from emulator import native
 from emulator.lanes import Lanes
 from emulator.memory import ACCESS
 from emulator.program import Instruction, Unsupported
@@ -19,11 +20,12 @@ class _Copy:
 
     index: np.ndarray  # lanes
     group: np.ndarray  # of each lane
-    place: np.ndarray  # in shared memory
+    element: np.ndarray  # of shared memory
+    granule: np.ndarray
     data: np.ndarray
 
     def only(self, chosen: np.ndarray) -> _Copy:
-        return _Copy(self.index[chosen], self.group[chosen], self.place[chosen], self.data[chosen])
+        return _Copy(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
 
 
 class Copies:
@@ -38,24 +40,24 @@ class Copies:
         self.closed[:] = 0
         self.waiting = []
 
-    def _count(self, place: np.ndarray, size: int, step: int) -> None:
-        granule = self.state.shared.granule
-        covered = (place // granule)[:, None] + np.arange(max(1, size // granule))
-        np.add.at(self.state.shared.granules["copies"], covered.ravel(), step)
-
-    def start(self, at: Instruction, index: np.ndarray, place: np.ndarray, data: np.ndarray) -> None:
+    def _count(self, granule: np.ndarray, size: int, step: int) -> None:
         shared = self.state.shared
-        shared.check(at, index, place, data.itemsize, np.ones(len(index), np.uint8))
-        self._count(place, data.itemsize, 1)
-        shared.elements(data.itemsize)[place // data.itemsize] = np.full(1, 255, np.uint8).repeat(data.itemsize).view(
-            data.dtype
-        )
-        self.waiting.append(_Copy(index, self.closed[index], place, data))
+        covered = granule[:, None] + np.arange(max(1, size // shared.granule))
+        np.add.at(shared.granules["copies"], covered.ravel(), step)
+
+    def start(self, at: Instruction, index: np.ndarray, address: np.ndarray, data: np.ndarray) -> None:
+        """Until it is waited for, a copy leaves nothing but rubbish."""
+        shared, size = self.state.shared, data.itemsize
+        element, granule = shared.place(at, index, address, size)
+        shared.access(at, index, granule, size, np.ones(len(index), bool), native.CHECK)
+        self._count(granule, size, 1)
+        shared.elements(size)[element] = np.full(size, 255, np.uint8).view(data.dtype)
+        self.waiting.append(_Copy(index, self.closed[index], element, granule, data))
 
     def commit(self, lanes: Lanes) -> None:
         self.closed[lanes.select] += 1
 
-    def wait(self, lanes: Lanes, left: int) -> None:
+    def wait(self, at: Instruction, lanes: Lanes, left: int) -> None:
         """Finish all groups of these lanes but the last ``left`` that they closed."""
         shared, still = self.state.shared, []
         for copy in self.waiting:
@@ -63,9 +65,9 @@ class Copies:
             if done.any():
                 ready = copy.only(done)
                 size = ready.data.itemsize
-                self._count(ready.place, size, -1)
-                shared.elements(size)[ready.place // size] = ready.data
-                shared.touch(ready.index, ready.place, size, True)
+                self._count(ready.granule, size, -1)
+                shared.elements(size)[ready.element] = ready.data
+                shared.access(at, ready.index, ready.granule, size, np.ones(len(ready.index), bool), native.TOUCH)
                 copy = copy.only(~done)
             if len(copy.index):
                 still.append(copy)
@@ -81,9 +83,9 @@ def build(state: State, at: Instruction) -> Step:
         return state.copies.commit
     if at.says("cp", "async", "wait_group"):
         left = int(at.operands[0])
-        return lambda lanes: state.copies.wait(lanes, left)
+        return lambda lanes: state.copies.wait(at, lanes, left)
     if at.says("cp", "async", "wait_all"):
-        return lambda lanes: (state.copies.commit(lanes), state.copies.wait(lanes, 0))[0]
+        return lambda lanes: (state.copies.commit(lanes), state.copies.wait(at, lanes, 0))[0]
     if at.parts[:2] != ("cp", "async") or at.parts[2] not in ("ca", "cg"):
         raise Unsupported(at.text)
     to, source = state.address(at.operands[0], "u32"), state.address(at.operands[1], "u64")
@@ -100,8 +102,7 @@ def build(state: State, at: Instruction) -> Step:
             rows = np.flatnonzero(taken)
             for region, chosen, place in state.memory.find(state, at, reading, source()[reading.select], size):
                 data[rows[chosen]] = region.elements(size)[place // size]
-        place = state.shared.place(at, lanes.index, to()[lanes.select], size)
-        state.copies.start(at, lanes.index, place, data)
+        state.copies.start(at, lanes.index, to()[lanes.select], data)
 
     return step
 

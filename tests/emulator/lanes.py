@@ -49,7 +49,7 @@ class Lanes:
 
     @functools.cached_property
     def whole_warps(self) -> bool:
-        return bool((self.warps % WARP == 0).all())
+        return self.all or bool((self.warps % WARP == 0).all())
 
     def split(self, condition: np.ndarray, negated: bool) -> tuple[Lanes | None, Lanes | None]:
         """Those where the condition holds and those where it does not; nothing where there are none."""

@@ -165,17 +165,19 @@ class Machine(State):
 
     def _meet(self, waiting: dict[int, Lanes]) -> None:
         """All lanes of a program have to wait at the same barrier: none anywhere else, and none that left."""
-        here = sum(int(start + 1) * lanes.mask.reshape(self.count, -1).astype(np.int64) for start, lanes in waiting.items())
-        held = here.any(1)
-        apart = held & (here != here[:, :1]).any(1)
-        if apart.any():
-            program = int(np.flatnonzero(apart)[0])
-            at = next(self.program.blocks[start].end for start in waiting)
-            missing = int(np.flatnonzero(here[program] != here[program].max())[0])
-            raise self.fault(at, "part of a program waits at a barrier, the rest does not come", program * self.threads + missing)
-        self.shared.pass_barrier(Lanes(np.repeat(held, self.threads), self.living))
-        for start, lanes in waiting.items():
-            waiting[start] = Lanes(lanes.mask, self.living)
+        lanes = next(iter(waiting.values()))
+        if len(waiting) > 1 or (lanes.mask != self.living).any():
+            here = sum((start + 1) * part.mask.reshape(self.count, -1) for start, part in waiting.items())
+            held = here.any(1)
+            apart = held & (here != here[:, :1]).any(1)
+            if apart.any():
+                program = int(np.flatnonzero(apart)[0])
+                missing = int(np.flatnonzero(here[program] != here[program].max())[0])
+                at = self.program.blocks[int(here[program].max()) - 1].end
+                what = "part of a program waits at a barrier, and the rest does not come: first of it"
+                raise self.fault(at, what, program * self.threads + missing)
+            lanes = Lanes(np.repeat(held, self.threads), self.living)
+        self.shared.pass_barrier(lanes)
 
 
 def _merge(places: dict[int, Lanes], start: int, lanes: Lanes) -> None:

@@ -212,7 +212,7 @@ class Products:
                 continue
             shared.granules["products"][product.granules] -= 1
             index = np.repeat(group * GROUP + WARP * np.arange(4), len(product.granules))
-            shared.touch(index, np.tile(product.granules, 4) * shared.granule, shared.granule, False)
+            shared.access(at, index, np.tile(product.granules, 4), shared.granule, steps=native.TOUCH)
         self.waiting = still
         for name, owners in list(self.busy.items()):
             busy = {product.group for product in still if name in product.registers}

@@ -88,55 +88,69 @@ typedef struct {
 
 enum { READ_AFTER_WRITE = 1, WRITE_AFTER_READ = 2, WRITE_AFTER_WRITE = 4, IN_WARP = 8, COPY = 32, PRODUCT = 64, UNWRITTEN = 128 };
 
-// What is wrong with each access: `count` accesses of `width` granules from `place` on, by a warp and a lane of it.
-// `changes` says, for writes, whether the access changes what is there.
-long shared_check(const Granule *all, const int64_t *place, const int32_t *clock, const int32_t *warp_clock,
-                  const uint8_t *warp, const uint8_t *lane, const uint8_t *changes, long count, long width, long writes,
-                  int64_t *where) {
-  long found = 0;
-  for (long i = 0; i < count; i++) {
-    uint32_t others = ~(1u << warp[i]), other_lanes = ~(1u << lane[i]);
-    long wrong = 0;
-    for (const Granule *g = all + place[i]; g < all + place[i] + width; g++) {
-      int now = g->clock == clock[i], warp_now = g->warp_clock == warp_clock[i];
-      if (g->copies) wrong |= COPY;
-      if (writes) {
-        if (g->products) wrong |= PRODUCT;
-        if (now && g->readers & others) wrong |= WRITE_AFTER_READ;
-        if (now && changes[i] && g->writers & others) wrong |= WRITE_AFTER_WRITE;
-        if (warp_now && g->lane_readers & other_lanes) wrong |= IN_WARP | WRITE_AFTER_READ;
-        if (warp_now && changes[i] && g->lane_writers & other_lanes) wrong |= IN_WARP | WRITE_AFTER_WRITE;
-      } else {
-        if (!g->written) wrong |= UNWRITTEN;
-        if (now && g->writers & others) wrong |= READ_AFTER_WRITE;
-        if (warp_now && g->lane_writers & other_lanes) wrong |= IN_WARP | READ_AFTER_WRITE;
-      }
-    }
-    if (wrong & ~found) *where = i;
-    found |= wrong;
+enum { CHECK = 1, TOUCH = 2 };
+
+static long wrong_with(const Granule *g, int32_t clock, int32_t warp_clock, int warp, int lane, long writes, int changes) {
+  uint32_t others = ~(1u << warp), other_lanes = ~(1u << lane);
+  int now = g->clock == clock, warp_now = g->warp_clock == warp_clock;
+  long wrong = g->copies ? COPY : 0;
+  if (writes) {
+    if (g->products) wrong |= PRODUCT;
+    if (now && g->readers & others) wrong |= WRITE_AFTER_READ;
+    if (now && changes && g->writers & others) wrong |= WRITE_AFTER_WRITE;
+    if (warp_now && g->lane_readers & other_lanes) wrong |= IN_WARP | WRITE_AFTER_READ;
+    if (warp_now && changes && g->lane_writers & other_lanes) wrong |= IN_WARP | WRITE_AFTER_WRITE;
+  } else {
+    if (!g->written) wrong |= UNWRITTEN;
+    if (now && g->writers & others) wrong |= READ_AFTER_WRITE;
+    if (warp_now && g->lane_writers & other_lanes) wrong |= IN_WARP | READ_AFTER_WRITE;
   }
+  return wrong;
+}
+
+static void touch(Granule *g, int32_t clock, int32_t warp_clock, int warp, int lane, long writes) {
+  if (g->clock != clock) {
+    g->clock = clock;
+    g->readers = g->writers = 0;
+  }
+  if (g->warp_clock != warp_clock) {
+    g->warp_clock = warp_clock;
+    g->lane_readers = g->lane_writers = 0;
+  }
+  if (writes) {
+    g->writers |= 1u << warp;
+    g->lane_writers |= 1u << lane;
+    g->written = g->unfenced = 1;
+  } else {
+    g->readers |= 1u << warp;
+    g->lane_readers |= 1u << lane;
+  }
+}
+
+// `count` accesses by the lanes `index`, of `width` granules of which the first is place[i]: what is wrong with them, as
+// bits, and then they are remembered. `changes` says, for writes, which of them change what is there.
+long shared_access(Granule *all, const int32_t *clock, const int32_t *warp_clock, const uint8_t *warp, const uint8_t *lane,
+                   const int64_t *index, const int64_t *place, const uint8_t *changes, long count, long width, long writes,
+                   long steps) {
+  long found = 0;
+  for (long i = 0; steps & CHECK && i < count; i++)
+    for (long j = 0, l = index[i]; j < width; j++)
+      found |= wrong_with(all + place[i] + j, clock[l], warp_clock[l], warp[l], lane[l], writes, changes && changes[i]);
+  for (long i = 0; steps & TOUCH && i < count; i++)
+    for (long j = 0, l = index[i]; j < width; j++)
+      touch(all + place[i] + j, clock[l], warp_clock[l], warp[l], lane[l], writes);
   return found;
 }
 
-void shared_touch(Granule *all, const int64_t *place, const int32_t *clock, const int32_t *warp_clock, const uint8_t *warp,
-                  const uint8_t *lane, long count, long width, long writes) {
-  for (long i = 0; i < count; i++)
-    for (Granule *g = all + place[i]; g < all + place[i] + width; g++) {
-      if (g->clock != clock[i]) {
-        g->clock = clock[i];
-        g->readers = g->writers = 0;
-      }
-      if (g->warp_clock != warp_clock[i]) {
-        g->warp_clock = warp_clock[i];
-        g->lane_readers = g->lane_writers = 0;
-      }
-      if (writes) {
-        g->writers |= 1u << warp[i];
-        g->lane_writers |= 1u << lane[i];
-        g->written = g->unfenced = 1;
-      } else {
-        g->readers |= 1u << warp[i];
-        g->lane_readers |= 1u << lane[i];
-      }
-    }
+// From addresses to places in the bytes of all programs and their granules; the first access of `size` bytes that is
+// misaligned or outside of `limit` bytes, or -1.
+long shared_place(const uint32_t *address, const int64_t *index, const int64_t *first, long count, long base, long limit,
+                  long size, long granule, int64_t *element, int64_t *place) {
+  for (long i = 0; i < count; i++) {
+    long offset = (long)address[i] - base;
+    if (offset < 0 || offset + size > limit || offset % size) return i;
+    element[i] = (offset + first[index[i]]) / size;
+    place[i] = (offset + first[index[i]]) / granule;
+  }
+  return -1;
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-# As in the C source. The last field of each pair of small ones follows without a gap.
+# As in the C source.
 GRANULE = np.dtype(
     [
         *(("clock", "i4"), ("readers", "u4"), ("writers", "u4")),
@@ -23,6 +23,7 @@ GRANULE = np.dtype(
 )
 READ_AFTER_WRITE, WRITE_AFTER_READ, WRITE_AFTER_WRITE, IN_WARP = 1, 2, 4, 8
 COPY, PRODUCT, UNWRITTEN = 32, 64, 128
+CHECK, TOUCH = 1, 2
 
 
 def compiler() -> str | None:
@@ -46,9 +47,10 @@ def library() -> ctypes.CDLL:
     for name in ("fma_float", "fma_double"):
         getattr(loaded, name).argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long]
     loaded.tensor_core.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 7
-    loaded.shared_check.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_long] * 3 + [ctypes.c_void_p]
-    loaded.shared_check.restype = ctypes.c_long
-    loaded.shared_touch.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 3
+    loaded.shared_access.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_long] * 4
+    loaded.shared_access.restype = ctypes.c_long
+    loaded.shared_place.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 5 + [ctypes.c_void_p] * 2
+    loaded.shared_place.restype = ctypes.c_long
     return loaded
 
 

@@ -70,6 +70,7 @@ def _intervals(program: Program) -> dict[str, tuple[int, int]]:
             before = needs[start] | after & ~kills[start]
             changed |= before != entering[start]
             leaving[start], entering[start] = after, before
+    names = list(bit)
     first: dict[str, int] = {}
     last: dict[str, int] = {}
 
@@ -82,9 +83,10 @@ def _intervals(program: Program) -> dict[str, tuple[int, int]]:
             for name in (*at.registers[0], *at.registers[1]):
                 alive(name, at.place)
         for place, registers in ((start, entering[start]), (block.stop - 1, leaving[start])):
-            for name in bit:
-                if registers & bit[name]:
-                    alive(name, place)
+            while registers:
+                lowest = registers & -registers
+                alive(names[lowest.bit_length() - 1], place)
+                registers ^= lowest
     return {name: (first[name], last[name]) for name in first}
 
 

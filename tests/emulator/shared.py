@@ -51,6 +51,9 @@ class SharedMemory:
         self.first = state.cta * self.stride  # of the program of each lane
         self.clock = np.ones(state.lanes, np.int32)  # counts barriers of the program
         self.warp_clock = np.ones(state.lanes, np.int32)  # of the warp: no two warps of a program share a number
+        watched = self.granules, self.clock, self.warp_clock, state.warp, state.lane_of_warp
+        self._pointers = [part.ctypes.data for part in watched]
+        self._first = self.first.ctypes.data
 
     def begin(self) -> None:
         """Nothing was written yet: every bit is set, which is NaN and -1."""
@@ -79,66 +82,58 @@ class SharedMemory:
 
     # --- accesses -----------------------------------------------------------------------------------------------------
 
-    def place(self, at: Instruction, index: np.ndarray, address: np.ndarray, size: int) -> np.ndarray:
-        """Where accesses of ``size`` bytes by the lanes ``index`` lie in ``bytes``; faults outside and if misaligned."""
-        offset = address.astype(np.int64) - SHARED_BASE
-        if (wrong := offset % size).any():
-            lane = int(index[np.flatnonzero(wrong)[0]])
-            raise self.state.fault(at, f"an access of {size} bytes of shared memory is misaligned", lane)
-        outside = (offset < 0) | (offset + size > self.size)
-        if outside.any():
-            worst = int(np.flatnonzero(outside)[0])
-            what = f"an access of {size} bytes at byte {int(offset[worst])} of {self.size} of shared memory"
-            raise self.state.fault(at, what, int(index[worst]))
-        return offset + self.first[index]
+    def place(self, at: Instruction, index: np.ndarray, address: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Accesses of ``size`` bytes by the lanes ``index``: which elements of that size, and their first granules.
+
+        Raises:
+            Fault: one of them is outside or misaligned.
+        """
+        address = np.ascontiguousarray(address, np.uint32)
+        element, granule = np.empty((2, len(index)), np.int64)
+        pointers = address.ctypes.data, index.ctypes.data, self._first, len(index)
+        wrong = native.library().shared_place(
+            *pointers, SHARED_BASE, self.size, size, self.granule, element.ctypes.data, granule.ctypes.data
+        )
+        if wrong >= 0:
+            offset = int(address[wrong]) - SHARED_BASE
+            kind = "a misaligned access" if 0 <= offset <= self.size - size else "an access"
+            what = f"{kind} of {size} bytes at byte {offset} of {self.size} of shared memory"
+            raise self.state.fault(at, what, int(index[wrong]))
+        return element, granule
 
     def elements(self, size: int) -> np.ndarray:
         return self.bytes.view(ACCESS[size])
 
-    def _agents(self, index: np.ndarray) -> list[np.ndarray]:
-        state = self.state
-        return [
-            np.ascontiguousarray(part[index])
-            for part in (self.clock, self.warp_clock, state.warp, state.lane_of_warp)
-        ]
-
-    def check(self, at: Instruction, index: np.ndarray, place: np.ndarray, size: int, changes: Any = None) -> None:
+    def access(
+        self, at: Instruction, index: np.ndarray, granule: np.ndarray, size: int, changes: Any = None, steps: int = 3
+    ) -> None:
         """Note what is wrong with these reads or, if ``changes`` says which of them change something, writes."""
-        start, agents = np.ascontiguousarray(place // self.granule), self._agents(index)
-        changes = None if changes is None else np.ascontiguousarray(changes, np.uint8)
-        arrays = [self.granules, start, *agents, changes]
-        pointers = [None if part is None else part.ctypes.data for part in arrays]
-        first = np.zeros(1, np.int64)
-        found = native.library().shared_check(
-            *pointers, len(index), max(1, size // self.granule), changes is not None, first.ctypes.data
+        writes = changes is not None
+        pointer = changes.ctypes.data if writes else None
+        found = native.library().shared_access(
+            *(*self._pointers, index.ctypes.data, granule.ctypes.data, pointer),
+            *(len(index), max(1, size // self.granule), writes, steps),
         )
-        for bit, what in WRONG.items():
-            if found & bit:
-                self.state.note(at, what.format("lane or warp" if found & native.IN_WARP else "warp"))
-
-    def touch(self, index: np.ndarray, place: np.ndarray, size: int, writes: bool) -> None:
-        """Remember these accesses."""
-        start, agents = np.ascontiguousarray(place // self.granule), self._agents(index)
-        pointers = [part.ctypes.data for part in (self.granules, start, *agents)]
-        native.library().shared_touch(*pointers, len(index), max(1, size // self.granule), writes)
+        if found:
+            for bit, what in WRONG.items():
+                if found & bit:
+                    self.state.note(at, what.format("lane or warp" if found & native.IN_WARP else "warp"))
 
     def read(self, at: Instruction, index: np.ndarray, address: np.ndarray, size: int) -> np.ndarray:
-        place = self.place(at, index, address, size)
-        self.check(at, index, place, size)
-        self.touch(index, place, size, False)
-        return self.elements(size)[place // size]
+        element, granule = self.place(at, index, address, size)
+        self.access(at, index, granule, size)
+        return self.elements(size)[element]
 
     def write(self, at: Instruction, index: np.ndarray, address: np.ndarray, new: np.ndarray) -> None:
         size = new.itemsize
-        place = self.place(at, index, address, size)
-        elements, where = self.elements(size), place // size
-        self.check(at, index, place, size, differ(elements[where], new))
-        self.touch(index, place, size, True)
-        elements[where] = new
-        if differ(elements[where], new).any():
+        element, granule = self.place(at, index, address, size)
+        elements = self.elements(size)
+        self.access(at, index, granule, size, differ(elements[element], new))
+        elements[element] = new
+        if differ(elements[element], new).any():
             self.state.note(at, "race: threads store different numbers in one place of shared memory")
-            order = self.state.random.permutation(len(where))
-            elements[where[order]] = new[order]
+            order = self.state.random.permutation(len(element))
+            elements[element[order]] = new[order]
 
 
 def load(state: State, at: Instruction) -> Step:
@@ -174,7 +169,7 @@ def matrix_load(state: State, at: Instruction) -> Step:
         index, where = lanes.index.reshape(-1, WARP), address()[lanes.select].reshape(-1, WARP)
         for number, target in enumerate(targets):
             rows = slice(8 * number, 8 * number + 8)
-            found = state.shared.read(at, index[:, rows].ravel(), where[:, rows].ravel(), 16)
+            found = state.shared.read(at, np.ravel(index[:, rows]), np.ravel(where[:, rows]), 16)
             matrix = found.view(np.uint16).reshape(-1, 8, 8)
             matrix = matrix.transpose(0, 2, 1) if "trans" in at.parts else matrix
             target[lanes.select] = np.ascontiguousarray(matrix).view(np.uint32).ravel()
@@ -195,7 +190,7 @@ def matrix_store(state: State, at: Instruction) -> Step:
             matrix = np.ascontiguousarray(source[lanes.select]).view(np.uint16).reshape(-1, 8, 8)
             matrix = matrix.transpose(0, 2, 1) if "trans" in at.parts else matrix
             new = np.ascontiguousarray(matrix).reshape(-1, 8).view("V16")[:, 0]
-            state.shared.write(at, index[:, rows].ravel(), where[:, rows].ravel(), new)
+            state.shared.write(at, np.ravel(index[:, rows]), np.ravel(where[:, rows]), new)
 
     return step
 

@@ -43,13 +43,12 @@ def sources_of_shuffle(state: State, at: Instruction) -> Callable[[], np.ndarray
 def shuffle(state: State, at: Instruction) -> Step:
     if at.parts[1] != "sync" or "|" in at.operands[0]:
         raise Unsupported(at.text)
-    value, target = state.source(at.operands[1], "b32"), state.target(at.operands[0], "b32")
+    value, target = state.array(at.operands[1], "b32"), state.target(at.operands[0], "b32")
     partners = sources_of_shuffle(state, at)
 
     def step(lanes: Lanes) -> None:
         state.require_whole_warps(at, lanes)
-        moved = np.broadcast_to(value, state.lanes)[partners()]
-        np.copyto(target, moved, where=lanes.where)
+        np.copyto(target, value[partners()], where=lanes.where)
 
     return step
 
