@@ -59,6 +59,12 @@ def times(value: float) -> str:
     return f"{value:.3g}x" if value < 1000 else f"{value:.0f}x"
 
 
+def wrong(row: dict[str, Any], peer: str) -> str:
+    """What has to be said of a peer that chose other keys than the nearest."""
+    share = row["contestants"][peer].get("share_wrong", 0.0)
+    return f" ({share:.2%} wrong)" if share else ""
+
+
 def cells(suite: str, row: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table."""
     ours, ranked, share = row["contestants"][KVB], results.peers(row), results.share(row)
@@ -67,13 +73,13 @@ def cells(suite: str, row: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"{suite}:{row['shape']}",
         seconds(ours["median"]),
-        best or "none here",
+        f"{best}{wrong(row, best)}" if best else "none here",
         seconds(theirs["median"]) if theirs else "",
         times(results.ratio(row, best)) if best else "",
         "" if share is None else f"{share:.0%}",
         size(ours["peak_bytes"]),
         size(theirs["peak_bytes"]) if theirs else "",
-        ", ".join(f"{name} {times(results.ratio(row, name))}" for name in ranked[1:]),
+        ", ".join(f"{name} {times(results.ratio(row, name))}{wrong(row, name)}" for name in ranked[1:]),
     )
 
 
@@ -168,8 +174,9 @@ def main(full: bool, only_peers: bool, target: Path | None, plots: Path | None) 
     made, wrong = run(FULL if full else QUICK)
     print(LEGEND)
     for found in made:
-        if found["suite"] == "search":
-            print(f"search, geometric mean over the best peers: {times(results.mean_ratio(found['rows']))} faster")
+        mean = results.mean_ratio(found["rows"])
+        if found["suite"] == "search" and mean is not None:
+            print(f"search, geometric mean over the best peers: {times(mean)} faster")
     if not full:
         print("more suites, shapes and peers: python -m kvb bench --full; who is missing: python -m kvb bench --peers")
     if target:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import statistics
 import sys
@@ -233,7 +234,9 @@ def run(session: Session, rows: Sequence[Row], out: Path) -> bool:
             file.write(text + "\n")
 
     facts = machine.device_facts(session.device)
-    journal.write({"machine": facts, "slug": machine.slug(session.device), "device": session.device.type})
+    about = {"device": session.device.type, "slug": machine.slug(session.device), "load": machine.load()}
+    about |= {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
+    journal.write({"machine": facts, **about})
     for name, fact in facts.items():
         say(f"{name:<16} {fact}")
     right = True
