@@ -33,7 +33,7 @@ COLUMNS = ("suite:shape", "kvb", "best peer", "time", "faster", "ceiling", "memo
 WIDTHS = (28, 9, 16, 9, 7, 7, 8, 8, 0)
 BUSY = 0.5  # a load beyond which the machine is not ours alone
 LEGEND = """\
-kvb, time      median seconds of a call; every result was verified first
+kvb, time      median seconds per call; every result was verified first
 faster         the best peer's time divided by kvb's
 ceiling        kvb's share of the most this machine does: float32 multiply-adds, or bytes copied, in the same race
 memory, its    peak memory of the first call beyond what was there before, kvb's and the best peer's"""
@@ -84,7 +84,7 @@ def cells(suite: str, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 class Screen(NamedTuple):
-    """Where the table grows: what takes its lines, and what is told which of them is being measured."""
+    """Where the table grows: what takes its lines, and what takes the name of the line that is being measured."""
 
     show: Callable[[tuple[str, ...]], None]
     doing: Callable[[str], None]
@@ -170,7 +170,7 @@ def main(full: bool, only_peers: bool, target: Path | None, plots: Path | None) 
     for name, fact in machine.facts().items():
         print(f"{name:<20} {fact}")
     if machine.load() > BUSY:
-        print(f"{'note':<20} others compute on this machine (load {machine.load():.1f}): come back when it is quiet")
+        print(f"{'note':<20} this machine is busy (load {machine.load():.1f}): come back when it is quiet")
     made, wrong = run(FULL if full else QUICK)
     print(LEGEND)
     for found in made:

@@ -14,8 +14,8 @@ A document holds, and ``validate`` holds it to::
     fits, crossover, overhead    of the scaling study only
 
 ``amount`` is what the algorithm needs at least: operations, or bytes read and written. ``ceiling`` is null or
-``{kind: "flops" | "bytes", rate}``, the most a second of this machine, measured in the same race. ``contestants`` are
-``{name: {median, p5, p25, p75, p95, calls, peak_bytes}}``, kvb among them: seconds of a call, and the memory of its
+``{kind: "flops" | "bytes", rate}``, the most per second of this machine, measured in the same race. ``contestants`` are
+``{name: {median, p5, p25, p75, p95, calls, peak_bytes}}``, kvb among them: seconds per call, and the memory of its
 first call, result included, or null; ``share_wrong`` too for a peer that may err. ``absent`` is ``{peer: why}``.
 """
 
