@@ -35,6 +35,7 @@ from kvb import reference
 
 SCHEMAS = (
     "pack_keys(Tensor keys) -> Tensor",
+    "packed_matches(Tensor keys, Tensor packed) -> Tensor",
     "nearest(Tensor queries, Tensor keys, Tensor packed, Tensor? mask, int topk) -> (Tensor, Tensor)",
     "sample(Tensor queries, Tensor keys, Tensor? mask, float temperature, Tensor seed) -> (Tensor, Tensor)",
     "gather(Tensor values, Tensor indices, str pool, str layout) -> Tensor",
@@ -174,6 +175,10 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 def _fake_pack_keys(keys: Tensor) -> Tensor:
     return keys.new_empty((keys.shape[0], _packed_nbytes(keys)), dtype=torch.uint8)
+
+
+def _fake_packed_matches(keys: Tensor, packed: Tensor) -> Tensor:
+    return keys.new_empty((), dtype=torch.bool)
 
 
 def _fake_search(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
