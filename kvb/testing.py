@@ -402,6 +402,19 @@ def check_pack_keys(op: Any, problem: Problem) -> None:
     _require(torch.equal(packed, again), "packing the same keys twice gives different bytes")
 
 
+def check_packed_matches(op: Any, problem: Problem) -> None:
+    keys, packed = problem.keys, op.pack_keys(problem.keys)
+    _require(
+        _require_like("the answer", op.packed_matches(keys, packed), (), torch.bool), "keys do not match their own"
+    )
+    usable = keys.isfinite().all(-1).nonzero()
+    for c, k in (usable[0], usable[-1]):
+        other = keys.clone()
+        other[c, k, 0] = torch.where(other[c, k, 0] == 1, 2, 1)
+        _require(not op.packed_matches(other, packed), "keys with another coordinate match")
+    _require(not op.packed_matches(keys, packed[:, :-1]), "packed keys of another size match")
+
+
 def check_nearest(op: Any, problem: Problem) -> None:
     T = problem.case.T
     packed = op.pack_keys(problem.keys)
