@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.offline import Compiled
+from benchmarks.triton_static.offline import Compiled
 
 _DEFINITION = re.compile(r"\s+(%[\w.]+) = (?:tail )?(\w+) (.*)")
 _VALUE = re.compile(r"%[\w.]+")

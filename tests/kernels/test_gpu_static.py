@@ -18,15 +18,15 @@ triton = pytest.importorskip("triton", reason="no Triton for this platform")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
-import triton.language as tl
+import triton.language as tl  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not part of the package
 
-from benchmarks.triton_static import machine_code
-from benchmarks.triton_static.asymmetric_sums import asymmetric_sums
-from benchmarks.triton_static.offline import TARGETS, compiling_for
-from kvb.kernels import launch
-from kvb.kernels.launch_search import SEARCH
+from benchmarks.triton_static import machine_code  # noqa: E402
+from benchmarks.triton_static.asymmetric_sums import asymmetric_sums  # noqa: E402
+from benchmarks.triton_static.offline import TARGETS, compiling_for  # noqa: E402
+from kvb.kernels import launch  # noqa: E402
+from kvb.kernels.launch_search import SEARCH  # noqa: E402
 
 pytestmark = pytest.mark.compiled
 
