@@ -180,7 +180,11 @@ def gather_backward(grad: Tensor, indices: Tensor, K: int, pool: str) -> Tensor:
 
 
 def gather_backward_rows(grad: Tensor, indices: Tensor, K: int, pool: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The same gradient as merged rows: ascending rows of [C*K] (tail -1), their gradients, and how many there are."""
+    """The same gradient as merged rows: ascending rows of [C*K] (tail -1), their gradients, and how many there are.
+
+    Their last bits are those of the dense gradient where that is summed by runs, too: with deterministic algorithms and
+    more than _PRODUCT_KEYS pairs. Other ways add in another order.
+    """
     source = _gradients(grad, indices, K, pool)
     size = min(source.count, indices.shape[2] * K)
     rows = torch.full((size,), -1, dtype=torch.int64, device=grad.device)
