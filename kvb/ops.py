@@ -251,8 +251,21 @@ def _fake_lookup(
     return _fake_gather(values, indices, pool, "bscv"), indices
 
 
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A meta tensor among others leads here: the answer would be memory that nobody wrote."""
+
+    @functools.wraps(fake)
+    def run(*args: Any) -> Any:
+        devices = {arg.device for arg in args if isinstance(arg, Tensor) and arg.dim() > 0}
+        if len(devices) > 1:
+            raise RuntimeError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+        return fake(*args)
+
+    return run
+
+
 for _name in NAMES:
-    torch.library.register_fake(f"kvb::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+    torch.library.register_fake(f"kvb::{_name}", _on_one_device(globals()[f"_fake_{_name}"]), lib=_library)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
