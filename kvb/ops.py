@@ -53,6 +53,8 @@ SCHEMAS = (
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))  # they write their first arguments
 
+if hasattr(torch.ops.kvb, NAMES[0]):
+    raise ImportError("kvb.ops cannot be loaded twice: PyTorch keeps operators as long as a process lives; restart it")
 _library = torch.library.Library("kvb", "DEF")
 
 
@@ -80,6 +82,18 @@ for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
 # --- the fast backends ------------------------------------------------------------------------------------------------
 
 CPU_CAPABILITIES = ("torch", "triton", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
+
+
+def _no_kernels() -> str:
+    """Why there are no kernels here; empty where there are."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if importlib.util.find_spec("kvb.kernels") is None:
+        return (
+            "kvb/kernels is no folder, because this checkout was made without symbolic links: run `git config "
+            "core.symlinks true`, delete kvb/kernels and run `git checkout kvb/kernels`; or copy kernels/ there"
+        )
+    return ""
 
 
 @functools.cache
@@ -116,6 +130,8 @@ def _load_on_cpu() -> tuple[str, str]:
     if wish == "triton":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("KVB_CPU_CAPABILITY=triton runs the GPU's kernels interpreted: set TRITON_INTERPRET=1 too")
+        if why := _no_kernels():
+            raise ValueError(f"KVB_CPU_CAPABILITY=triton: {why}")
         _register_kernels("CPU")
         return "triton", ""
     try:
@@ -134,8 +150,8 @@ def _load_on_cuda() -> tuple[str, str]:
     """The same for CUDA and ROCm, which PyTorch calls CUDA too; nothing here touches a device."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "torch", "this PyTorch was built without CUDA or ROCm"
-    if importlib.util.find_spec("triton") is None:
-        return "torch", "Triton is not installed: pip install triton"
+    if why := _no_kernels():
+        return "torch", why
     _register_kernels("CUDA")
     return "triton", ""
 
