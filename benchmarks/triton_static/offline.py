@@ -177,8 +177,10 @@ class Driver(DriverBase):
 
 
 @contextlib.contextmanager
-def compiling_for(target: str) -> Iterator[list[Compiled]]:
+def compiling_for(target: str, driver_for: Callable[[str], Driver] = Driver) -> Iterator[list[Compiled]]:
     """Compile every kernel that is launched inside for ``target``; the list of them grows with the launches.
+
+    ``driver_for`` makes the driver: one of a class of its own can do more with a launch than take it down.
 
     Raises:
         ValueError: an unknown target. RuntimeError: the kernels would be interpreted.
@@ -190,7 +192,7 @@ def compiling_for(target: str) -> Iterator[list[Compiled]]:
             "TRITON_INTERPRET is set, so kernels are interpreted, not compiled: unset it and start again"
         )
     before = driver._active  # the property would look for a real GPU
-    ours = Driver(target)
+    ours = driver_for(target)
     driver.set_active(ours)
     try:
         yield ours.compiled
