@@ -55,7 +55,7 @@ def nearest(shape: Search, quick: bool) -> Measured:
 
 
 def peak(shape: Search, quick: bool) -> Measured:
-    """Useful operations a second of the search against the multiply-add loop."""
+    """Useful operations per second of the search against the multiply-add loop."""
     loop, flops = ceilings.multiply_add(torch.get_num_threads())
     result = race({"kvb": _searcher(*_problem(shape)), "peak": loop}, effort(quick))
     return Measured(
@@ -158,7 +158,7 @@ def _seen_from(layout: Tensor) -> Tensor:
 
 
 def gather(quick: bool, new_memory: bool = False) -> Measured:
-    """Bytes written a second. The result is large: in memory new to the process, page faults outweigh everything."""
+    """Bytes written per second. The result is large: in memory new to the process, page faults outweigh everything."""
     shape = SEED_B
     values, codes = torch.randn(shape.C, shape.K, shape.V), _codes(shape)
     ours = Contestant(
@@ -173,7 +173,7 @@ def gather(quick: bool, new_memory: bool = False) -> Measured:
 
 
 def gather_backward(quick: bool) -> Measured:
-    """Bytes of gradient read a second."""
+    """Bytes of gradient read per second."""
     shape = SEED_B
     codes, grad = _codes(shape), _seen_from(torch.randn(shape.B, shape.C, shape.S, shape.V))
     ours = Contestant(
@@ -184,7 +184,7 @@ def gather_backward(quick: bool) -> Measured:
 
 
 def accumulate(quick: bool) -> Measured:
-    """Bytes of queries read a second."""
+    """Bytes of queries read per second."""
     shape = SEED_B
     codes, queries = _codes(shape), _seen_from(torch.randn(shape.B, shape.C, shape.S, shape.D))
     ours = Contestant(

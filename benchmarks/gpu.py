@@ -1,6 +1,6 @@
 """The GPU backend against its peers and the card: ``python -m benchmarks.gpu --out DIR``, from the repository root.
 
-Every result is verified before it is timed. Times are medians between events on the device; rates stand beside the
+Every result is verified before it is timed. Times are medians between events on the device; rates stand next to the
 card's own, a copy and a bfloat16 matrix product of random numbers measured in the same run. A row that waits for the
 host is measured again as a CUDA graph. DIR gets gpu.jsonl and gpu.txt, row by row; what does not fit into the time is
 listed as such, and so are peers that are not installed. The exit status is 1 if kvb is wrong. Needs no package but
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from benchmarks.shapes import GPU, Lookup
 from benchmarks.suites import on_device
 from benchmarks.suites.case import KVB
 from benchmarks.suites.on_device import Problem, Work
-from benchmarks.timing import Absent, Contestant, Effort, EventClock, clock_of, run_on
+from benchmarks.timing import Absent, Contestant, Deadline, Effort, EventClock, clock_of, run_on
 
 LIMIT = 285.0  # seconds for everything
 HOST_BOUND = 1.25  # a call is bound by the host if the device needs less than so many times the host's time for it
@@ -43,12 +43,12 @@ class Session:
     limit: float = LIMIT
 
     def __post_init__(self) -> None:
-        self.end = perf_counter() + self.limit
+        self.deadline = Deadline(self.limit)
         self.clock = clock_of(self.device)
         self.effort = Effort(rounds=1, seconds=0.0, turn=0.01 if self.small else 0.3)
 
     def require_time(self) -> None:
-        if perf_counter() > self.end:
+        if self.deadline.left < 0:
             raise Absent("no time left: name it with --only to measure it alone")
 
     def calls(self, run: Callable[[], Any]) -> list[float]:
@@ -233,7 +233,9 @@ def run(session: Session, rows: Sequence[Row], out: Path) -> bool:
             file.write(text + "\n")
 
     facts = machine.device_facts(session.device)
-    journal.write({"machine": facts, "slug": machine.slug(session.device), "device": session.device.type})
+    about = {"device": session.device.type, "slug": machine.slug(session.device), "load": machine.load()}
+    about |= {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
+    journal.write({"machine": facts, **about})
     for name, fact in facts.items():
         say(f"{name:<16} {fact}")
     right = True

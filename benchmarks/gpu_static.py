@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=SHAPES, help=f"shapes: {', '.join(SHAPES)}")
     options = parser.parse_args(arguments)
     print(
-        f"triton {triton.__version__}, {TARGET}: ALU and all instructions a pair of query and key, seconds of an H100"
+        f"triton {triton.__version__}, {TARGET}: ALU and all instructions per pair of query and key, seconds of an H100"
     )
     print(HEAD)
     rows = []
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(report(name, "plain", *plain_kernels(shape), {}))
     calls = {name: call_times(SHAPES[name]) for name in options.only or ("few-queries", "paper-256", "seed")}
     for name, times in calls.items():
-        print(f"{name}: Python a call, " + ", ".join(f"{call} {time:.0f} us" for call, time in times.items()))
+        print(f"{name}: Python per call, " + ", ".join(f"{call} {time:.0f} us" for call, time in times.items()))
     if options.json:
         facts = {"triton": triton.__version__, "target": TARGET, "rows": rows, "python_microseconds": calls}
         options.json.write_text(json.dumps(facts, indent=1))

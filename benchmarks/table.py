@@ -122,7 +122,7 @@ def _chosen(rows: Sequence[Row], only: Sequence[str] | None, parser: argparse.Ar
         return [row for row in rows if not row.hidden]
     for name in only:
         if not any(name in (row.name, row.name.partition(":")[0]) for row in rows):
-            parser.error(f"no row {name!r}; there are: {', '.join(row.name for row in rows)}")
+            parser.error(f"no row {name!r}; expected one of {', '.join(row.name for row in rows)}")
     return [row for row in rows if row.name in only or (row.name.partition(":")[0] in only and not row.hidden)]
 
 

@@ -152,6 +152,17 @@ def clock_of(device: torch.device) -> Clock:
     return HOST if device.type == "cpu" else EventClock(device)
 
 
+class Deadline:
+    """When so many seconds, from now on, are used up."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = perf_counter() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - perf_counter()
+
+
 # --- races ------------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ import kvb
 from benchmarks import memory, table, verify
 from benchmarks.shapes import PAPER
 from benchmarks.table import THREADS, Measured, Row, effort
-from benchmarks.timing import Contestant, Ratio, race
+from benchmarks.timing import Contestant, Deadline, Ratio, race
 from kvb import functional
 
 WARM_UP = 0.1  # seconds of untimed steps before a turn
@@ -44,7 +43,7 @@ def _table() -> Tensor:
 
 
 def _contestant(values: Tensor, step: Step, batches: Batches, check: bool = True) -> Contestant:
-    """One step a call; the first one starts from the table as it is here, takes the first batch and is verified.
+    """One step per call; the first one starts from the table as it is here, takes the first batch and is verified.
 
     Training is not interrupted every few steps by a peer that empties the caches: untimed steps come before each turn.
     """
@@ -60,8 +59,8 @@ def _contestant(values: Tensor, step: Step, batches: Batches, check: bool = True
         start = None  # its memory is not part of the race
 
     def warm_up() -> None:
-        end = perf_counter() + WARM_UP
-        while start is None and perf_counter() < end:
+        deadline = Deadline(WARM_UP)
+        while start is None and deadline.left > 0:
             run()
 
     return Contestant(run, correct, warm_up)

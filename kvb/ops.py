@@ -12,6 +12,7 @@ Shapes:
     ``nearest`` and ``sample`` return indices int64 and squared distances, both [B, S, C, T].
     A query with NaN or Inf gets the indices 0..T-1 at distance NaN; where fewer than T keys are usable, the lowest
     unused indices follow at distance +inf.
+    ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
     ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].
     ``update_keys_`` writes keys, keys_avg [C, K, D] and cluster_size [C, K], all of one dtype; it takes hits [C, K] and
     sums [C, K, D] in float32 (float64 for float64 keys), spare rows [C, R, D] like the keys, and int64 usable [C].
@@ -95,7 +96,13 @@ def _launcher(name: str) -> Callable[..., Any]:
 
 def _register_kernels(dispatch_key: str) -> None:
     for name in NAMES:
-        _library.impl(name, _launcher(name), dispatch_key)
+        if name != "packed_matches":
+            _library.impl(name, _launcher(name), dispatch_key)
+
+    def packed_matches(keys: Tensor, packed: Tensor) -> Tensor:
+        return reference.packed_matches(keys, packed, _kernels().pack_keys)
+
+    _library.impl("packed_matches", packed_matches, dispatch_key)
 
 
 def _load_on_cpu() -> tuple[str, str]:

@@ -15,7 +15,7 @@ from benchmarks.gpu_day.day import Day, finish
 from kvb import testing
 
 BUDGETS = {"first": 470.0, "second": 230.0}  # seconds; other parts may take as long as the first
-CHECKING = 175.0  # seconds of ``check`` beside ``smoke``, so that ``bench`` gets the rest
+CHECKING = 175.0  # seconds of ``check`` next to ``smoke``, so that ``bench`` gets the rest
 PROCESSES = 14  # of ``check`` at a time
 FEW_ROWS = ("lookup:paper-256", "pack")  # of ``bench``, for a trial
 

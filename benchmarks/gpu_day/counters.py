@@ -1,7 +1,7 @@
 """What the hardware counted in the kernels that take the time: with ncu, else with CUPTI behind torch.profiler.
 
-Counters need rights that a rented machine may not give. Whatever cannot be had is said, and the next best is taken:
-at the end of the line stand the times of kernels, or of operators on a CPU.
+Counters need rights that a rented machine may not give. It says what cannot be had and takes the next best: at
+the end of the line are the times of kernels, or of operators on a CPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ METRICS = {
     "sm__inst_executed_pipe_fma.sum": "of these FMA",
     "sm__inst_executed_pipe_tensor.sum": "of these tensor",
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "of peak: issue",
-    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps that are there",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "active warps",
     "dram__bytes_read.sum": "bytes read",
     "dram__bytes_write.sum": "bytes written",
     "launch__registers_per_thread": "registers per thread",
@@ -61,7 +61,7 @@ def by_ncu(day: Day, name: str) -> list[dict[str, Any]]:
     """One row per launch, from a process of its own.
 
     Raises:
-        RuntimeError: ncu is not there, or may not count.
+        RuntimeError: ncu is not installed, or may not count.
     """
     ncu = shutil.which("ncu")
     if ncu is None:
@@ -140,7 +140,7 @@ def _counted(profiler: torch.profiler.profile, metrics: Sequence[str]) -> list[d
 
 
 def main(day: Day) -> int:
-    """Every workload, with the best that there is; never a failure."""
+    """Every workload, with the best way that works; never a failure."""
     journal = Journal(day.out / "counters.jsonl")
     ways: dict[str, Callable[[str], list[dict[str, Any]]]] = {
         "ncu": lambda name: by_ncu(day, name),

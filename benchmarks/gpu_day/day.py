@@ -7,9 +7,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
 
 import torch
+
+from benchmarks.timing import Deadline
 
 LOST = 3  # exit status of a process that an error stuck to: the next parts need a new one
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,11 +26,11 @@ class Day:
     budget: float  # seconds from now on
 
     def __post_init__(self) -> None:
-        self.end = perf_counter() + self.budget
+        self.deadline = Deadline(self.budget)
 
     @property
     def left(self) -> float:
-        return self.end - perf_counter()
+        return self.deadline.left
 
     def command(self, part: str, budget: float, *more: str) -> list[str]:
         """That of a part as a process of its own."""
@@ -42,12 +43,12 @@ class Day:
 
 def finish(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[int | None]:
     """Wait for processes, so many seconds in all, then kill them; exit statuses, None for what was killed."""
-    end = perf_counter() + seconds
+    deadline = Deadline(seconds)
     found: list[int | None] = []
     try:
         for process in processes:
             try:
-                found.append(process.wait(max(0.0, end - perf_counter())))
+                found.append(process.wait(max(0.0, deadline.left)))
             except subprocess.TimeoutExpired:
                 found.append(None)
     finally:

@@ -11,7 +11,7 @@ from kvb.kernels import launch_search
 from kvb.kernels.device import target
 from kvb.kernels.launch_search import SEARCH, Filter
 
-# Rows, keys, warps, stages: beside each other on the card, so a small tile in many warps is of no use.
+# A small tile in many warps leaves each with too little to do.
 ROWS_AND_WARPS, KEYS, STAGES = ((64, 4), (128, 4), (128, 8), (256, 8)), (64, 128), (2, 3, 4)
 
 

@@ -1,4 +1,4 @@
-"""Block sizes beside those of the launch table: first all of them verified side by side, then timed one by one.
+"""Block sizes around those of the launch table: all are verified side by side first, then timed one by one.
 
 The first pass compiles, which takes the time, on all CPUs; the second finds the compiled kernels in Triton's cache.
 """
@@ -65,7 +65,7 @@ def _shares(day: Day) -> int:
 
 
 def _failure(try_it: Callable[[], None]) -> str:
-    """What stopped a call, or "": an entry may ask for more than the card has, in words of its compiler's."""
+    """What stopped a call, or "": an entry may ask for more than the card has."""
     try:
         try_it()
     except Exception as error:

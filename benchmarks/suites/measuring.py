@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def share(self) -> float | None:
-        """kvb's useful operations or bytes a second, as a share of the most that the machine can do."""
+        """kvb's useful operations or bytes per second, as a share of the machine's peak."""
         if self.ceiling_amount is None:
             return None
         return self.race.ratio(CEILING, KVB, self.amount / self.ceiling_amount).value

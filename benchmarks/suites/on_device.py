@@ -1,6 +1,7 @@
 """The operators one by one on a device: large shapes, verified on a sample of positions.
 
-Positions are the batch here: queries are [N, 1, C, D]. A peer may err, and the share of its wrong choices is told.
+Positions are the batch here: queries are [N, 1, C, D]. A peer may err: the share of its wrong choices is
+reported.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Search:
 class Memories(Search):
     """The same with values; a run returns mean values [N, 1, V] and codes [N, 1, C].
 
-    For who projects embeddings first, there are some whose projection only picks the features of its codebook.
+    A peer that projects embeddings gets some whose projection only picks the features of its codebook.
     """
 
     def __init__(self, given: Problem) -> None:

@@ -1,4 +1,4 @@
-"""A Triton driver for a GPU that is not there: launches compile for it, and nothing runs.
+"""A Triton driver for a GPU that this machine lacks: launches compile for it, and nothing runs.
 
     with compiling_for("sm_90") as kernels:
         launch.nearest(queries, keys, packed, None, 1)  # on CPU or meta tensors
@@ -27,10 +27,10 @@ KIB = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a launch may ask of one multiprocessor, and how many of those there are."""
+    """What a launch may ask of one multiprocessor, and how many multiprocessors the device has."""
 
-    shared: int  # bytes of shared memory a program
-    registers: int  # of 32 bits a thread
+    shared: int  # bytes of shared memory per program
+    registers: int  # of 32 bits per thread
     multiprocessors: int
 
 
@@ -73,7 +73,7 @@ class Compiled:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory a program."""
+        """Bytes of shared memory per program."""
         return self.metadata.shared
 
     def __str__(self) -> str:
@@ -175,7 +175,9 @@ def compiling_for(target: str) -> Iterator[list[Compiled]]:
     if target not in LIMITS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted, not compiled: unset it and start anew")
+        raise RuntimeError(
+            "TRITON_INTERPRET is set, so kernels are interpreted, not compiled: unset it and start again"
+        )
     before = driver._active  # the property would look for a real GPU
     ours = Driver(target)
     driver.set_active(ours)

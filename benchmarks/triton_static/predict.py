@@ -92,7 +92,7 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """Memory beside computing; matrix products and all else one after the other."""
+        """Memory traffic overlaps with computing; matrix products and the rest follow each other."""
         return max(self.memory / MEMORY, self.flops / MATRIX + self.alu_seconds)
 
 
@@ -117,11 +117,11 @@ def work(kernel: Compiled, code: machine_code.Code, shape: Lookup, packed: int) 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """One search: instructions a pair of query and key, in the loop over keys and in all kernels; seconds."""
+    """One search: instructions per pair of query and key, in the loop over keys and in all kernels; seconds."""
 
     kernels: tuple[str, ...]
     uncounted: tuple[str, ...]  # kernels that hardly ever do any work
-    registers: int  # of a thread of the kernel with the products
+    registers: int  # per thread of the kernel with the products
     spilled: int
     shuffles: int  # in its loop
     loop_alu: float

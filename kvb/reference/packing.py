@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvb.reference import shared
 from kvb.reference.arithmetic import widest
 from kvb.reference.shared import (
-    TILE,
     accumulator,
     finite_rows,
     require,
@@ -96,7 +97,7 @@ def pack_keys(keys: Tensor) -> Tensor:
     packed = keys.new_zeros((C, layout.nbytes), dtype=torch.uint8)
     packed[:, :_HEADER] = _layout_id(layout, keys.device)
     view = unpack(packed, layout)
-    books = max(1, TILE // max(1, 4 * K * D))
+    books = max(1, shared.TILE // max(1, 4 * K * D))
     for c in range(0, C, books):
         tile = slice(c, c + books)
         finite = finite_rows(keys[tile])
@@ -116,12 +117,13 @@ def pack_keys(keys: Tensor) -> Tensor:
     return packed
 
 
-def packed_matches(keys: Tensor, packed: Tensor) -> Tensor:
-    """Whether ``packed`` is what ``pack_keys`` makes of keys [C, K, D] as they are now: a bool [].
+def packed_matches(keys: Tensor, packed: Tensor, pack: Callable[[Tensor], Tensor] = pack_keys) -> Tensor:
+    """Whether ``packed`` was made by ``pack`` of keys [C, K, D] as they are now: a bool [].
 
-    A fast backend compares the keys with a fingerprint of those that were packed, and does not look at the rest.
+    Here all of it is made again and compared. A backend may compare a fingerprint of the keys instead, to which the
+    sign of a zero is nothing, and leave the rest of ``packed`` alone.
     """
-    again = torch.ops.kvb.pack_keys(keys)
+    again = pack(keys)
     require_tensors(keys=keys, packed=packed)
     if packed.dtype != again.dtype or packed.shape != again.shape:
         return torch.zeros((), dtype=torch.bool, device=keys.device)

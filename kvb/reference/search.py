@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvb.reference import shared
 from kvb.reference.arithmetic import Parts, exponent, scaled, squared_distances, value, widest
 from kvb.reference.packing import LANES, Packed, layout_of, pack_keys, require_keys, require_packed, unpack
 from kvb.reference.shared import (
-    TILE,
     Tile,
     accumulator,
     finite_rows,
@@ -65,7 +65,7 @@ def _begin(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None) -
         usable[:, :K] &= mask
     width = usable.shape[1]
     scratch = view.rows.new_empty(
-        min(queries.shape[:3].numel() * width, max(TILE, width)),
+        min(queries.shape[:3].numel() * width, max(shared.TILE, width)),
         dtype=layout.dtype if _matmul_is_exact(keys.device) else torch.float64,
     )
     exact = accumulator(torch.promote_types(queries.dtype, keys.dtype))
@@ -143,7 +143,7 @@ def _rescore(search: _Search, tile: Tile, q: Tensor, row: Tensor, key: Tensor) -
     n, D = q.shape[1:]
     K = search.keys.shape[1]
     rows, table = q.reshape(-1, D), search.keys[tile[2]].reshape(-1, D)
-    piece = max(1, TILE // (4 * D))
+    piece = max(1, shared.TILE // (4 * D))
     pieces = zip(row.split(piece), (row // n * K + key).split(piece), strict=True)
     found = [squared_distances(rows.index_select(0, r), table.index_select(0, k)) for r, k in pieces]
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))

@@ -42,6 +42,19 @@ def check_pack_keys(op: Any, problem: Problem) -> None:
     require(torch.equal(packed, again), "packing the same keys twice gives different bytes")
 
 
+def check_packed_matches(op: Any, problem: Problem) -> None:
+    keys = problem.keys
+    packed = op.pack_keys(keys)
+    answer = op.packed_matches(keys, packed)
+    require_like("the answer", answer, (), torch.bool)
+    require(bool(answer), "packed keys do not match the keys that they were made of")
+    if keys.numel():
+        other = keys.clone()
+        last = other[-1, -1, -1]
+        other[-1, -1, -1] = torch.where(last.isfinite() & (last < 1), last + 1, 0)
+        require(not bool(op.packed_matches(other, packed)), "packed keys match keys of which one number changed")
+
+
 def check_nearest(op: Any, problem: Problem) -> None:
     T = problem.case.T
     packed = op.pack_keys(problem.keys)

@@ -238,6 +238,11 @@ def test_readme_and_plots_show_the_committed_results():
     assert report.stale(ROOT, results.committed()) == [], "run python -m benchmarks.report"
 
 
+def test_every_suite_has_its_place_on_the_page():
+    shown = {name for _, name, *_ in report.BLOCK.findall((ROOT / "docs" / "benchmarks.md").read_text())}
+    assert shown == {*suites.SUITES, "scaling", "gpu"}
+
+
 def test_a_stale_readme_is_found_and_written_anew(document, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "docs").mkdir()

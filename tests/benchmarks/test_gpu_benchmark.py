@@ -10,7 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not part of the package
 
-from benchmarks import gpu, journal, machine
+from benchmarks import gpu, journal, machine, report, results
 from benchmarks.peers import published
 from benchmarks.shapes import GPU
 from benchmarks.suites import on_device
@@ -194,3 +194,47 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
 def test_a_wrong_row_is_the_exit_status(tmp_path, monkeypatch):
     monkeypatch.setattr(functional, "pack_keys", lambda keys: torch.rand(4))
     assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--small", "--only", "pack"]) == 1
+
+
+# --- filed results ----------------------------------------------------------------------------------------------------
+
+
+def row(who, seconds, **more):
+    quantiles = dict.fromkeys(results.QUANTILES, seconds) | {"calls": 7}
+    sizes = {"N": 8192, "C": 2, "K": 300, "D": 12, "V": 10}
+    facts = {"operator": "search", "shape": "paper-8k", "who": who, "sizes": sizes, "nbytes": 3e6, "flops": 9e9}
+    return facts | {"seconds": seconds, **quantiles, "share wrong": 0.0} | more
+
+
+def test_what_a_card_did_is_filed_and_shown(tmp_path):
+    pytest.importorskip("matplotlib")
+    facts = machine.device_facts(CPU) | {"machine": "A Card", "backend on cuda": "triton"}
+    lines = journal.Journal(tmp_path / "gpu.jsonl")
+    about = {"device": "cuda", "slug": "a-card", "load": 0.5, "date": "2026-11-28", "threads": 16}
+    lines.write({"machine": facts, **about})
+    lines.write({"ceilings": {"copy": 3e12, "matmul": 8e14}})
+    lines.write(row("kvb", 2e-5))
+    lines.write(row("kvb, CUDA graph", 1.5e-5))
+    lines.write(row("flash-kmeans", 4e-5, **{"share wrong": 0.01}))
+    lines.write({"operator": "search", "shape": "paper-8k", "who": "torch.compile", "absent": "no time left"})
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.write_text("<!-- bench: gpu -->\n<!-- end -->\n")
+    assert report.main([str(tmp_path / "gpu.jsonl")], tmp_path) == 0
+
+    (found,) = results.committed(folder=tmp_path / "benchmarks" / "results").values()
+    (filed,) = found["rows"]
+    assert (found["device"], found["slug"], filed["shape"]) == ("cuda", "a-card", "search:paper-8k")
+    assert filed["ceiling"] == {"kind": "flops", "rate": 8e14}
+    assert results.peers(filed) == ["flash-kmeans"]
+    assert filed["absent"] == {"torch.compile": "no time left"}
+    assert results.share(filed) == pytest.approx(9e9 / 8e14 / 2e-5)
+    text = page.read_text()
+    assert "| search:paper-8k | 20 us | flash-kmeans (1.00% wrong) | 40 us | 2x | 56% |" in text
+    assert "A Card, 16 threads, triton, torch" in text
+
+
+def test_a_run_is_filed_as_it_was_written(tmp_path):
+    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--small", "--only", "pack", "lookup:seed"]) == 0
+    found = results.from_gpu(journal.read(tmp_path / "gpu.jsonl"))
+    assert [one["shape"] for one in found["rows"]] == ["lookup:seed", "pack:paper-256", "pack:seed", "pack:k65536-d64"]

@@ -62,6 +62,7 @@ def test_the_second_call(tmp_path, capfd):
     assert "a CPU has no such counters" in said
 
 
+@pytest.mark.compiled
 @WITHOUT_TRITON
 @pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: kernels are interpreted, not compiled")
 def test_an_entry_is_what_searches_are_launched_with():

@@ -167,7 +167,7 @@ def test_the_loop_of_products_is_found_and_counted(target):
 
 def test_counts_of_a_known_loop():
     loop = machine_code.read(products("sm_90")).search_loop()
-    # Two warpgroup products of 64 rows, two steps of depth 16; 128 * 128 / 128 minima a thread.
+    # Two warpgroup products of 64 rows, two steps of depth 16; 128 * 128 / 128 minima per thread.
     assert loop.matrix == loop.names["HGMMA"] == 4
     assert 127 <= loop.names["FMNMX"] <= 140
     assert loop.fma <= 2
@@ -238,7 +238,7 @@ def test_a_kernel_within_limits_has_no_excess(target):
 def test_too_much_shared_memory_is_seen():
     kernel = products("sm_120", BN=64, BK=64, D=512)
     (sentence,) = machine_code.excesses(kernel, machine_code.read(kernel))[:1]
-    assert f"{kernel.shared} bytes of shared memory, {99 * 1024} are there" in sentence
+    assert f"{kernel.shared} bytes of shared memory, the limit is {99 * 1024}" in sentence
 
 
 @pytest.mark.parametrize("target", TARGETS)
