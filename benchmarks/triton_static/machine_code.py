@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import triton
 
-from benchmarks.offline import LIMITS, Compiled
+from benchmarks.triton_static.offline import LIMITS, Compiled
 
 
 class Instruction(NamedTuple):
@@ -31,7 +31,7 @@ class Instruction(NamedTuple):
 
 # --- what an instruction is -------------------------------------------------------------------------------------------
 
-# "alu": vector integer, logic, compare and select, 64 lanes a clock and multiprocessor on Hopper, half of the FMA pipe.
+# "alu": vector integer, logic, compare and select, 64 lanes per clock and multiprocessor on Hopper, half the FMA pipe.
 NVIDIA_ALU = re.compile(
     r"(FSETP|FSEL|FSET|FMNMX3?|FCHK|HSETP2|HSET2|V?HMNMX2?|ISETP|SEL|CSEL|V?IMNMX3?|VIADDMNMX|IABS|IADD3?|VIADD|LEA"
     r"|LOP3?|PLOP3|SHF|SHL|SHR|PRMT|BMSK|SGXT|MOV|P2R|R2P|VABSDIFF4?|FLO)\b"
@@ -271,8 +271,8 @@ class Listing(NamedTuple):
 class Code:
     """The machine code of one kernel; instructions and loops are read when they are asked for, which takes a second."""
 
-    registers: int  # of one thread
-    spilled: int  # NVIDIA: bytes of local memory a thread; AMD: vector and scalar registers that were spilled
+    registers: int  # per thread
+    spilled: int  # NVIDIA: bytes of local memory per thread; AMD: vector and scalar registers that were spilled
     disassemble: Callable[[], Listing]
 
     @functools.cached_property
@@ -365,10 +365,10 @@ def excesses(kernel: Compiled, code: Code) -> list[str]:
     limits = LIMITS[kernel.target]
     found = []
     if kernel.shared > limits.shared:
-        found.append(f"{kernel}: {kernel.shared} bytes of shared memory, {limits.shared} are there")
+        found.append(f"{kernel}: {kernel.shared} bytes of shared memory, the limit is {limits.shared}")
     if code.registers > limits.registers:
-        found.append(f"{kernel}: {code.registers} registers a thread, {limits.registers} are there")
+        found.append(f"{kernel}: {code.registers} registers per thread, the limit is {limits.registers}")
     # Without a frame there are no spills; a frame that nothing reads or writes costs nothing.
     if "cubin" in kernel.asm and code.spilled and (spills := code.total().spills):
-        found.append(f"{kernel}: spills, {code.spilled} bytes a thread and {spills} accesses")
+        found.append(f"{kernel}: spills, {code.spilled} bytes per thread and {spills} accesses")
     return found
