@@ -40,7 +40,9 @@ def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
     validation.tensor("nearest", "packed", given)
     validation.same_device("packed", given, "keys", keys)
     matches = torch.ops.kvb.packed_matches(keys, given)
-    message = "packed keys do not match keys, which are others or have changed since; pack them again with pack_keys(keys)"
+    message = (
+        "packed keys do not match keys, which are others or have changed since; pack them again with pack_keys(keys)"
+    )
     if keys.device.type == "cpu" and not torch.compiler.is_compiling():
         if not matches:
             raise RuntimeError(message)
