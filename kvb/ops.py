@@ -9,7 +9,7 @@ registers the same schemas under its own dispatch key, and PyTorch's dispatcher 
 Shapes:
     queries [B, S, C, D], any strides with a contiguous last axis    keys [C, K, D]    packed uint8 [C, nbytes]
     mask bool [C, K], True where a pair may be fetched               values [C, K, V]  indices [B, S, C], any integer
-    ``nearest`` and ``sample`` return indices int64 and squared distances, both [B, S, C, T] (T = 1 for ``sample``).
+    ``nearest`` and ``sample`` return indices int64 and squared distances, both [B, S, C, T].
     A query with NaN or Inf gets the indices 0..T-1 at distance NaN; where fewer than T keys are usable, the lowest
     unused indices follow at distance +inf.
     ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
@@ -38,7 +38,7 @@ SCHEMAS = (
     "pack_keys(Tensor keys) -> Tensor",
     "packed_matches(Tensor keys, Tensor packed) -> Tensor",
     "nearest(Tensor queries, Tensor keys, Tensor packed, Tensor? mask, int topk) -> (Tensor, Tensor)",
-    "sample(Tensor queries, Tensor keys, Tensor? mask, float temperature, Tensor seed) -> (Tensor, Tensor)",
+    "sample(Tensor queries, Tensor keys, Tensor? mask, float temperature, Tensor seed, int topk=1) -> (Tensor, Tensor)",
     "gather(Tensor values, Tensor indices, str pool, str layout) -> Tensor",
     "gather_backward(Tensor grad, Tensor indices, SymInt K, str pool) -> Tensor",
     "gather_backward_rows(Tensor grad, Tensor indices, SymInt K, str pool) -> (Tensor, Tensor, Tensor)",
@@ -217,9 +217,9 @@ def _fake_nearest(
 
 
 def _fake_sample(
-    queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor
+    queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor, topk: int = 1
 ) -> tuple[Tensor, Tensor]:
-    return _fake_search(queries, keys, 1)
+    return _fake_search(queries, keys, topk)
 
 
 def _fake_gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
@@ -267,8 +267,21 @@ def _fake_lookup(
     return _fake_gather(values, indices, pool, "bscv"), indices
 
 
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A meta tensor among others leads here: the answer would be memory that nobody wrote."""
+
+    @functools.wraps(fake)
+    def run(*args: Any) -> Any:
+        devices = {arg.device for arg in args if isinstance(arg, Tensor) and arg.dim() > 0}
+        if len(devices) > 1:
+            raise RuntimeError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+        return fake(*args)
+
+    return run
+
+
 for _name in NAMES:
-    torch.library.register_fake(f"kvb::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+    torch.library.register_fake(f"kvb::{_name}", _on_one_device(globals()[f"_fake_{_name}"]), lib=_library)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -321,12 +334,15 @@ class _Nearest(torch.autograd.Function):
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(
-        queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor
+        queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor, topk: int = 1
     ) -> tuple[Tensor, Tensor]:
-        return _below_autograd(torch.ops.kvb.sample.default, queries, keys, mask, temperature, seed)
+        return _below_autograd(torch.ops.kvb.sample.default, queries, keys, mask, temperature, seed, topk)
 
     setup_context = _Nearest.setup_context
-    backward = _Nearest.backward
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _distance_grad(ctx, grads[1]), *[None] * (len(ctx.needs_input_grad) - 1)  # a default is not passed on
 
 
 class _Gather(torch.autograd.Function):
