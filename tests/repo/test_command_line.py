@@ -63,3 +63,20 @@ def test_a_full_disk():
         done = run(full)
     message = "Cannot write the output: No space left on device. Make room and try again.\n"
     assert (done.returncode, done.stderr) == (1, message)
+
+
+def test_operators_cannot_be_loaded_twice():
+    """They say so at once, and go on working."""
+    code = """if True:
+        import importlib, sys, torch, kvb
+        for again in (lambda: importlib.reload(kvb.ops), lambda: importlib.import_module("kvb.ops")):
+            try:
+                again()
+            except ImportError as error:
+                print(error)
+            sys.modules.pop("kvb.ops", None)
+        print(kvb.KeyValueBottleneck(2, 9, 3, 4)(torch.randn(5, 2, 3)).shape)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = "kvb.ops cannot be loaded twice: PyTorch keeps operators as long as a process lives; restart it"
+    assert done.stdout.splitlines() == [message, message, "torch.Size([5, 2, 4])"], done.stderr
