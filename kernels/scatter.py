@@ -3,8 +3,8 @@
 They add the rows of x [B, S, C, V] to the rows of a table [C, K, V] that indices [B, S, C] name; x is a gradient
 (a pooled one has stride 0 over the codebooks) or the queries. There are three ways:
 
-* ``add_by_product``, for small K: a one-hot matrix product for every codebook and slice of the batch, then
-  ``add_slices``. Every sum has a fixed order.
+* ``check_pairs`` and ``add_by_product``, for small K: a one-hot matrix product for every codebook and slice of the
+  batch, then ``add_slices``. Every sum has a fixed order.
 * ``add_by_atomics``: float atomics, whose order is not fixed.
 * ``find_runs`` and ``add_runs``, then ``join_runs``: the positions stand sorted by table row, in chunks of fixed size.
   Every sum has a fixed order, and the touched rows come out in ascending order: ``move_rows`` takes them and moves
@@ -69,15 +69,17 @@ def _upper_half(x):
 
 
 @triton.jit
-def _product(hot, x):
+def _product(hot, x, MATRIX: tl.constexpr):
     """``_sum_where`` as a matrix product with a factor of exact zeros and ones, summed in float32.
 
-    float32 goes in as three bfloat16 parts that sum to it exactly. 0 * Inf would spoil every sum, so what is not finite
+    float32 goes in as three bfloat16 parts that sum to it exactly, and so does float16 where matrix units flush small
+    ones; of bfloat16 they only flush what is below 2^-126. 0 * Inf would spoil every sum, so what is not finite
     stays out of the product and is counted apart: a sum over a NaN, or over both infinities, is NaN.
     """
     SHAPE: tl.constexpr = x.shape
-    PARTS: tl.constexpr = 3 if x.dtype == tl.float32 else 1
-    EXACT: tl.constexpr = tl.float16 if x.dtype == tl.float16 else PART
+    HALF: tl.constexpr = x.dtype == tl.float16 and MATRIX == "full"
+    PARTS: tl.constexpr = 1 if HALF or x.dtype == tl.bfloat16 else 3
+    EXACT: tl.constexpr = tl.float16 if HALF else PART
     ones = tl.where(hot, 1.0, 0.0).to(EXACT)
     total = tl.zeros([hot.shape[0], x.shape[1]], tl.float32)
     # Flat while it is split: else every warp would do that work for all of x, in the product's layout.
@@ -101,15 +103,38 @@ def _product(hot, x):
 
 
 @triton.jit
-def _sum_where(hot, x):
+def _sum_where(hot, x, MATRIX: tl.constexpr):
     """[J, V]: for every row of ``hot`` [J, N] the sum of those rows of x [N, V] that it marks."""
-    if x.dtype == tl.float64:  # not every GPU multiplies float64 matrices
+    if MATRIX == "none":
+        x = x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
         return tl.sum(tl.where(hot[:, :, None], x[None, :, :], 0.0), axis=1)
     else:
-        return _product(hot, x)
+        return _product(hot, x, MATRIX)
 
 
 # --- one-hot products -------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
+def check_pairs(
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
+    count,  # B * S * C
+    S,
+    i_b,
+    i_s,
+    i_c,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Assert that every index is one of a pair.
+
+    ``add_by_product`` cannot: where a kernel calls a function, its products on Hopper wait for one another.
+    """
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n, c = r // C, r % C
+    _, usable = pair_indices(indices + n // S * i_b + n % S * i_s + c * i_c, r < count, K)
+    require_pairs((r < count) & ~usable)
 
 
 @triton.jit(do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
@@ -132,6 +157,7 @@ def add_by_product(
     K: tl.constexpr,
     V: tl.constexpr,
     DIVISOR: tl.constexpr,
+    MATRIX: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -147,12 +173,10 @@ def add_by_product(
     k = block % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
     v = block // BLOCKS_K * BLOCK_V + tl.arange(0, BLOCK_V)
     total = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    wrong = tl.zeros([BLOCK_N], tl.int1)
     for step in range(steps):
         n = (part * steps + step) * BLOCK_N + tl.arange(0, BLOCK_N)
         pointers = indices + n // S * i_b + n % S * i_s + c * i_c
         index, usable = pair_indices(pointers, n < N, K)
-        wrong |= (n < N) & ~usable
         offsets = _row_offsets(n, c, S, x_b, x_s, x_c, ALIGN)
         rows = _load_rows(x, offsets, n < N, v, x_v, V, UNIT)
         if hits is not None:
@@ -163,8 +187,7 @@ def add_by_product(
             if block == 0:
                 _count(hits, c * K + index, usable)
         hot = (index.to(tl.int32)[None, :] == k[:, None]) & usable[None, :]
-        total += _sum_where(hot, rows)  # apart from the product: tensor cores cut where they add, this rounds
-    require_pairs(wrong)
+        total += _sum_where(hot, rows, MATRIX)  # apart from the product: tensor cores cut where they add, this rounds
     pointers = out + ((part * C + c) * K + k[:, None]) * V + v[None, :]
     store_sums(pointers, average(total, DIVISOR), (k < K)[:, None] & (v < V)[None, :])
 
@@ -307,6 +330,7 @@ def add_runs(
     V: tl.constexpr,
     END: tl.constexpr,
     DIVISOR: tl.constexpr,
+    MATRIX: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -325,7 +349,7 @@ def add_runs(
     offsets = _row_offsets(position // C, position % C, S, x_b, x_s, x_c, ALIGN)
     leads = begins | (usable & (j == 0))  # one position speaks for its run in this chunk
     hot = (here[:, None] == here[None, :]) & leads[:, None]
-    total = _sum_where(hot, _load_rows(x, offsets, usable, v, x_v, V, UNIT))
+    total = _sum_where(hot, _load_rows(x, offsets, usable, v, x_v, V, UNIT), MATRIX)
 
     inside = begins & (here != behind)
     columns = (v < V)[None, :]

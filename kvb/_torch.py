@@ -45,16 +45,16 @@ assert_async: Callable[[Tensor, str], None] = _private("torch._assert_async")
 _forward_mode: Callable[[bool], contextlib.AbstractContextManager[None]] = _private(
     "torch.autograd.forward_ad._set_fwd_grad_enabled"
 )
-_has_kernel: Callable[[str, str], bool] = _private("torch._C._dispatch_has_kernel_for_dispatch_key")
+# Whether an operator, "kvb::nearest" say, has a kernel of its own at a dispatch key, "CPU" say.
+has_kernel: Callable[[str, str], bool] = _private("torch._C._dispatch_has_kernel_for_dispatch_key")
+
+# Lets a named tuple pass through torch.export.
+register_namedtuple: Callable[..., None] = _private("torch.utils._pytree._register_namedtuple")
+
 _private("torch._C._FunctionBase.apply")
 _private("torch.Tensor._coalesced_")
 _private("torch.Tensor._indices")
 _private("torch.autograd.forward_ad._current_level")
-
-
-def has_kernel(operator: str, dispatch_key: str) -> bool:
-    """Whether an operator, "kvb::nearest" say, has a kernel of its own at a dispatch key, "CPU" say."""
-    return _has_kernel(operator, dispatch_key)
 
 
 def tangents_possible() -> bool:

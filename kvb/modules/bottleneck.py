@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from kvb import functional, ops, validation
+from kvb._torch import register_namedtuple
 from kvb.checkpoints import STATE_NAME
 from kvb.data import CodeDataset, encode
 from kvb.modules import key_learning
@@ -30,7 +30,7 @@ class BottleneckOutput(NamedTuple):
 
 
 # torch.export.save needs a name for the output type.
-_pytree._register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
+register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
 
 
 class KeyValueBottleneck(nn.Module):
@@ -54,7 +54,8 @@ class KeyValueBottleneck(nn.Module):
         decay: g of the moving averages, in [0, 1).
         eps: of the Laplace smoothing, > 0.
         threshold_ema_dead_code: pairs whose moving hit count falls below it are replaced by queries of the batch.
-        sample_codebook_temperature: > 0 draws keys from softmax(-distance / temperature) instead of the nearest.
+        sample_codebook_temperature: > 0 draws ``topk`` keys from softmax(-distance / temperature), without replacement,
+            instead of the nearest.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
         topk: fetch so many nearest pairs; > 1 adds an axis after C.
         sparse_grad: give ``values`` a sparse gradient: the rows fetched, merged, never a dense [C, K, V]. For the
@@ -116,8 +117,6 @@ class KeyValueBottleneck(nn.Module):
             "sample_codebook_temperature", sample_codebook_temperature, 0.0, infinity
         )
         self.topk = validation.topk(topk, K)
-        if topk > 1 and sample_codebook_temperature > 0:
-            raise ValueError("topk > 1 cannot be combined with sample_codebook_temperature > 0: one key is drawn")
         self.return_values_only = return_values_only
         self.sparse_grad = sparse_grad
         self.check_finite = check_finite
@@ -263,7 +262,7 @@ class KeyValueBottleneck(nn.Module):
         mask = self._search_mask()
         if self.sample_codebook_temperature > 0:
             seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
-            return torch.ops.kvb.sample(queries, self.keys, mask, self.sample_codebook_temperature, seed)
+            return torch.ops.kvb.sample(queries, self.keys, mask, self.sample_codebook_temperature, seed, self.topk)
         return torch.ops.kvb.nearest(queries, self.keys, self._packed_keys(), mask, self.topk)
 
     def _in_one_pass(self, pool: str, shape: torch.Size) -> bool:

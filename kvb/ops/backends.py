@@ -7,15 +7,28 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvb import reference
+from kvb._torch import has_kernel
 
 CPU_CAPABILITIES = ("torch", "triton", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
+
+
+def _no_kernels() -> str:
+    """Why there are no kernels here; empty where there are."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if importlib.util.find_spec("kvb.kernels") is None:
+        return (
+            "kvb/kernels is no folder, because this checkout was made without symbolic links: run `git config "
+            "core.symlinks true`, delete kvb/kernels and run `git checkout kvb/kernels`; or copy kernels/ there"
+        )
+    return ""
 
 
 def _find_on_cpu() -> tuple[str, str]:
@@ -29,6 +42,8 @@ def _find_on_cpu() -> tuple[str, str]:
     if wish == "triton":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("KVB_CPU_CAPABILITY=triton runs the GPU's kernels interpreted: set TRITON_INTERPRET=1 too")
+        if why := _no_kernels():
+            raise ValueError(f"KVB_CPU_CAPABILITY=triton: {why}")
         return "triton", ""
     try:
         importlib.import_module("kvb._C")  # which registers itself
@@ -46,8 +61,8 @@ def _find_on_cuda() -> tuple[str, str]:
     """The same for CUDA and ROCm, which PyTorch calls CUDA too; nothing here touches a device."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "torch", "this PyTorch was built without CUDA or ROCm"
-    if importlib.util.find_spec("triton") is None:
-        return "torch", "Triton is not installed: pip install triton"
+    if why := _no_kernels():
+        return "torch", why
     return "triton", ""
 
 
@@ -67,16 +82,30 @@ def _kernels() -> Any:
     return importlib.import_module("kvb.kernels.launch")
 
 
-def register_kernels(library: torch.library.Library, names: Sequence[str]) -> None:
-    """Let Triton run the operators on the devices that it is the backend of."""
+def among(names: Sequence[str], device: str) -> tuple[str, ...]:
+    """Those of the operators that the fast backend of a device type has."""
+    if backend(device) == "torch":
+        return ()
+    if backend(device) == "triton":
+        return tuple(name for name in names if hasattr(_kernels(), name))
+    return tuple(name for name in names if has_kernel(f"kvb::{name}", device.upper()))
+
+
+def _packed_matches(keys: Tensor, packed: Tensor) -> Tensor:
+    return reference.packed_matches(keys, packed, _kernels().pack_keys)
+
+
+def register_kernels(library: torch.library.Library, fallbacks: Mapping[str, Callable[..., Any]]) -> None:
+    """Let Triton run the operators, or what stands in where there is no kernel, on the devices that it is there for."""
 
     def launcher(name: str) -> Callable[..., Any]:
-        return lambda *args: getattr(_kernels(), name)(*args)
+        return lambda *args: getattr(_kernels(), name, fallbacks[name])(*args)
 
     for device, (found, _) in _backends.items():
-        for name in names:
-            if found == "triton" and name != "sample":
-                library.impl(name, launcher(name), device.upper())
+        if found == "triton":
+            for name in fallbacks:
+                run = _packed_matches if name == "packed_matches" else launcher(name)
+                library.impl(name, run, device.upper())
 
 
 def packed_nbytes(keys: Tensor) -> int:

@@ -80,12 +80,13 @@ class _Nearest(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of sum((q - k)^2) for q, [B, S, C, D]."""
+        none = [None] * len(ctx.needs_input_grad)  # as many as were passed on: a default is not
         if grads[1] is None:
-            return None, None, None, None, None
+            return tuple(none)
         queries, chosen, distances = ctx.saved_tensors
         grad = torch.where(distances.isfinite(), grads[1], 0)
         moved = 2 * _apart(queries, chosen, distances) * grad[..., None]
-        return moved.sum(-2).to(queries.dtype), None, None, None, None
+        return moved.sum(-2).to(queries.dtype), *none[1:]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[None, Tensor | None]:
@@ -113,9 +114,9 @@ def _apart(queries: Tensor, chosen: Tensor, distances: Tensor) -> Tensor:
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(
-        queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor
+        queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor, topk: int = 1
     ) -> tuple[Tensor, Tensor]:
-        return _forward(torch.ops.kvb.sample.default, queries, keys, mask, temperature, seed)
+        return _forward(torch.ops.kvb.sample.default, queries, keys, mask, temperature, seed, topk)
 
     setup_context = _Nearest.setup_context
     backward = _Nearest.backward

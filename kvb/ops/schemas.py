@@ -12,6 +12,8 @@ from torch import Tensor
 from kvb import reference
 from kvb.ops import backends
 
+if hasattr(torch.ops.kvb, "pack_keys"):
+    raise ImportError("kvb.ops cannot be loaded twice: PyTorch keeps operators as long as a process lives; restart it")
 library = torch.library.Library("kvb", "DEF")
 _schemas: list[str] = []
 
@@ -29,6 +31,19 @@ def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A meta tensor among others leads here: the answer would be memory that nobody wrote."""
+
+    @functools.wraps(fake)
+    def run(*args: Any) -> Any:
+        devices = {arg.device for arg in args if isinstance(arg, Tensor) and arg.dim() > 0}
+        if len(devices) > 1:
+            raise RuntimeError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+        return fake(*args)
+
+    return run
+
+
 def _operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define the operator of the decorated function's name, and let the reference of that name run it everywhere.
 
@@ -40,7 +55,7 @@ def _operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., An
         _schemas.append(name + signature)
         library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, _without_autocast(getattr(reference, name)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"kvb::{name}", fake, lib=library)
+        torch.library.register_fake(f"kvb::{name}", _on_one_device(fake), lib=library)
         return fake
 
     return define
@@ -65,16 +80,23 @@ def pack_keys(keys: Tensor) -> Tensor:
     return keys.new_empty((keys.shape[0], backends.packed_nbytes(keys)), dtype=torch.uint8)
 
 
+@_operator("(Tensor keys, Tensor packed) -> Tensor")
+def packed_matches(keys: Tensor, packed: Tensor) -> Tensor:
+    return keys.new_empty((), dtype=torch.bool)
+
+
 @_operator("(Tensor queries, Tensor keys, Tensor packed, Tensor? mask, int topk) -> (Tensor, Tensor)")
 def nearest(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
     return _search(queries, keys, topk)
 
 
-@_operator("(Tensor queries, Tensor keys, Tensor? mask, float temperature, Tensor seed) -> (Tensor, Tensor)")
+@_operator(
+    "(Tensor queries, Tensor keys, Tensor? mask, float temperature, Tensor seed, int topk=1) -> (Tensor, Tensor)"
+)
 def sample(
-    queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor
+    queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor, topk: int = 1
 ) -> tuple[Tensor, Tensor]:
-    return _search(queries, keys, 1)
+    return _search(queries, keys, topk)
 
 
 @_operator("(Tensor values, Tensor indices, str pool, str layout) -> Tensor")
@@ -140,4 +162,9 @@ SCHEMAS = tuple(_schemas)
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))  # they write their first arguments
 
-backends.register_kernels(library, NAMES)
+backends.register_kernels(library, {name: _without_autocast(getattr(reference, name)) for name in NAMES})
+
+
+def operators(device: str) -> tuple[str, ...]:
+    """The operators that the fast backend of a device type has; all others run in plain PyTorch."""
+    return backends.among(NAMES, device)

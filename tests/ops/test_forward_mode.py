@@ -300,7 +300,7 @@ def test_mapped_tangents_points_and_both():
     queries, keys, packed, values, indices = problem()
     for call, point in (
         (lambda q: op.nearest(q, keys, packed, None, 2)[1], queries),
-        (lambda q: op.sample(q, keys, None, 1e-9, torch.tensor(1))[1], queries),
+        (lambda q: op.sample(q, keys, None, 1e-9, torch.tensor(1), 2)[1], queries),
         (lambda v: op.gather(v, indices, "mean", "bscv"), values),
         (lambda v: op.lookup(queries, keys, packed, v, None, "none")[0], values),
         (lambda g: op.gather_backward(g, indices, K, "none"), torch.randn(B, S, C, V, dtype=torch.float64)),

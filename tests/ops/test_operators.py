@@ -49,6 +49,7 @@ def arguments(sizes):
     indices = torch.randint(K, (B, S, C))
     return {
         "pack_keys": (keys,),
+        "packed_matches": (keys, packed),
         "nearest": (queries, keys, packed, torch.rand(C, K) < 0.7, min(2, K)),
         "sample": (queries, keys, None, 0.5, torch.tensor(3)),
         "gather": (values.requires_grad_(), indices, "none", "bcsv"),
@@ -107,7 +108,9 @@ def test_gather_and_its_gradients(sizes, pool, layout, poisoned):
     assert (grads[n:] == 0).all()
     assert torch.equal(rows[:n], torch.unique((indices + torch.arange(C) * K).flatten()))
     dense = torch.zeros(C * K, V).index_copy_(0, rows[:n], grads[:n]).view(C, K, V)
-    assert torch.equal(dense, op.gather_backward(weight, indices, K, pool))
+    # The kernels may add the two in another order; in the same one where algorithms are deterministic: test_kernels.py.
+    unit = 1e-6 if ops.backend("cpu") == "kernels" else 0
+    torch.testing.assert_close(dense, op.gather_backward(weight, indices, K, pool), rtol=unit, atol=4 * unit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -203,7 +206,7 @@ def test_tiles_of_every_size_agree(monkeypatch):
 
     want = run()
     for tile in (1, 48, 100, 1000, 5000):
-        monkeypatch.setattr(reference, "TILE", tile)
+        monkeypatch.setattr(reference.shared, "TILE", tile)
         for got, expected in zip(run(), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
@@ -381,7 +384,7 @@ def test_sample_follows_softmax_and_its_seed():
 def test_the_backend_that_is_named_answers():
     """A spy on the reference's own tile search: the dispatcher reaches it only where it reports it."""
     queries, keys, packed, _ = problem(SIZES["plain"])
-    with mock.patch.object(reference, "_rank", wraps=reference._rank) as spy:
+    with mock.patch.object(reference.search, "_rank", wraps=reference.search._rank) as spy:
         op.nearest(queries, keys, packed, None, 1)
     assert spy.call_count == {"torch": 1, "cpp": 0, "triton": 0}[ops.backend("cpu")]
     assert ops.backend("meta") == "torch"
