@@ -35,7 +35,7 @@ def processors(device: torch.device) -> int:
 
 
 def matrix_units(device: torch.device) -> str:
-    """What becomes of ``tl.dot`` of 16-bit numbers.
+    """What becomes of a product of 16-bit numbers.
 
     "full": matrix units take it. "flushing": they take numbers too small for a full significand as zero (MI200).
     "none": Triton has no use for those of this architecture, and multiplies number by number (Turing).

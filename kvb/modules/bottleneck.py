@@ -102,11 +102,10 @@ class KeyValueBottleneck(nn.Module):
     ) -> None:
         super().__init__()
         infinity = float("inf")
-        C = self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
+        C = validation.positive_int("num_codebooks", num_codebooks)
         K = validation.positive_int("key_value_pairs_per_codebook", key_value_pairs_per_codebook)
-        self.key_value_pairs_per_codebook = K
-        D = self.dim_keys = validation.positive_int("dim_keys", dim_keys)
-        V = self.dim_values = validation.positive_int("dim_values", dim_values)
+        D = validation.positive_int("dim_keys", dim_keys)
+        V = validation.positive_int("dim_values", dim_values)
         self.init_mode = validation.choice("init_mode", init_mode, key_learning.METHODS)
         self.kmeans_iters = validation.positive_int("kmeans_iters", kmeans_iters)
         self.decay = validation.number("decay", decay, 0.0, 1.0)
@@ -133,6 +132,28 @@ class KeyValueBottleneck(nn.Module):
         self.register_buffer("keys", fresh)
         self.register_buffer("pair_mask", None, persistent=False)
         self._forget_packed()
+
+    # --- sizes: those of the tensors, which may be exchanged for others -----------------------------------------------
+
+    @property
+    def num_codebooks(self) -> int:
+        """C."""
+        return self.keys.shape[0]
+
+    @property
+    def key_value_pairs_per_codebook(self) -> int:
+        """K."""
+        return self.keys.shape[1]
+
+    @property
+    def dim_keys(self) -> int:
+        """D."""
+        return self.keys.shape[2]
+
+    @property
+    def dim_values(self) -> int:
+        """V."""
+        return self.values.shape[2]
 
     # --- lookup -------------------------------------------------------------------------------------------------------
 
@@ -162,13 +183,13 @@ class KeyValueBottleneck(nn.Module):
             values, codes = ops.lookup(queries, self.keys, packed, self.values, mask, pool)
             if self.training:
                 self._observe(queries, codes[..., None])
-            return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), self.dim_values)
+            return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), values.shape[-1])
         indices, distances = self._search(queries.detach() if values_only else queries)
         if pool == "none":
             values = self._fetch(self.values, indices, shape)
         else:
             pooled = self._gather(self.values, indices[..., 0], pool, "bscv")
-            values = pooled.view(x.shape[0], *shape, self.dim_values)
+            values = pooled.view(x.shape[0], *shape, pooled.shape[-1])
         output: Tensor | BottleneckOutput = values
         if not values_only:
             fetched = self._fetch(self.keys, indices, shape)
@@ -241,14 +262,15 @@ class KeyValueBottleneck(nn.Module):
         shape = indices.shape[2:]
         flat = indices.reshape(*indices.shape[:2], shape.numel()).transpose(1, 2)
         out = self._gather(self.values, flat, pool, "bcsv")
-        return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), self.dim_values)
+        return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), out.shape[-1])
 
     def _queries(self, x: Tensor) -> Tensor:
         """x [B, C, *shape, D] as [B, S, C, D], without a copy for both seed layouts."""
         owner = type(self).__name__
         validation.floating(owner, "x", x)
-        validation.split_features(x, self.num_codebooks, self.dim_keys)
-        validation.same_device("x", x, "keys", self.keys)
+        keys = self.keys
+        validation.split_features(x, keys.shape[0], keys.shape[2])
+        validation.same_device("x", x, "keys", keys)
         if self.check_finite:
             validation.finite("x", x)
         if x.dim() == 3:

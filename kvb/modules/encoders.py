@@ -14,6 +14,20 @@ from kvb.data import CodeDataset, encode
 from kvb.modules import backbones, key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 
+_OF_THE_BOTTLENECK = (  # arguments that go to it unchanged
+    "num_codebooks",
+    "key_value_pairs_per_codebook",
+    "dim_keys",
+    "dim_values",
+    "init_mode",
+    "kmeans_iters",
+    "decay",
+    "eps",
+    "threshold_ema_dead_code",
+    "sample_codebook_temperature",
+    "return_values_only",
+    "topk",
+)
 BATCH = 256  # samples of one batch cut from a tensor
 _Self = TypeVar("_Self", bound="BottleneckedEncoder")
 
@@ -50,6 +64,8 @@ class BottleneckedEncoder(nn.Module):
         | embedding [B, d]               | [B, C, V]           | [B, C·V]           |
         Keys of a ``BottleneckOutput`` are like values that are not concatenated; its indices and distances are
         [B, C, *spatial].
+    Attributes:
+        every argument under its name, as it was given.
     State:
         encoder.*, splitter.*, bottleneck.*. Whether encoder and splitter are frozen is not part of a state_dict, as
         ``requires_grad`` never is.
@@ -83,30 +99,40 @@ class BottleneckedEncoder(nn.Module):
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
         self.num_channels = validation.positive_int("num_channels", num_channels)
+        self.num_codebooks = num_codebooks
+        self.key_value_pairs_per_codebook = key_value_pairs_per_codebook
+        self.dim_keys = dim_keys
+        self.dim_values = dim_values
+        self.init_mode = init_mode
+        self.kmeans_iters = kmeans_iters
         self.splitting_mode = splitting_mode
+        self.decay = decay
+        self.eps = eps
+        self.threshold_ema_dead_code = threshold_ema_dead_code
         self.encoder_is_channel_last = encoder_is_channel_last
         self.concat_values_from_all_codebooks = concat_values_from_all_codebooks
+        self.sample_codebook_temperature = sample_codebook_temperature
+        self.return_values_only = return_values_only
+        self.topk = topk
         self.outputs_extractor = outputs_extractor
         self.transforms: Callable[[Any], Any] | None = None  # what makes the encoder's input of an image
         self.activate_pre_transform = False  # whether forward applies it
         self.frozen_encoder = self.frozen_splitter = False
         self.key_report: key_learning.KeyReport | None = None  # of the last ``initialize_keys``
         self.encoder = encoder.eval()
-        self.splitter = splitters.make(splitting_mode, num_channels, num_codebooks, dim_keys)
-        self.bottleneck = KeyValueBottleneck(
-            num_codebooks,
-            key_value_pairs_per_codebook,
-            dim_keys,
-            dim_values,
-            init_mode,
-            kmeans_iters,
-            decay,
-            eps,
-            threshold_ema_dead_code,
-            sample_codebook_temperature,
-            return_values_only,
-            topk,
-        )
+        self.splitter = self._init_splitter()
+        self.bottleneck = self._init_bottleneck()
+
+    def _init_splitter(self) -> nn.Module:
+        """The splitter of a new module, from the attributes of the constructor; subclasses may return another."""
+        return splitters.make(self.splitting_mode, self.num_channels, self.num_codebooks, self.dim_keys)
+
+    def _init_bottleneck(self) -> KeyValueBottleneck:
+        """The bottleneck of a new module, built after the splitter; subclasses may return another."""
+        return KeyValueBottleneck(**self._bottleneck_options())
+
+    def _bottleneck_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OF_THE_BOTTLENECK}
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
