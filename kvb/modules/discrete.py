@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from kvb import splitters, validation
+from kvb._torch import register_namedtuple
 from kvb.data import CodeDataset, encode
 from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
@@ -71,7 +71,7 @@ class Intermediates(NamedTuple):
 
 
 # torch.export.save needs a name for the output type.
-_pytree._register_namedtuple(Intermediates, serialized_type_name="kvb.Intermediates")
+register_namedtuple(Intermediates, serialized_type_name="kvb.Intermediates")
 
 
 class DiscreteKeyValueBottleneck(nn.Module):
