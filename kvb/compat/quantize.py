@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvb import functional, validation
-from kvb.modules import key_learning
+from kvb.modules import key_learning, streams
 
 # Arguments of the published class that only do something else than here at values other than these.
 FIXED: dict[str, Any] = {
@@ -114,7 +114,7 @@ class Codebook(nn.Module):
         """k-means on the first batch, in every mode."""
         K = self.embed.shape[1]
         passes = key_learning.passes_needed("kmeans", self.kmeans_iters, 0)
-        stream = key_learning.Stream(queries, _as_it_is, None, passes=passes, progress=False)
+        stream = streams.Stream(streams.cut(queries), _as_it_is, _as_it_is, passes=passes, progress=False)
         keys = key_learning.kmeans(stream, K, self.embed, iters=self.kmeans_iters, plus=False, generator=None)
         self.cluster_size.copy_(torch.ops.kvb.count(queries, functional.nearest(queries, keys)[0], K))
         self.embed_avg.copy_(keys * self.cluster_size[..., None])

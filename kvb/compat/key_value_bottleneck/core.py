@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kvb import checkpoints, splitters, validation
-from kvb.modules import bottleneck, encoders, key_learning
+from kvb.modules import bottleneck, encoders, key_learning, pretrained, streams
 
 # What each name in ``bugs`` does.
 BUGS = {
@@ -86,17 +86,21 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         validation.shape("x", x, "b C n D", (None, self.num_codebooks, None, self.dim_keys))
         x = x.float()
         queries = self._queries(x)
+        self._look()
         if not self._initialised:
             self._initialise_from(x)
-        indices, distances = self._search(queries)
-        if self.update_keys:
+        observes = self.training or "learns_in_eval" in self.bugs
+        keys, packed = self._keys_for(queries, learns=observes and self._learning)
+        indices, distances = self._search(queries, keys, packed)
+        if self._learning:
             indices, distances = indices[..., :1], distances[..., :1]
         output: tuple[Tensor, ...] = (self._ranked(self.values, indices),)
         if not self.return_values_only:
-            counts = self._ranked(self.cluster_size_counter[..., None], indices)
+            counter = self._taken_quietly("cluster_size_counter")
+            counts = self._ranked(counter.float()[..., None], indices)
             found, apart = (part.permute(0, 2, 3, 1)[..., None] for part in (indices, -distances))
-            output = (*output, self._ranked(self.keys, indices), found, apart, counts)
-        if self.training or "learns_in_eval" in self.bugs:
+            output = (*output, self._ranked(keys, indices), found, apart, counts)
+        if observes:
             self._observe(queries, indices)
         return output
 
@@ -107,9 +111,9 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         return torch.ops.kvb.gather(table, positions, "none", "bcsv").view(b, C, T, n, table.shape[-1])
 
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
-        self._forget_packed()
+        self._packed.forget()
         statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
-        state = (self.keys, self.keys_avg, self.cluster_size)
+        state = self._moving()
         apart = "replaces_keys_only" in self.bugs
         threshold = self.threshold_ema_dead_code
         key_learning.update(
@@ -121,7 +125,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         )
         if apart and threshold > 0:
             forgotten = self.keys_avg.clone(), self.cluster_size.clone()
-            key_learning.replace_dead(self.keys, *forgotten, queries, threshold=threshold)
+            key_learning.replace_dead(state[0], *forgotten, queries, threshold=threshold)
 
     def _initialise_from(self, batch: Tensor) -> None:
         if batch.numel() == 0:
@@ -134,7 +138,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
             self.update_keys = not frozen
         if "kmeans_forgets_statistics" in self.bugs:
             queries = self._queries(batch.detach())
-            indices = torch.ops.kvb.nearest(queries, self.keys, self._packed_keys(), None, 1)[0][..., 0]
+            indices = torch.ops.kvb.nearest(queries, *self._packed_keys(), None, 1)[0][..., 0]
             self.cluster_size.copy_(torch.ops.kvb.count(queries, indices, self.key_value_pairs_per_codebook))
             self.keys_avg.zero_()
 
@@ -165,7 +169,8 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[prefix + checkpoints.STATE_NAME]
+        for name in checkpoints.STATE_NAMES:
+            destination.pop(prefix + name, None)
 
 
 class BottleneckedEncoder(encoders.BottleneckedEncoder):
@@ -235,13 +240,13 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
         progress: bool = True,
     ) -> _Encoder:
         """Let the keys learn for ``epochs`` passes over a loader of (inputs, ...) items; nothing at all for 0."""
-        extract = inputs_extractor or key_learning.first
+        extract = inputs_extractor or streams.first
         training = self.bottleneck.training
         self.bottleneck.train()
         try:
             for epoch in range(epochs):
                 title = f"keys: pass {epoch + 1} of {epochs}"
-                for item in tqdm(loader, desc=title, disable=not progress, leave=False, delay=key_learning.PATIENCE):
+                for item in tqdm(loader, desc=title, disable=not progress, leave=False, delay=streams.PATIENCE):
                     with torch.no_grad():
                         self(self._moved(extract(item)))
         finally:
@@ -265,25 +270,25 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
         torch.save({name: part.state_dict() for name, part in self._learnt().items()}, path)
 
 
-class DinoBottleneckedEncoder(BottleneckedEncoder, encoders.DinoBottleneckedEncoder):
+class DinoBottleneckedEncoder(BottleneckedEncoder, pretrained.DinoBottleneckedEncoder):
     """``BottleneckedEncoder`` over DINO; arguments as for ``kvb.DinoBottleneckedEncoder``."""
 
 
-class SwavBottleneckedEncoder(BottleneckedEncoder, encoders.SwavBottleneckedEncoder):
+class SwavBottleneckedEncoder(BottleneckedEncoder, pretrained.SwavBottleneckedEncoder):
     """``BottleneckedEncoder`` over SwAV; arguments as for ``kvb.SwavBottleneckedEncoder``."""
 
 
-class VICRegBottleneckedEncoder(BottleneckedEncoder, encoders.VICRegBottleneckedEncoder):
+class VICRegBottleneckedEncoder(BottleneckedEncoder, pretrained.VICRegBottleneckedEncoder):
     """``BottleneckedEncoder`` over VICReg; arguments as for ``kvb.VICRegBottleneckedEncoder``."""
 
 
-class SLPretrainedBottleneckedEncoder(BottleneckedEncoder, encoders.SLPretrainedBottleneckedEncoder):
+class SLPretrainedBottleneckedEncoder(BottleneckedEncoder, pretrained.SLPretrainedBottleneckedEncoder):
     """``BottleneckedEncoder`` over supervised ResNets; arguments as in kvb."""
 
 
-class CLIPBottleneckedEncoder(BottleneckedEncoder, encoders.CLIPBottleneckedEncoder):
+class CLIPBottleneckedEncoder(BottleneckedEncoder, pretrained.CLIPBottleneckedEncoder):
     """``BottleneckedEncoder`` over CLIP; arguments as for ``kvb.CLIPBottleneckedEncoder``."""
 
 
-class ConvMixerBottleneckedEncoder(BottleneckedEncoder, encoders.ConvMixerBottleneckedEncoder):
+class ConvMixerBottleneckedEncoder(BottleneckedEncoder, pretrained.ConvMixerBottleneckedEncoder):
     """``BottleneckedEncoder`` over embeddings of a ConvMixer; arguments as in kvb."""
