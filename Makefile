@@ -126,7 +126,7 @@ $(VENV)/.kvb-bench: $(VENV)/.kvb-test
 	@touch $@
 
 # Both share one kvb: installing for the demo, with or without an extension, means installing anew for the tests.
-$(VENV)/.kvb-demo $(VENV)/.kvb-test: $(VENV)/.kvb-%: $(SETUP) pyproject.toml setup.py Makefile $(wildcard csrc/*)
+$(VENV)/.kvb-demo $(VENV)/.kvb-test: $(VENV)/.kvb-%: $(SETUP) pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/*)
 	@echo "Installing kvb[$*]"
 	@rm -f $(VENV)/.kvb-demo $(VENV)/.kvb-test
 	@KVB_BUILD_EXT=$(EXT_$*) $(PIP) install -q --no-build-isolation -e '.[$*]'

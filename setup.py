@@ -19,6 +19,11 @@ SANITIZERS = {
     "1": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
+# These follow the user's own flags, among which -ffast-math would make every bound on rounding wrong.
+EXACT_MATH = [
+    *("-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-associative-math", "-fno-reciprocal-math"),
+    *("-fno-finite-math-only", "-fsigned-zeros"),
+]
 
 
 def setting(name, default, allowed):
@@ -30,7 +35,7 @@ def setting(name, default, allowed):
 
 choice = setting("KVB_BUILD_EXT", "auto", CHOICES)
 sanitize = setting("KVB_SANITIZE", "", SANITIZERS)
-sources = sorted(glob("csrc/*.cpp"))
+sources = sorted(glob("csrc/**/*.cpp", recursive=True))
 # kvb/kernels is a symlink to kernels/, which has no __init__.py: so no top-level `kernels` is ever
 # installed, and another package of that name is never shadowed.
 arguments = {"packages": [*find_packages(include=["kvb", "kvb.*"]), "kvb.kernels"]}
@@ -97,13 +102,13 @@ def with_extension():
     extension = CppExtension(
         "kvb._C",
         sources,
-        depends=glob("csrc/*.h") + glob("csrc/*.inc"),
+        depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True),
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=[
-            *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
+            *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden", *EXACT_MATH),
             *(flags and [*flags, "-fno-omit-frame-pointer", "-g", "-O1"]),
         ],
-        extra_link_args=flags,
+        extra_link_args=[*EXACT_MATH, *flags],  # at link time -ffast-math would make the process flush subnormals
         py_limited_api=True,
     )
     extension.libraries = ["c10", "torch_cpu"]  # all that it calls

@@ -154,6 +154,11 @@ CHUNK_BYTES = 1 << 28
 WHOLE = 256  # rows of the largest tile
 
 
+# Where threads share a sum of squares, each adds what it gets from another to its own square. A multiply-add does not
+# round its own, so the threads would disagree about the last bit of what must be one number.
+SYMMETRIC = {"enable_fp_fusion": False}
+
+
 # --- packed keys ------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +259,7 @@ class Packing:
             WIDTH=power_of_two(self.slices),
             KP=facts.Kp,
             registers=255,
+            **SYMMETRIC,
         )
         return packed
 
@@ -308,6 +314,11 @@ class _Rows:
     def flat(self) -> bool:
         B, S, _, _ = self.queries.shape
         return B == 1 or S == 1 or self.queries.stride(0) == S * self.queries.stride(1)
+
+    @property
+    def wide(self) -> bool:
+        """Whether a thread loads at least two coordinates of a row at once, so that it holds a sum of their squares."""
+        return math.gcd(2, *self.strides[1:]) == 2 and self.queries.data_ptr() % 16 == 0
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -422,6 +433,7 @@ def _nearest(
             BD=min(RESCAN_COLUMNS, power_of_two(D)),
             num_warps=RESCAN_WARPS,
             registers=255,
+            **SYMMETRIC,
         )
     return indices, distances
 
@@ -455,6 +467,7 @@ def _scan(
         BV=min(64, power_of_two(V)),
         num_warps=SCAN_WARPS,
         registers=255,
+        **SYMMETRIC,
     )
     if splits > 1:
         run(
@@ -496,6 +509,7 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
         **{"BN": RESIDENT_ROWS, **group._asdict()},
         num_warps=RESIDENT_WARPS,
         num_stages=1,
+        **({} if rows.wide else SYMMETRIC),
     )
     run(
         resident.refine,
@@ -542,6 +556,7 @@ def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Te
         **{"DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
         **{"BR": PREPARE_ROWS, "BD": min(PIECE, facts.DP)},
         registers=168,
+        **({} if rows.wide else SYMMETRIC),
     )
     run(
         search.search,

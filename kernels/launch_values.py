@@ -245,6 +245,12 @@ def _sum_by_product(source: _Rows, dtype: torch.dtype, hits: Tensor | None) -> T
     slices = ceil_div(tiles, steps)
     parts = source.x.new_empty((slices, C, K, V), dtype=dtype if slices == 1 else torch.float32)
     _launch(
+        scatter.check_pairs,
+        (ceil_div(source.count, _FLAT),),
+        *(source.indices, source.count, source.x.shape[1], *source.indices.stride()),
+        **{"C": C, "K": K, "BLOCK": _FLAT, "num_warps": 4},
+    )
+    run(
         scatter.add_by_product,
         (programs, slices),
         *(source.x, source.indices, parts, hits, N, source.x.shape[1], steps),

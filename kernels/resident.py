@@ -56,7 +56,7 @@ def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, FORM: tl.const
 def _scores(left, t, right, norm, FORM: tl.constexpr):
     scores = tl.dot(left, right)
     if FORM == ADDED:
-        scores += t[:, None] * norm[None, :]
+        scores = tl.fma(tl.broadcast_to(t[:, None], scores.shape), tl.broadcast_to(norm[None, :], scores.shape), scores)
     return scores
 
 
@@ -188,6 +188,7 @@ def resident(
         sure = (choice >> 8 == 1) & (least < t * SEEN)
         choice = tl.where(sure, choice & 255, 0)
         key = tl.load(keys + choice[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+        # Threads that share a row may differ in the last bit of this distance. It decides nothing, and one stores it.
         apart = tl.where(real, query.to(tl.float64) - key.to(tl.float64), 0.0)
         cell = line.to(tl.int64) * C + book
         tl.store(indices + cell, choice, mask=row_ok & sure)

@@ -3,8 +3,8 @@
 They add the rows of x [B, S, C, V] to the rows of a table [C, K, V] that indices [B, S, C] name; x is a gradient
 (a pooled one has stride 0 over the codebooks) or the queries. There are three ways:
 
-* ``add_by_product``, for small K: a one-hot matrix product for every codebook and slice of the batch, then
-  ``add_slices``. Every sum has a fixed order.
+* ``check_pairs`` and ``add_by_product``, for small K: a one-hot matrix product for every codebook and slice of the
+  batch, then ``add_slices``. Every sum has a fixed order.
 * ``add_by_atomics``: float atomics, whose order is not fixed.
 * ``find_runs`` and ``add_runs``, then ``join_runs``: the positions stand sorted by table row, in chunks of fixed size.
   Every sum has a fixed order, and the touched rows come out in ascending order: ``move_rows`` takes them and moves
@@ -112,6 +112,28 @@ def _sum_where(hot, x):
 # --- one-hot products -------------------------------------------------------------------------------------------------
 
 
+@triton.jit(do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
+def check_pairs(
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
+    count,  # B * S * C
+    S,
+    i_b,
+    i_s,
+    i_c,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Assert that every index is one of a pair.
+
+    ``add_by_product`` cannot: where a kernel calls a function, its products on Hopper wait for one another.
+    """
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n, c = r // C, r % C
+    _, usable = pair_indices(indices + n // S * i_b + n % S * i_s + c * i_c, r < count, K)
+    require_pairs((r < count) & ~usable)
+
+
 @triton.jit(do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_product(
     x,
@@ -147,12 +169,10 @@ def add_by_product(
     k = block % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
     v = block // BLOCKS_K * BLOCK_V + tl.arange(0, BLOCK_V)
     total = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    wrong = tl.zeros([BLOCK_N], tl.int1)
     for step in range(steps):
         n = (part * steps + step) * BLOCK_N + tl.arange(0, BLOCK_N)
         pointers = indices + n // S * i_b + n % S * i_s + c * i_c
         index, usable = pair_indices(pointers, n < N, K)
-        wrong |= (n < N) & ~usable
         offsets = _row_offsets(n, c, S, x_b, x_s, x_c, ALIGN)
         rows = _load_rows(x, offsets, n < N, v, x_v, V, UNIT)
         if hits is not None:
@@ -164,7 +184,6 @@ def add_by_product(
                 _count(hits, c * K + index, usable)
         hot = (index.to(tl.int32)[None, :] == k[:, None]) & usable[None, :]
         total += _sum_where(hot, rows)  # apart from the product: tensor cores cut where they add, this rounds
-    require_pairs(wrong)
     pointers = out + ((part * C + c) * K + k[:, None]) * V + v[None, :]
     store_sums(pointers, average(total, DIVISOR), (k < K)[:, None] & (v < V)[None, :])
 

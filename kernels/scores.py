@@ -120,7 +120,10 @@ def measured(queries, at, keys, at_keys, usable, D: tl.constexpr, BR: tl.constex
 
 @triton.jit
 def certain(least, runner, D: tl.constexpr):
-    """Whether rounding in float32 cannot explain that one distance is less than the other."""
+    """Whether rounding in float32 cannot explain that one distance is less than the other.
+
+    Threads that share a row may differ in the last bit of a sum; where that could order two keys, none is certain.
+    """
     return (runner - least > runner * ((D + 8) * EPSILON) + D * 2.4e-38) & (least < FAR)
 
 

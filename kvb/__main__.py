@@ -85,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
     _add_bench(commands.add_parser("bench", help="how fast kvb is on this machine, against what you might use instead"))
     check = commands.add_parser("check", help="hold every operator of every backend of this machine to the contract")
-    check.add_argument("--device", metavar="D", help="cpu or cuda (all that are there)")
+    check.add_argument("--device", metavar="D", help="cpu or cuda (both, where there are both)")
+    check.add_argument("--processes", type=_count, metavar="N", help="at a time (one per CPU, 14 at most)")
+    check.add_argument("--seconds", type=float, metavar="S", help="end after so long; what did not run is no pass")
+    check.add_argument("--json", type=Path, metavar="FILE", help="gets a line of JSON for every case, when it is done")
     commands.add_parser("info", help="versions, and which backend answers on each device")
     return parser
 
@@ -165,14 +168,14 @@ def _bench(full: bool, peers: bool, target: Path | None, plots: Path | None) -> 
     return bench.main(full, peers, target, plots)
 
 
-def _check(device: str | None) -> int:
+def _check(device: str | None, **options: Any) -> int:
     from kvb import testing
 
     there = {found.type: found for found in testing.devices()}
     if device is not None and device not in there:
         sys.exit(f"--device must be one of the devices of this machine, {', '.join(there)}; got {device!r}")
     print(f"kvb {kvb.__version__}, torch {torch.__version__}")
-    return 0 if testing.run([there[device]] if device else list(there.values())) else 1
+    return 0 if testing.run([there[device]] if device else list(there.values()), **options) else 1
 
 
 def _info() -> None:
@@ -186,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     chosen = _parser().parse_args(arguments)
     if chosen.command == "check":
-        return _check(chosen.device)
+        return _check(chosen.device, processes=chosen.processes, seconds=chosen.seconds, json_lines=chosen.json)
     if chosen.command == "bench":
         return _bench(chosen.full, chosen.peers, chosen.json, chosen.plot)
     if chosen.command == "demo":

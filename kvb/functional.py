@@ -33,6 +33,22 @@ def _check_search(owner: str, queries: Tensor, keys: Tensor, mask: Tensor | None
     return queries if queries.stride(-1) == 1 else queries.contiguous()
 
 
+def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
+    """The packed keys that a caller brings along, if they are of these keys; else new ones."""
+    if given is None:
+        return torch.ops.kvb.pack_keys(keys)
+    validation.tensor("nearest", "packed", given)
+    validation.same_device("packed", given, "keys", keys)
+    matches = torch.ops.kvb.packed_matches(keys, given)
+    message = "packed was not made from these keys, or they have changed since; pack them again with pack_keys(keys)"
+    if keys.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not matches:
+            raise RuntimeError(message)
+    else:  # here the host does not wait: the device asserts it
+        torch._assert_async(matches, message)
+    return given
+
+
 def pack_keys(keys: Tensor) -> Tensor:
     """Prepare keys for many searches: pass the result as ``packed`` to ``nearest`` and ``lookup``.
 
@@ -66,7 +82,7 @@ def nearest(
     Args:
         queries: [B, S, C, D] float16, bfloat16, float32 or float64, any strides.
         keys: [C, K, D], same device. float64 on either side makes the whole search float64.
-        packed: ``pack_keys(keys)``, to share between calls.
+        packed: ``pack_keys(keys)``, to share between calls; every call reads the keys once to see that they match.
         mask: [C, K] bool, True where a key may be found.
         topk: how many, nearest first.
     Returns:
@@ -81,7 +97,7 @@ def nearest(
     """
     queries = _check_search("nearest", queries, keys, mask)
     validation.topk(topk, keys.shape[1])
-    packed = torch.ops.kvb.pack_keys(keys) if packed is None else packed
+    packed = _packed(keys, packed)
     indices, distances = torch.ops.kvb.nearest(queries, keys, packed, mask, topk)
     return (indices, distances) if topk > 1 else (indices[..., 0], distances[..., 0])
 
@@ -176,5 +192,5 @@ def lookup(
     validation.shape("values", values, "C K V", (*keys.shape[:2], None))
     validation.same_device("values", values, "keys", keys)
     validation.choice("pool", pool, POOLS)
-    packed = torch.ops.kvb.pack_keys(keys) if packed is None else packed
+    packed = _packed(keys, packed)
     return ops.lookup(queries, keys, packed, values, mask, pool)

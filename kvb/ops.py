@@ -12,6 +12,7 @@ Shapes:
     ``nearest`` and ``sample`` return indices int64 and squared distances, both [B, S, C, T] (T = 1 for ``sample``).
     A query with NaN or Inf gets the indices 0..T-1 at distance NaN; where fewer than T keys are usable, the lowest
     unused indices follow at distance +inf.
+    ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
     ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].
     ``update_keys_`` writes keys, keys_avg [C, K, D] and cluster_size [C, K], all of one dtype; it takes hits [C, K] and
     sums [C, K, D] in float32 (float64 for float64 keys), spare rows [C, R, D] like the keys, and int64 usable [C].
@@ -35,6 +36,7 @@ from kvb import reference
 
 SCHEMAS = (
     "pack_keys(Tensor keys) -> Tensor",
+    "packed_matches(Tensor keys, Tensor packed) -> Tensor",
     "nearest(Tensor queries, Tensor keys, Tensor packed, Tensor? mask, int topk) -> (Tensor, Tensor)",
     "sample(Tensor queries, Tensor keys, Tensor? mask, float temperature, Tensor seed) -> (Tensor, Tensor)",
     "gather(Tensor values, Tensor indices, str pool, str layout) -> Tensor",
@@ -86,13 +88,21 @@ def _kernels() -> Any:
     return importlib.import_module("kvb.kernels.launch")
 
 
-def _register_kernels(dispatch_key: str) -> None:
-    def launcher(name: str) -> Callable[..., Any]:
-        return lambda *args: getattr(_kernels(), name)(*args)
+def _launcher(name: str) -> Callable[..., Any]:
+    """The kernels' operator, or that of the reference where there is no kernel for it."""
+    fallback = _without_autocast(getattr(reference, name))
+    return lambda *args: getattr(_kernels(), name, fallback)(*args)
 
+
+def _register_kernels(dispatch_key: str) -> None:
     for name in NAMES:
-        if name != "sample":
-            _library.impl(name, launcher(name), dispatch_key)
+        if name != "packed_matches":
+            _library.impl(name, _launcher(name), dispatch_key)
+
+    def packed_matches(keys: Tensor, packed: Tensor) -> Tensor:
+        return reference.packed_matches(keys, packed, _kernels().pack_keys)
+
+    _library.impl("packed_matches", packed_matches, dispatch_key)
 
 
 def _load_on_cpu() -> tuple[str, str]:
@@ -140,6 +150,16 @@ def backend(device: str) -> str:
     return _backends.get(device, ("torch", ""))[0]
 
 
+def operators(device: str) -> tuple[str, ...]:
+    """The operators that the fast backend of a device type has; all others run in plain PyTorch."""
+    if backend(device) == "torch":
+        return ()
+    if backend(device) == "triton":
+        return tuple(name for name in NAMES if hasattr(_kernels(), name))
+    key = device.upper()
+    return tuple(name for name in NAMES if torch._C._dispatch_has_kernel_for_dispatch_key(f"kvb::{name}", key))
+
+
 def _packed_nbytes(keys: Tensor) -> int:
     """Bytes of one packed codebook in the layout of the backend that runs on the device of ``keys``."""
     (_, K, D), name = keys.shape, backend(keys.device.type)
@@ -162,6 +182,10 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 def _fake_pack_keys(keys: Tensor) -> Tensor:
     return keys.new_empty((keys.shape[0], _packed_nbytes(keys)), dtype=torch.uint8)
+
+
+def _fake_packed_matches(keys: Tensor, packed: Tensor) -> Tensor:
+    return keys.new_empty((), dtype=torch.bool)
 
 
 def _fake_search(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:

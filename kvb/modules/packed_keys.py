@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from kvb import ops
+from kvb import ops  # noqa: F401  (importing ops registers the operators)
 
 
 class WatchedBuffers(dict[str, Any]):
@@ -150,8 +150,7 @@ def _can_be_kept(keys: Any) -> bool:
 
 def _matches(keys: Tensor, packed: Tensor) -> bool:
     """Whether these keys were packed: one read of them. On another device than the CPU the host would have to wait."""
-    known = "packed_matches" in ops.NAMES and keys.device.type == "cpu"
-    return known and torch.ops.kvb.packed_matches(keys, packed)
+    return keys.device.type == "cpu" and bool(torch.ops.kvb.packed_matches(keys, packed))
 
 
 class PackedKeys:

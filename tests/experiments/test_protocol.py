@@ -36,6 +36,7 @@ RECIPE = protocol.Recipe(
     batch_size=16,
     rates=(0.1, 1.0),
     hidden=8,
+    projected=32,
 )
 TASKS = tuple(torch.tensor([5, 0, 3, 1, 4, 2]).split(2))
 

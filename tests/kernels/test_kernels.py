@@ -149,7 +149,7 @@ def test_programs_take_turns_at_a_small_codebook(launched, monkeypatch):
 
 
 def test_few_rows_stay_open_and_fewer_are_rescanned(launched):
-    """The share that benchmarks/gpu_static.py predicts with."""
+    """The share that benchmarks/triton_static/predict.py predicts with."""
     require_the_nearest(*normal(512, 2, 200, 32))
     assert 0 < launched.opened() <= 0.07 * 1024
     assert launched.listed() <= 2

@@ -49,6 +49,7 @@ def arguments(sizes):
     indices = torch.randint(K, (B, S, C))
     return {
         "pack_keys": (keys,),
+        "packed_matches": (keys, packed),
         "nearest": (queries, keys, packed, torch.rand(C, K) < 0.7, min(2, K)),
         "sample": (queries, keys, None, 0.5, torch.tensor(3)),
         "gather": (values.requires_grad_(), indices, "none", "bcsv"),
@@ -203,7 +204,7 @@ def test_tiles_of_every_size_agree(monkeypatch):
 
     want = run()
     for tile in (1, 48, 100, 1000, 5000):
-        monkeypatch.setattr(reference, "TILE", tile)
+        monkeypatch.setattr(reference.shared, "TILE", tile)
         for got, expected in zip(run(), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
@@ -381,7 +382,7 @@ def test_sample_follows_softmax_and_its_seed():
 def test_the_backend_that_is_named_answers():
     """A spy on the reference's own tile search: the dispatcher reaches it only where it reports it."""
     queries, keys, packed, _ = problem(SIZES["plain"])
-    with mock.patch.object(reference, "_rank", wraps=reference._rank) as spy:
+    with mock.patch.object(reference.search, "_rank", wraps=reference.search._rank) as spy:
         op.nearest(queries, keys, packed, None, 1)
     assert spy.call_count == {"torch": 1, "cpp": 0, "triton": 0}[ops.backend("cpu")]
     assert ops.backend("meta") == "torch"

@@ -65,7 +65,9 @@ def sources(tree, tmp_path):
     (copy / "csrc").mkdir()
     (copy / "csrc" / "library.cpp").write_text(SOURCE)
     (copy / "csrc" / "common.h").touch()
-    (copy / "csrc" / "impl.inc").touch()
+    (copy / "csrc" / "search").mkdir()
+    (copy / "csrc" / "search" / "impl.inc").touch()
+    (copy / "csrc" / "search" / "search.cpp").touch()
     return copy
 
 
@@ -142,6 +144,39 @@ def test_a_build_gives_one_file_for_every_python(sources):
         "kvb/kernels/README.md",
     ]
     assert not said(done)
+
+
+# Fails to compile under -ffast-math.
+EXACT_SOURCE = """
+#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || defined(__ASSOCIATIVE_MATH__)
+#error
+#endif
+"""
+
+
+@pytest.mark.parametrize("flags", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations -ffinite-math-only"])
+def test_fast_math_among_the_users_flags_is_switched_off(sources, flags):
+    (sources / "csrc" / "library.cpp").write_text(EXACT_SOURCE + SOURCE)
+    done, wheel = build("wheel", sources, KVB_BUILD_EXT="1", CFLAGS=flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # The linker may add code that flushes subnormals of the whole process as it is loaded.
+    subnormal = (
+        "import ctypes, sys, torch; x = torch.tensor(1e-40); y = float(x * 1); ctypes.CDLL(sys.argv[1]);"
+        "assert float(x * 1) == y > 0"
+    )
+    (sources / "_C.so").write_bytes(zipfile.ZipFile(wheel).read("kvb/_C.abi3.so"))
+    done = run(sys.executable, "-c", subnormal, str(sources / "_C.so"))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-ffinite-math-only"])
+def test_the_sources_refuse_fast_math(flag):
+    compiler = os.environ.get("CXX", "c++").split()
+    if not shutil.which(compiler[0]):
+        pytest.skip("there is no C++ compiler")
+    done = run(*compiler, "-E", flag, "csrc/common.h")
+    assert done.returncode != 0
+    assert "kvb cannot be compiled with -ffast-math" in done.stderr
 
 
 def test_links_and_pictures_of_the_readme_work_on_a_package_index(wheel):
@@ -230,7 +265,7 @@ def test_sdist_holds_the_kernels_and_the_sources(sources, tmp_path):
     with tarfile.open(sdist) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     assert {"kvb/kernels/README.md", "kvb/kernels/probe.py"} <= names
-    assert {"csrc/library.cpp", "csrc/common.h", "csrc/impl.inc"} <= names
+    assert {"csrc/library.cpp", "csrc/common.h", "csrc/search/search.cpp", "csrc/search/impl.inc"} <= names
 
 
 def test_version_stands_in_one_file(wheel):
