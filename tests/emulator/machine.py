@@ -21,7 +21,9 @@ from emulator.written import Written
 LANES = 8192  # of a batch
 GRANULES = 1 << 20  # of a batch: pieces of shared memory that are watched
 ENDLESS = 5_000_000  # blocks
-BUILDERS = arithmetic.BUILDERS | memory.BUILDERS | shared.BUILDERS | copies.BUILDERS | matrices.BUILDERS | warps.BUILDERS
+BUILDERS = (
+    arithmetic.BUILDERS | memory.BUILDERS | shared.BUILDERS | copies.BUILDERS | matrices.BUILDERS | warps.BUILDERS
+)
 SPACES: dict[tuple[str, str], Callable[[State, Instruction], Step]] = {
     **{("ld", "global"): memory.load, ("st", "global"): memory.store},
     **{("ld", "shared"): shared.load, ("st", "shared"): shared.store},
@@ -52,7 +54,12 @@ class Machine(State):
         self.blocks: dict[int, list[Step]] = {}
 
     def launch(
-        self, grid: tuple[int, int, int], programs: np.ndarray, values: np.ndarray, tensors: GlobalMemory, report: Report
+        self,
+        grid: tuple[int, int, int],
+        programs: np.ndarray,
+        values: np.ndarray,
+        tensors: GlobalMemory,
+        report: Report,
     ) -> None:
         """Run these programs [number, 3] of a grid, in this order."""
         self.memory, self.report = tensors, report
