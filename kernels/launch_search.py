@@ -1,7 +1,8 @@
 """Launches the kernels of ``pack_keys``, ``nearest`` and ``lookup``: layout, allocation, grids, block sizes.
 
 Which kernels search:
-    ``scan``: float64; more than one neighbour; few queries a codebook, where reading the keys is all there is to do
+    ``scan``: float64; more than one neighbour; few queries a codebook, where reading the keys is all there is to do;
+        keys of one or two coordinates that lie too close together for a filter; GPUs without matrix units
     ``resident``, ``refine``, ``rescan``: small codebooks, whose packed keys stay on the chip
     ``prepare``, ``search``, ``settle``, ``rescan``: everything else
 ``rescan`` runs through the rows that the filter is not sure of. How many they are, only the device knows: it never
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kvb.kernels import pack, resident, scan, search
-from kvb.kernels.device import ceil_div, multiple, power_of_two, processors, require, run, target
+from kvb.kernels.device import ceil_div, matrix_units, multiple, power_of_two, processors, require, run, target
 from kvb.kernels.launch_values import gather
 
 # --- the launch table -------------------------------------------------------------------------------------------------
@@ -60,6 +61,7 @@ class Target(NamedTuple):
 
 
 SEARCH = {
+    "sm_75": Target(LANES, {}, resident=0),  # without matrix units no filter is faster than ``scan``
     "sm_80": Target(
         LANES,
         {
@@ -387,6 +389,16 @@ def _few(queries: Tensor) -> bool:
     return queries.shape[0] * queries.shape[1] <= FEW
 
 
+def _crowded(K: int, D: int) -> bool:
+    """Whether the filter would leave more than about a quarter of the rows to ``rescan``.
+
+    The keys next to a query are about K^(-1/D) apart, so their scores by the square of that; normal and uniform keys
+    were counted: it leaves about 16 times the error of a score over that. For a row left over, ``rescan`` costs about
+    four times what ``scan`` does, and ``scan`` many times what the filter does.
+    """
+    return 64 * (depth(layout(K, D)) + 9) * 2.0**-23 * K ** (2 / D) > 1
+
+
 def _splits(queries: Tensor, keys: Tensor) -> int:
     """Parts of a codebook that ``scan`` takes in different programs, where codebooks alone do not occupy the device."""
     C, K, _ = keys.shape
@@ -416,9 +428,14 @@ def _nearest(
         for rows in _chunks(queries, indices, distances, 1):
             _scan(rows, keys, mask, wide, splits, fetch)
         return indices, distances
+    column = SEARCH[target(keys.device)]
+    small = K <= RESIDENT_K and column.resident >= D
+    if not small and (_crowded(K, D) or not column.filters):
+        for rows in _chunks(queries, indices, distances, 1):
+            _scan(rows, keys, mask, wide, 1, None)
+        return indices, distances
     packed = packed if mask is None else _pack(keys, mask)
     facts = layout(K, D)
-    small = K <= RESIDENT_K and SEARCH[target(keys.device)].resident >= D
     for rows in _chunks(queries, indices, distances, 24 if small else 16 + 4 * facts.DP):
         listed = indices.new_empty(rows.cells, dtype=torch.int32)
         count = (_resident if small else _filter)(rows, keys, packed, facts, listed)
@@ -504,7 +521,8 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
         *(open_rows, open_words, opened, rows.count, *rows.strides, C, K, workers, capacity),
         **facts.constants("NBYTES", "TILES", "RADII", "NORMS", "HIGH", "FORM", "DP"),
         **rows.constants,
-        **{"DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
+        **{"DEPTH": depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
+        MATRIX=matrix_units(keys.device),
         **{"P0": parts[0], "P1": parts[1], "P2": parts[2]},
         **{"BN": RESIDENT_ROWS, **group._asdict()},
         num_warps=RESIDENT_WARPS,
@@ -524,7 +542,7 @@ def _resident(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: 
     return count
 
 
-def _depth(facts: Layout) -> int:
+def depth(facts: Layout) -> int:
     """Products summed one after the other at full size: the small ones of parts come first, if they come apart."""
     return 3 * facts.DP if facts.DP > 128 else facts.DP + 8
 
@@ -553,7 +571,8 @@ def _filter(rows: _Rows, keys: Tensor, packed: Tensor, facts: Layout, listed: Te
         *(rows.queries, floats, words, scales, count, rows.count, *rows.strides, C),
         **facts.constants("NBYTES", "TILES", "RADII", "FORM", "DP"),
         **rows.constants,
-        **{"DEPTH": _depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
+        **{"DEPTH": depth(facts), "RADII_WIDTH": power_of_two(facts.TILES)},
+        MATRIX=matrix_units(keys.device),
         **{"BR": PREPARE_ROWS, "BD": min(PIECE, facts.DP)},
         registers=168,
         **({} if rows.wide else SYMMETRIC),

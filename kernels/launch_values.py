@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvb.kernels import scatter
 from kvb.kernels import values as table
-from kvb.kernels.device import ceil_div, power_of_two, require, run
+from kvb.kernels.device import ceil_div, matrix_units, power_of_two, require, run
 
 # --- block sizes ------------------------------------------------------------------------------------------------------
 # A tile is ROWS x COLUMNS elements; its columns are the row's length rounded up to a power of two, COLUMNS at most.
@@ -37,7 +37,7 @@ _PRODUCT_ROWS = {16: 64, 32: 64, 64: 16}  # rows of one product, by its columns:
 _PRODUCT_PROGRAMS = 1024  # the batch is cut into slices until there are so many; no device decides, so no result varies
 
 _RUN = 32, 64  # positions of a chunk, columns of one product
-_RUN_DOUBLE = 16, 16  # the same for float64, which is summed without tensor cores
+_RUN_ALONE = 16, 16  # the same without matrix units
 _JOIN = 32  # chunks that a run is completed by at a time
 _FLAT = 1024  # elements of a one-dimensional tile
 
@@ -102,6 +102,16 @@ class _Rows:
     @property
     def table(self) -> tuple[int, int, int]:
         return self.indices.shape[2], self.K, self.width
+
+    @property
+    def matrix(self) -> str:
+        """Who multiplies, as ``matrix_units`` says; nobody multiplies float64, as not every GPU could."""
+        return "none" if self.x.dtype == torch.float64 else matrix_units(self.x.device)
+
+    @property
+    def run_block(self) -> tuple[int, int]:
+        """Positions of a chunk and columns of a tile for ``add_runs``."""
+        return _RUN_ALONE if self.matrix == "none" else _RUN
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -170,7 +180,11 @@ def gather_backward(grad: Tensor, indices: Tensor, K: int, pool: str) -> Tensor:
 
 
 def gather_backward_rows(grad: Tensor, indices: Tensor, K: int, pool: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The same gradient as merged rows: ascending rows of [C*K] (tail -1), their gradients, and how many there are."""
+    """The same gradient as merged rows: ascending rows of [C*K] (tail -1), their gradients, and how many there are.
+
+    Their last bits are those of the dense gradient where that is summed by runs, too: with deterministic algorithms and
+    more than _PRODUCT_KEYS pairs. Other ways add in another order.
+    """
     source = _gradients(grad, indices, K, pool)
     size = min(source.count, indices.shape[2] * K)
     rows = torch.full((size,), -1, dtype=torch.int64, device=grad.device)
@@ -226,7 +240,7 @@ def _sum_rows(source: _Rows, dtype: torch.dtype, hits: Tensor | None) -> Tensor:
     x, K = source.x, source.K
     if x.numel() == 0 or K == 0:
         return x.new_zeros(source.table, dtype=dtype)
-    if K <= _PRODUCT_KEYS and x.dtype != torch.float64:
+    if K <= _PRODUCT_KEYS and source.matrix != "none":
         return _sum_by_product(source, dtype, hits)
     if not torch.are_deterministic_algorithms_enabled():
         return _sum_by_atomics(source, hits).to(dtype)
@@ -256,7 +270,9 @@ def _sum_by_product(source: _Rows, dtype: torch.dtype, hits: Tensor | None) -> T
         *(source.x, source.indices, parts, hits, N, source.x.shape[1], steps),
         *(*source.strides, *source.indices.stride()),
         **source.constants,
-        **{"K": K, "DIVISOR": source.divisor},
+        K=K,
+        DIVISOR=source.divisor,
+        MATRIX=source.matrix,
         **{"BLOCK_N": _PRODUCT_ROWS[columns], "BLOCK_K": keys, "BLOCK_V": columns},
         num_warps=8 if keys * columns >= _PRODUCT_TILE // 2 else 4,
     )
@@ -309,7 +325,7 @@ def _sort(source: _Rows, hits: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _find_runs(source: _Rows, ordered: Tensor) -> Tensor:
     """How many runs of equal rows begin up to the end of every chunk."""
-    chunk, _ = _RUN_DOUBLE if source.x.dtype == torch.float64 else _RUN
+    chunk, _ = source.run_block
     chunks, end = ceil_div(source.count, chunk), source.indices.shape[2] * source.K
     starts = torch.empty(chunks, dtype=torch.int64, device=ordered.device)
     _launch(scatter.find_runs, (chunks,), ordered, starts, source.count, END=end, BLOCK=chunk, num_warps=1)
@@ -321,7 +337,7 @@ def _sum_runs(
 ) -> None:
     """Every run's sum into its row of ``out``: all table rows, or with ``ends`` and ``rows`` the touched ones."""
     V, count = source.width, source.count
-    chunk, columns = _RUN_DOUBLE if source.x.dtype == torch.float64 else _RUN
+    chunk, columns = source.run_block
     columns = max(16, min(columns, power_of_two(V)))
     chunks = ceil_div(count, chunk)
     edges = out.new_empty((chunks, 2, V), dtype=_sum_dtype(source.x))
@@ -333,6 +349,7 @@ def _sum_runs(
         *(source.x, order, ordered, ends, out, rows, edges, count, source.x.shape[1], *source.strides),
         **source.constants,
         **shared,
+        MATRIX=source.matrix,
         **{"BLOCK_V": columns, "num_warps": 4},
     )
     _launch(

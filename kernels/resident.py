@@ -44,9 +44,9 @@ def _part(words, norms, start: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, FORM: tl.constexpr):
+def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, MATRIX: tl.constexpr, FORM: tl.constexpr):
     """How far a score may be off that one product makes of high parts alone."""
-    error = score_error(norm, t, radius, D, DEPTH)
+    error = score_error(norm, t, radius, D, DEPTH, MATRIX)
     if FORM != CONCAT:
         error += norm * (radius * (1.001 * 2.0**-10))
     return error
@@ -123,6 +123,7 @@ def resident(
     FORM: tl.constexpr,
     DP: tl.constexpr,
     DEPTH: tl.constexpr,
+    MATRIX: tl.constexpr,
     RADII_WIDTH: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
@@ -161,9 +162,9 @@ def resident(
         query = tl.load(queries + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
         q = query.to(tl.float32) * scale - centre[None, :]
         norm = tl.sqrt(tl.sum(tl.where(real, q * q, 0.0), 1))
-        t, fits = power_of_two(norm)
+        t, fits = power_of_two(norm, MATRIX)
         left = left_parts(q, t, column, D, FORM)[0]
-        error = tl.where(fits, _error(norm * t, t, radius, D, DEPTH, FORM), float("nan"))
+        error = tl.where(fits, _error(norm * t, t, radius, D, DEPTH, MATRIX, FORM), float("nan"))
 
         groups_0, places = _minima(_scores(left, t, right_0, norm_0, FORM), BN, P0, J, L, E)
         if P1 > 0:

@@ -69,15 +69,17 @@ def _upper_half(x):
 
 
 @triton.jit
-def _product(hot, x):
+def _product(hot, x, MATRIX: tl.constexpr):
     """``_sum_where`` as a matrix product with a factor of exact zeros and ones, summed in float32.
 
-    float32 goes in as three bfloat16 parts that sum to it exactly. 0 * Inf would spoil every sum, so what is not finite
+    float32 goes in as three bfloat16 parts that sum to it exactly, and so does float16 where matrix units flush small
+    ones; of bfloat16 they only flush what is below 2^-126. 0 * Inf would spoil every sum, so what is not finite
     stays out of the product and is counted apart: a sum over a NaN, or over both infinities, is NaN.
     """
     SHAPE: tl.constexpr = x.shape
-    PARTS: tl.constexpr = 3 if x.dtype == tl.float32 else 1
-    EXACT: tl.constexpr = tl.float16 if x.dtype == tl.float16 else PART
+    HALF: tl.constexpr = x.dtype == tl.float16 and MATRIX == "full"
+    PARTS: tl.constexpr = 1 if HALF or x.dtype == tl.bfloat16 else 3
+    EXACT: tl.constexpr = tl.float16 if HALF else PART
     ones = tl.where(hot, 1.0, 0.0).to(EXACT)
     total = tl.zeros([hot.shape[0], x.shape[1]], tl.float32)
     # Flat while it is split: else every warp would do that work for all of x, in the product's layout.
@@ -101,12 +103,13 @@ def _product(hot, x):
 
 
 @triton.jit
-def _sum_where(hot, x):
+def _sum_where(hot, x, MATRIX: tl.constexpr):
     """[J, V]: for every row of ``hot`` [J, N] the sum of those rows of x [N, V] that it marks."""
-    if x.dtype == tl.float64:  # not every GPU multiplies float64 matrices
+    if MATRIX == "none":
+        x = x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
         return tl.sum(tl.where(hot[:, :, None], x[None, :, :], 0.0), axis=1)
     else:
-        return _product(hot, x)
+        return _product(hot, x, MATRIX)
 
 
 # --- one-hot products -------------------------------------------------------------------------------------------------
@@ -154,6 +157,7 @@ def add_by_product(
     K: tl.constexpr,
     V: tl.constexpr,
     DIVISOR: tl.constexpr,
+    MATRIX: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -183,7 +187,7 @@ def add_by_product(
             if block == 0:
                 _count(hits, c * K + index, usable)
         hot = (index.to(tl.int32)[None, :] == k[:, None]) & usable[None, :]
-        total += _sum_where(hot, rows)  # apart from the product: tensor cores cut where they add, this rounds
+        total += _sum_where(hot, rows, MATRIX)  # apart from the product: tensor cores cut where they add, this rounds
     pointers = out + ((part * C + c) * K + k[:, None]) * V + v[None, :]
     store_sums(pointers, average(total, DIVISOR), (k < K)[:, None] & (v < V)[None, :])
 
@@ -326,6 +330,7 @@ def add_runs(
     V: tl.constexpr,
     END: tl.constexpr,
     DIVISOR: tl.constexpr,
+    MATRIX: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -344,7 +349,7 @@ def add_runs(
     offsets = _row_offsets(position // C, position % C, S, x_b, x_s, x_c, ALIGN)
     leads = begins | (usable & (j == 0))  # one position speaks for its run in this chunk
     hot = (here[:, None] == here[None, :]) & leads[:, None]
-    total = _sum_where(hot, _load_rows(x, offsets, usable, v, x_v, V, UNIT))
+    total = _sum_where(hot, _load_rows(x, offsets, usable, v, x_v, V, UNIT), MATRIX)
 
     inside = begins & (here != behind)
     columns = (v < V)[None, :]

@@ -40,7 +40,9 @@ def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
     validation.tensor("nearest", "packed", given)
     validation.same_device("packed", given, "keys", keys)
     matches = torch.ops.kvb.packed_matches(keys, given)
-    message = "packed was not made from these keys, or they have changed since; pack them again with pack_keys(keys)"
+    message = (
+        "packed keys do not match keys, which are others or have changed since; pack them again with pack_keys(keys)"
+    )
     if keys.device.type == "cpu" and not torch.compiler.is_compiling():
         if not matches:
             raise RuntimeError(message)
@@ -108,26 +110,30 @@ def sample(
     *,
     temperature: float,
     mask: Tensor | None = None,
+    topk: int = 1,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one key a query with probability softmax(-distance / temperature) over its codebook.
+    """Draw keys for every query with probability softmax(-distance / temperature) over its codebook.
 
-    Equivalent to ``(-d / temperature + gumbel).argmax(-1)`` with fresh Gumbel noise, in tiles.
+    Equivalent to ``(-d / temperature + gumbel).topk(topk).indices`` with fresh Gumbel noise, in tiles: ``topk`` draws
+    without replacement.
 
     Args:
         queries, keys, mask: as for ``nearest``.
-        temperature: > 0; towards 0 the draw becomes the nearest key.
+        temperature: > 0; towards 0 the draws become the nearest keys.
+        topk: draw so many different keys per query.
         generator: a CPU generator for the seed; PyTorch's default otherwise.
     Returns:
-        indices [B, S, C] int64 and their squared distances, as ``nearest`` returns them.
+        indices [B, S, C] int64 and their squared distances, as ``nearest`` returns them; [B, S, C, T] for topk > 1.
     Raises:
         as ``nearest``; ValueError: temperature <= 0.
     """
     queries = _check_search("sample", queries, keys, mask)
     validation.number("temperature", temperature, 0.0, float("inf"), open_low=True)
+    validation.topk(topk, keys.shape[1])
     seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu", generator=generator)
-    indices, distances = torch.ops.kvb.sample(queries, keys, mask, temperature, seed)
-    return indices[..., 0], distances[..., 0]
+    indices, distances = torch.ops.kvb.sample(queries, keys, mask, temperature, seed, topk)
+    return (indices, distances) if topk > 1 else (indices[..., 0], distances[..., 0])
 
 
 def gather(

@@ -9,7 +9,7 @@ registers the same schemas under its own dispatch key, and PyTorch's dispatcher 
 Shapes:
     queries [B, S, C, D], any strides with a contiguous last axis    keys [C, K, D]    packed uint8 [C, nbytes]
     mask bool [C, K], True where a pair may be fetched               values [C, K, V]  indices [B, S, C], any integer
-    ``nearest`` and ``sample`` return indices int64 and squared distances, both [B, S, C, T] (T = 1 for ``sample``).
+    ``nearest`` and ``sample`` return indices int64 and squared distances, both [B, S, C, T].
     A query with NaN or Inf gets the indices 0..T-1 at distance NaN; where fewer than T keys are usable, the lowest
     unused indices follow at distance +inf.
     ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
@@ -38,7 +38,7 @@ SCHEMAS = (
     "pack_keys(Tensor keys) -> Tensor",
     "packed_matches(Tensor keys, Tensor packed) -> Tensor",
     "nearest(Tensor queries, Tensor keys, Tensor packed, Tensor? mask, int topk) -> (Tensor, Tensor)",
-    "sample(Tensor queries, Tensor keys, Tensor? mask, float temperature, Tensor seed) -> (Tensor, Tensor)",
+    "sample(Tensor queries, Tensor keys, Tensor? mask, float temperature, Tensor seed, int topk=1) -> (Tensor, Tensor)",
     "gather(Tensor values, Tensor indices, str pool, str layout) -> Tensor",
     "gather_backward(Tensor grad, Tensor indices, SymInt K, str pool) -> Tensor",
     "gather_backward_rows(Tensor grad, Tensor indices, SymInt K, str pool) -> (Tensor, Tensor, Tensor)",
@@ -53,6 +53,8 @@ SCHEMAS = (
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))  # they write their first arguments
 
+if hasattr(torch.ops.kvb, NAMES[0]):
+    raise ImportError("kvb.ops cannot be loaded twice: PyTorch keeps operators as long as a process lives; restart it")
 _library = torch.library.Library("kvb", "DEF")
 
 
@@ -80,6 +82,18 @@ for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
 # --- the fast backends ------------------------------------------------------------------------------------------------
 
 CPU_CAPABILITIES = ("torch", "triton", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
+
+
+def _no_kernels() -> str:
+    """Why there are no kernels here; empty where there are."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if importlib.util.find_spec("kvb.kernels") is None:
+        return (
+            "kvb/kernels is no folder, because this checkout was made without symbolic links: run `git config "
+            "core.symlinks true`, delete kvb/kernels and run `git checkout kvb/kernels`; or copy kernels/ there"
+        )
+    return ""
 
 
 @functools.cache
@@ -116,6 +130,8 @@ def _load_on_cpu() -> tuple[str, str]:
     if wish == "triton":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("KVB_CPU_CAPABILITY=triton runs the GPU's kernels interpreted: set TRITON_INTERPRET=1 too")
+        if why := _no_kernels():
+            raise ValueError(f"KVB_CPU_CAPABILITY=triton: {why}")
         _register_kernels("CPU")
         return "triton", ""
     try:
@@ -134,8 +150,8 @@ def _load_on_cuda() -> tuple[str, str]:
     """The same for CUDA and ROCm, which PyTorch calls CUDA too; nothing here touches a device."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "torch", "this PyTorch was built without CUDA or ROCm"
-    if importlib.util.find_spec("triton") is None:
-        return "torch", "Triton is not installed: pip install triton"
+    if why := _no_kernels():
+        return "torch", why
     _register_kernels("CUDA")
     return "triton", ""
 
@@ -201,9 +217,9 @@ def _fake_nearest(
 
 
 def _fake_sample(
-    queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor
+    queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor, topk: int = 1
 ) -> tuple[Tensor, Tensor]:
-    return _fake_search(queries, keys, 1)
+    return _fake_search(queries, keys, topk)
 
 
 def _fake_gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
@@ -251,8 +267,21 @@ def _fake_lookup(
     return _fake_gather(values, indices, pool, "bscv"), indices
 
 
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A meta tensor among others leads here: the answer would be memory that nobody wrote."""
+
+    @functools.wraps(fake)
+    def run(*args: Any) -> Any:
+        devices = {arg.device for arg in args if isinstance(arg, Tensor) and arg.dim() > 0}
+        if len(devices) > 1:
+            raise RuntimeError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+        return fake(*args)
+
+    return run
+
+
 for _name in NAMES:
-    torch.library.register_fake(f"kvb::{_name}", globals()[f"_fake_{_name}"], lib=_library)
+    torch.library.register_fake(f"kvb::{_name}", _on_one_device(globals()[f"_fake_{_name}"]), lib=_library)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -305,12 +334,15 @@ class _Nearest(torch.autograd.Function):
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(
-        queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor
+        queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor, topk: int = 1
     ) -> tuple[Tensor, Tensor]:
-        return _below_autograd(torch.ops.kvb.sample.default, queries, keys, mask, temperature, seed)
+        return _below_autograd(torch.ops.kvb.sample.default, queries, keys, mask, temperature, seed, topk)
 
     setup_context = _Nearest.setup_context
-    backward = _Nearest.backward
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _distance_grad(ctx, grads[1]), *[None] * (len(ctx.needs_input_grad) - 1)  # a default is not passed on
 
 
 class _Gather(torch.autograd.Function):

@@ -52,7 +52,8 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         decay: g of the moving averages, in [0, 1).
         eps: of the Laplace smoothing, > 0.
         threshold_ema_dead_code: pairs whose moving hit count falls below it are replaced by queries of the batch.
-        sample_codebook_temperature: > 0 draws keys from softmax(-distance / temperature) instead of the nearest.
+        sample_codebook_temperature: > 0 draws ``topk`` keys from softmax(-distance / temperature), without replacement,
+            instead of the nearest.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
         topk: fetch so many nearest pairs; > 1 adds an axis after C.
         sparse_grad: give ``values`` a sparse gradient: the rows fetched, merged, never a dense [C, K, V]. For the
@@ -101,7 +102,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         with torch.inference_mode(False):  # tensors made in inference mode could never learn
             super().__init__(C, K, D, initialised=init_mode == "random")
             self.values = nn.Parameter(torch.randn(C, K, V))
-        self.dim_values, self.init_mode = V, init_mode
+        self.init_mode = init_mode
         self.kmeans_iters = validation.positive_int("kmeans_iters", kmeans_iters)
         self.decay = validation.number("decay", decay, 0.0, 1.0)
         self.eps = validation.number("eps", eps, 0.0, infinity, open_low=True)
@@ -111,11 +112,14 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
             "sample_codebook_temperature", sample_codebook_temperature, 0.0, infinity
         )
         self.topk = validation.topk(topk, K)
-        if topk > 1 and sample_codebook_temperature > 0:
-            raise ValueError("topk > 1 cannot be combined with sample_codebook_temperature > 0: one key is drawn")
         self.return_values_only = return_values_only
         self.sparse_grad = sparse_grad
         self.check_finite = check_finite
+
+    @property
+    def dim_values(self) -> int:
+        """V: that of the tensor, which may be exchanged for another."""
+        return self.values.shape[2]
 
     # --- lookup -------------------------------------------------------------------------------------------------------
 
@@ -146,7 +150,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
             values, codes = ops.lookup(queries, keys, packed, self.values, self._usable, pool)
             if self.training:
                 self._observe(queries, codes[..., None])
-            return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), self.dim_values)
+            return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), values.shape[-1])
         indices, distances = self._search(queries.detach() if values_only else queries, keys, packed)
         output: Tensor | BottleneckOutput
         output = values = self._fetch_values(indices, shape, pool)
@@ -187,7 +191,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         shape = indices.shape[2:]
         flat = indices.reshape(*indices.shape[:2], shape.numel()).transpose(1, 2)
         out = self._gather(self.values, flat, pool, "bcsv")
-        return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), self.dim_values)
+        return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), out.shape[-1])
 
     def _queries(self, x: Tensor) -> Tensor:
         """x [B, C, *shape, D] as [B, S, C, D], without a copy for both seed layouts."""
@@ -219,7 +223,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         mask = self._usable
         if self.sample_codebook_temperature > 0:
             seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
-            return torch.ops.kvb.sample(queries, keys, mask, self.sample_codebook_temperature, seed)
+            return torch.ops.kvb.sample(queries, keys, mask, self.sample_codebook_temperature, seed, self.topk)
         return torch.ops.kvb.nearest(queries, keys, packed, mask, self.topk)
 
     def _in_one_pass(self, pool: str, shape: torch.Size) -> bool:
@@ -332,12 +336,16 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
             rates=self._rates(),
             generator=generator,
         )
-        for name, part in zip(("keys", "keys_avg", "cluster_size"), moving, strict=True):
+        self._commit(*moving)
+        return report
+
+    def _commit(self, keys: Tensor, keys_avg: Tensor, cluster_size: Tensor) -> None:
+        """Make them the state of keys that are initialised."""
+        for name, part in (("keys", keys), ("keys_avg", keys_avg), ("cluster_size", cluster_size)):
             self._write(name, part)
         self._write("initted", torch.ones(1))
         self._packed.forget()
         self._look()
-        return report
 
     # --- modes; each returns self -------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from kvb import checkpoints, splitters, validation
 from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
-from kvb.modules.wrapping import BottleneckWrapper, KvbOptions
+from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
+_OF_THE_BOTTLENECK = (  # arguments that go to it unchanged
+    *("num_codebooks", "key_value_pairs_per_codebook", "dim_keys", "dim_values"),
+    *sorted(BottleneckOptions.__optional_keys__),
+)
 _Self = TypeVar("_Self", bound="BottleneckedEncoder")
 
 
@@ -46,9 +47,11 @@ class BottleneckedEncoder(BottleneckWrapper):
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
         topk: fetch so many nearest pairs; > 1 adds an axis after C, or after B with concatenated values.
         outputs_extractor: takes the features out of what the encoder returns, where it is neither of the two.
-        more: ``sparse_grad`` and ``check_finite`` of ``KeyValueBottleneck``.
+        sparse_grad, check_finite: as for ``KeyValueBottleneck``.
     Methods:
         those of ``KeyValueBottleneck``, which take what ``forward`` takes.
+    Attributes:
+        every argument under its name, as it was given.
     Shape:
         | encoder output                | values          | concatenated    |
         | channel-first [B, d, *spatial] | [B, C, V, *spatial] | [B, C·V, *spatial] |
@@ -64,6 +67,7 @@ class BottleneckedEncoder(BottleneckWrapper):
     """
 
     encoder: nn.Module
+    splitting_mode: str | nn.Module
 
     def __init__(
         self,
@@ -86,37 +90,49 @@ class BottleneckedEncoder(BottleneckWrapper):
         topk: int = 1,
         *,
         outputs_extractor: Callable[[Any], Tensor] | None = None,
-        **more: Unpack[KvbOptions],
+        sparse_grad: bool = False,
+        check_finite: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
         self.num_channels = validation.positive_int("num_channels", num_channels)
-        self.splitting_mode = splitting_mode
+        self.num_codebooks = num_codebooks
+        self.key_value_pairs_per_codebook = key_value_pairs_per_codebook
+        self.dim_keys = dim_keys
+        self.dim_values = dim_values
+        self.init_mode = init_mode
+        self.kmeans_iters = kmeans_iters
+        self.__dict__["splitting_mode"] = splitting_mode  # a module among the children it is only as the splitter
+        self.decay = decay
+        self.eps = eps
+        self.threshold_ema_dead_code = threshold_ema_dead_code
         self.encoder_is_channel_last = encoder_is_channel_last
         self.concat_values_from_all_codebooks = concat_values_from_all_codebooks
+        self.sample_codebook_temperature = sample_codebook_temperature
+        self.return_values_only = return_values_only
+        self.topk = topk
+        self.sparse_grad = sparse_grad
+        self.check_finite = check_finite
         self.outputs_extractor = outputs_extractor
         self.transforms: Callable[[Any], Any] | None = None  # what makes the encoder's input of an image
         self.activate_pre_transform = False  # whether forward applies it
         self.frozen_encoder = self.frozen_splitter = False
         self.key_report: key_learning.KeyReport | None = None  # of the last ``initialize_keys``
         self.encoder = encoder.eval()
-        self.splitter = splitters.make(splitting_mode, num_channels, num_codebooks, dim_keys)
-        self.bottleneck = KeyValueBottleneck(
-            num_codebooks,
-            key_value_pairs_per_codebook,
-            dim_keys,
-            dim_values,
-            init_mode=init_mode,
-            kmeans_iters=kmeans_iters,
-            decay=decay,
-            eps=eps,
-            threshold_ema_dead_code=threshold_ema_dead_code,
-            sample_codebook_temperature=sample_codebook_temperature,
-            return_values_only=return_values_only,
-            topk=topk,
-            **more,
-        )
+        self.splitter = self._init_splitter()
+        self.bottleneck = self._init_bottleneck()
+
+    def _init_splitter(self) -> nn.Module:
+        """The splitter of a new module, from the attributes of the constructor; subclasses may return another."""
+        return splitters.make(self.splitting_mode, self.num_channels, self.num_codebooks, self.dim_keys)
+
+    def _init_bottleneck(self) -> KeyValueBottleneck:
+        """The bottleneck of a new module, built after the splitter; subclasses may return another."""
+        return KeyValueBottleneck(**self._bottleneck_options())
+
+    def _bottleneck_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OF_THE_BOTTLENECK}
 
     # --- forward ------------------------------------------------------------------------------------------------------
 

@@ -69,7 +69,6 @@ class BottleneckState(nn.Module):
 
     def __init__(self, C: int, K: int, D: int, *, initialised: bool) -> None:
         super().__init__()
-        self.num_codebooks, self.key_value_pairs_per_codebook, self.dim_keys = C, K, D
         float32 = torch.float32  # whatever the default dtype: moving averages are lost in half precision
         fresh = torch.randn(C, K, D, dtype=float32) if initialised else torch.zeros(C, K, D, dtype=float32)
         self.register_buffer("initted", torch.tensor([float(initialised)], dtype=float32))
@@ -94,6 +93,28 @@ class BottleneckState(nn.Module):
         self._strict = False  # whether names that are missing or left over keep a state_dict from being loaded
         self._seen = {name: _Seen() for name in ("initted", _FLAGS, _MASK, "cluster_size_counter")}
         self._restricted = False  # whether ``_usable`` leaves out pairs that were not counted
+
+    # --- sizes: those of the tensors, which may be exchanged for others -----------------------------------------------
+
+    @property
+    def num_codebooks(self) -> int:
+        """C."""
+        return int(self._taken_quietly("keys").shape[0])
+
+    @property
+    def key_value_pairs_per_codebook(self) -> int:
+        """K."""
+        return int(self._taken_quietly("keys").shape[1])
+
+    @property
+    def dim_keys(self) -> int:
+        """D."""
+        return int(self._taken_quietly("keys").shape[2])
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self._taken_quietly("initted").device
+        return device
 
     # --- flags and mask -----------------------------------------------------------------------------------------------
 

@@ -202,7 +202,7 @@ def nearest(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None, 
 
 
 def _scaled_scores(search: _Search, tile: Tile, q: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of each squared distance less the row's least, [c, n, Kp], in units of 2^power [c, n, 1].
+    """Half of each squared distance up to a constant per row, [c, n, Kp], in units of 2^power [c, n, 1].
 
     Keys and queries are scaled by powers of two, so that no square overflows or underflows.
     """
@@ -217,34 +217,57 @@ def _scaled_scores(search: _Search, tile: Tile, q: Tensor, finite: Tensor) -> tu
     halves = (keys.to(widest(q.device)).square().sum(-1, keepdim=True) / 2).to(keys.dtype)
     one = scaled(torch.ones_like(centred[..., :1]), of_keys - of_row)
     scores = _products(search, torch.cat([scaled(centred, -of_row), one], -1), torch.cat([keys, halves], -1))
-    scores.masked_fill_(~search.usable[tile[2], None], torch.inf)
-    return scores.sub_(scores.amin(-1, keepdim=True)), of_keys + of_row
+    return scores.masked_fill_(~search.usable[tile[2], None], torch.inf), of_keys + of_row
+
+
+def _draw(scores: Tensor, noise: Tensor, fraction: float, power: Tensor, topk: int) -> Tensor:
+    """Keys [c, n, T] by logits ``noise - scores * fraction * 2^power``; an unusable one only where no other is left.
+
+    Args:
+        scores: [c, n, Kp], +inf where a key may not be drawn; overwritten.
+        noise: [c, n, Kp]. power: [c, n, 1].
+    """
+    drawn = torch.empty((*scores.shape[:2], topk), dtype=torch.int64, device=scores.device)
+    for t in range(topk):
+        # Relative to the least that is left, so that a low temperature still tells the keys that are left apart.
+        least = scores.amin(-1, keepdim=True)
+        some = least.isfinite()
+        key = (noise - scaled(fraction * scores.sub_(torch.where(some, least, 0)), power)).argmax(-1, keepdim=True)
+        unused = _lowest_unused(drawn[..., :t].flatten(0, 1)).view_as(key) if t else 0
+        drawn[..., t : t + 1] = key = torch.where(some, key, unused)
+        scores.scatter_(-1, key, torch.inf)
+    return drawn
 
 
 def sample(
-    queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor
+    queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor, topk: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """One key a query, drawn from softmax(-distance / temperature) by the Gumbel trick; both outputs [B, S, C, 1]."""
+    """``topk`` keys a query, drawn from softmax(-distance / temperature) without replacement; both [B, S, C, T].
+
+    By the Gumbel trick, with one noise for all draws of a query: the first is what ``topk=1`` draws.
+
+    Source: Kool, van Hoof and Welling, Stochastic Beams and Where to Find Them, ICML 2019.
+    """
     search = _begin(queries, keys, pack_keys(keys), mask)
-    B, S, C, _ = queries.shape
+    (B, S, C, _), K = queries.shape, keys.shape[1]
+    require(1 <= topk <= K, f"expected topk between 1 and {K}, got {topk}")
     fraction, power_of_two = math.frexp(2 / temperature)
     generator = torch.Generator(queries.device).manual_seed(int(seed))
-    indices = torch.empty((B, S, C, 1), dtype=torch.int64, device=queries.device)
-    distances = torch.empty((B, S, C, 1), dtype=search.exact, device=queries.device)
+    indices = torch.empty((B, S, C, topk), dtype=torch.int64, device=queries.device)
+    distances = torch.empty((B, S, C, topk), dtype=search.exact, device=queries.device)
     for tile in tiles(B, S, C, search.usable.shape[1]):
         q = _tile_queries(queries, tile)
-        finite = finite_rows(q)
-        scores, power = _scaled_scores(search, tile, q, finite)
+        finite = finite_rows(q)[..., None]
+        scores, power = _scaled_scores(search, tile, q, finite[..., 0])
         gumbel = -torch.empty_like(scores).exponential_(generator=generator).log_()
-        logits = gumbel - scaled(fraction * scores, power + power_of_two)
-        logits.masked_fill_(~search.usable[tile[2], None], -torch.inf)
-        key = torch.where(finite, logits.argmax(-1), 0)
-        row = torch.arange(key.numel(), device=key.device)
+        drawn = _draw(scores, gumbel, fraction, power + power_of_two, topk)
+        key = torch.where(finite, drawn, torch.arange(topk, device=q.device))
+        row = torch.arange(key.numel(), device=key.device) // topk
         distance = value(_rescore(search, tile, q, row, key.view(-1))).view_as(key)
-        distance = torch.where(search.usable[tile[2]].gather(1, key), distance, torch.inf)
+        distance = torch.where(search.usable[tile[2]].gather(1, key.flatten(1)).view_as(key), distance, torch.inf)
         distance = torch.where(finite, distance, torch.nan)
-        indices[tile] = _to_tile(key[..., None], indices[tile])
-        distances[tile] = _to_tile(distance[..., None].to(search.exact), distances[tile])
+        indices[tile] = _to_tile(key, indices[tile])
+        distances[tile] = _to_tile(distance.to(search.exact), distances[tile])
     return indices, distances
 
 

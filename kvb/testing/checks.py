@@ -68,6 +68,15 @@ def check_sample(op: Any, problem: Problem) -> None:
     indices, distances = op.sample(queries, keys, mask, 1e-5, seed)
     again, _ = op.sample(queries, keys, mask, 1e-5, seed)
     require(torch.equal(indices, again), "the same seed gives different indices")
+    several = require_like(
+        "drawn indices",
+        op.sample(queries, keys, mask, 1e-5, seed, case.T)[0],
+        (case.B, case.S, case.C, case.T),
+        torch.int64,
+    )
+    require(torch.equal(several[..., :1], indices.cpu()), "the first of several draws differs from one draw")
+    ordered = several.sort(-1).values
+    require((ordered[..., 1:] != ordered[..., :-1]).all(), "a key was drawn twice")
     shape, want = (case.B, case.S, case.C, 1), exact(problem)
     indices = require_like("indices", indices, shape, torch.int64)
     require(((indices >= 0) & (indices < case.K)).all(), f"an index outside of [0, {case.K})")

@@ -14,8 +14,10 @@ from kvb import KeyValueBottleneck, ops, reference
 if ops.backend("cpu") != "triton":  # Triton decides at its import whether to interpret
     pytest.skip("kernels run where TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton is set", allow_module_level=True)
 
+import numpy as np
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from kvb.kernels import device, launch_keys, launch_search, launch_training, launch_values
 
@@ -159,6 +161,29 @@ def test_large_codebooks_are_filtered(launched):
     require_the_nearest(*normal(20, 2, 257, 10))
     assert launched.names == ["survey", "pack", *FILTER]
     assert launched.listed() == 0
+
+
+@pytest.mark.parametrize(
+    ("K", "D", "searched"), [(300, 1, "scan"), (2900, 2, "scan"), (2400, 2, "rescan"), (300, 3, "rescan")]
+)
+def test_keys_too_close_together_for_the_filter_are_scanned(K, D, searched, launched):
+    queries, keys = normal(20, 1, K, D)
+    keys[:, 200:220] = keys[:, :20]
+    queries[:20, 0, 0] = keys[0, :20] + queries[:, 0, 0] / K
+    mask = torch.rand(1, K) < 0.7
+    require_the_nearest(queries, keys)
+    assert launched.names[-1] == searched
+    require_the_nearest(queries, keys, mask)
+    assert launched.names[-1] == searched
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_rescans_are_few_on_a_line(target, launched, monkeypatch):
+    """Small codebooks of one coordinate: what stays on the chip settles nearly all rows by itself."""
+    monkeypatch.setattr(launch_search, "target", lambda device: target)
+    require_the_nearest(*normal(200, 1, 250, 1))
+    assert launched.names[-1] == ("scan" if target == "sm_80" else "rescan")
+    assert launched.listed() <= 10
 
 
 def test_programs_share_a_large_codebook(launched):
@@ -378,7 +403,7 @@ def test_every_row_may_stay_open(launched):
     assert launched.opened() == 20
 
 
-@pytest.mark.parametrize(("target", "D"), list(zip(launch_search.SEARCH, (130, 14, 64, 10, 100, 32), strict=True)))
+@pytest.mark.parametrize(("target", "D"), list(zip(launch_search.SEARCH, (5, 130, 14, 64, 10, 100, 32), strict=True)))
 def test_every_architecture_finds_the_same(target, D, monkeypatch):
     """Its block sizes and its layout of scores, for one width of packed keys."""
     monkeypatch.setattr(launch_search, "target", lambda device: target)
@@ -392,6 +417,90 @@ def test_the_whole_launch_table(target, D, monkeypatch):
     monkeypatch.setattr(launch_search, "target", lambda device: target)
     for K in (200, 600, 1100):
         require_the_nearest(*duplicates(300, 2, K, D))
+
+
+@pytest.fixture
+def flushing(monkeypatch):
+    """Matrix products take 16-bit numbers without a full significand as zero; call it and the launches know of it."""
+    multiply = InterpreterBuilder.create_dot
+
+    def flushed(handle):
+        small = handle.dtype.primitive_bitwidth == 16 and np.abs(handle.data) < 2.0**-14
+        return TensorHandle(np.where(small, 0, handle.data).astype(handle.data.dtype), handle.dtype)
+
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: multiply(self, flushed(a), flushed(b), *rest)
+    )
+
+    def told():
+        for module in (launch_search, launch_values):
+            monkeypatch.setattr(module, "matrix_units", lambda device: "flushing")
+
+    return told
+
+
+def small_parts(N, C, K, D):
+    """Pairs of keys that differ by what float16 flushes, far from all others, and queries next to them."""
+    queries, keys = normal(N, C, K, D)
+    keys[:, 1::2] = keys[:, ::2][:, : K // 2] + torch.randn(C, K // 2, D) * 2e-6
+    queries[:, 0] = keys[torch.arange(C), torch.randint(K, (N, C))]
+    return queries, keys
+
+
+@pytest.mark.parametrize("data", [small_parts, near_ties, outliers, clusters])
+@pytest.mark.parametrize(("K", "D"), [(300, 10), (300, 14), (300, 31), (257, 130), (200, 8), (200, 32)])
+def test_flushed_numbers_decide_nothing(K, D, data, flushing):
+    queries, keys = data(40, 2, K, D)
+    flushing()
+    require_the_nearest(queries, keys)
+
+
+def test_what_is_flushed_may_decide(flushing):
+    """A query that is nearer to one of two keys by many small coordinates, and to the other by one large one."""
+    D = 128
+    others = torch.nn.functional.normalize(torch.randn(149, D), dim=1) * 1.1
+    one = torch.full((1, D), D**-0.5)
+    keys = torch.cat([one, others, -others, -one])[None]
+    scale = op.pack_keys(keys).view(torch.float32)[0, 0]
+    query = torch.full((1, 1, 1, D), 0.99 * 2.0**-14)
+    query[..., -1] = -0.9 * query[..., :-1].sum()
+    queries = (query / scale).expand(10, -1, -1, -1)
+    with pytest.raises(AssertionError, match="10 of 10 differ"):
+        require_the_nearest(queries, keys)
+    flushing()
+    require_the_nearest(queries, keys)
+
+
+@pytest.mark.parametrize("K", [20, 300])
+def test_small_gradients_are_not_flushed(K, flushing):
+    indices = torch.randint(K, (40, 1, 2))
+    grad = (torch.randn(40, 1, 2, 5) * 2.0**-18).to(torch.float16)
+    want = reference.gather_backward(grad, indices, K, "none")
+    if K == 20:
+        assert op.gather_backward(grad, indices, K, "none").eq(0).all()
+    flushing()
+    torch.testing.assert_close(op.gather_backward(grad, indices, K, "none"), want, rtol=1e-3, atol=2.0**-24)
+    grads = op.gather_backward_rows(grad, indices, K, "none")[1]
+    torch.testing.assert_close(
+        grads, reference.gather_backward_rows(grad, indices, K, "none")[1], rtol=1e-3, atol=2.0**-24
+    )
+
+
+@pytest.mark.parametrize("K", [20, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_without_matrix_units(K, dtype, launched, monkeypatch):
+    monkeypatch.setattr(launch_values, "matrix_units", lambda device: "none")
+    indices, grad = torch.randint(K, (40, 2, 3)), torch.randn(40, 2, 3, 5).to(dtype)
+    unit = torch.finfo(dtype).eps
+    for got, want in (
+        (op.gather_backward(grad, indices, K, "none"), reference.gather_backward(grad, indices, K, "none")),
+        (
+            op.gather_backward_rows(grad, indices, K, "none")[1],
+            reference.gather_backward_rows(grad, indices, K, "none")[1],
+        ),
+    ):
+        torch.testing.assert_close(got, want, rtol=2 * unit, atol=2e-6)
+    assert "add_by_product" not in launched.names
 
 
 @pytest.mark.parametrize("K", [200, 1100])
@@ -434,6 +543,25 @@ def test_deterministic_gradients_need_no_atomics(dtype, launched):
     assert torch.equal(first, again)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(first, free, rtol=2 * unit, atol=20 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("pool", ["none", "mean"])
+def test_deterministic_gradients_are_the_merged_rows(pool, launched):
+    """Bit for bit: the same kernels add the same numbers in the same order. Other ways add in another order."""
+    indices = torch.randint(300, (40, 2, 3)) * (torch.rand(40, 2, 3) < 0.5)
+    grad = torch.randn(40, 2, 3, 5) if pool == "none" else torch.randn(40, 2, 5)
+    rows, grads, count = op.gather_backward_rows(grad, indices, 300, pool)
+    merged = launched.names
+    launched.clear()
+    torch.use_deterministic_algorithms(True)
+    try:
+        dense = op.gather_backward(grad, indices, 300, pool)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert launched.names == [name for name in merged if name != "find_runs"]
+    n = int(count)
+    assert torch.equal(dense.view(-1, 5)[rows[:n]], grads[:n])
+    assert dense.count_nonzero() == grads.count_nonzero()
 
 
 # --- keys that learn --------------------------------------------------------------------------------------------------
