@@ -1,4 +1,4 @@
-"""The GPU backend: one function for each operator of ``kvb/ops.py``, with the operator's own signature."""
+"""The GPU backend: one function for each operator of ``kvb/ops``, with the operator's own signature."""
 
 from kvb.kernels.device import target
 from kvb.kernels.launch_keys import update_keys_

@@ -1,6 +1,6 @@
 """Reading the value table: the kernels of ``gather``, and how a kernel finds the row of a pair.
 
-Letters as in ``kvb/ops.py``. Batch-dependent sizes and strides are plain arguments that are never specialised, so that
+Letters as in ``kvb/ops``. Batch-dependent sizes and strides are plain arguments that are never specialised, so that
 every batch size runs the same compiled kernel; C, K and V are constants of the compilation.
 """
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from kvb import functional, ops, validation
+from kvb._torch import register_namedtuple
 from kvb.modules import key_learning, recomputation
 from kvb.modules.datasets import ReadsData
 from kvb.modules.state import BottleneckState
@@ -28,7 +28,7 @@ class BottleneckOutput(NamedTuple):
 
 
 # torch.export.save needs a name for the output type.
-_pytree._register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
+register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
 
 
 class KeyValueBottleneck(ReadsData, BottleneckState):

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from kvb import splitters, validation
+from kvb._torch import register_namedtuple
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
@@ -77,7 +77,7 @@ class Intermediates(NamedTuple):
 
 
 # torch.export.save needs a name for the output type.
-_pytree._register_namedtuple(Intermediates, serialized_type_name="kvb.Intermediates")
+register_namedtuple(Intermediates, serialized_type_name="kvb.Intermediates")
 
 
 class DiscreteKeyValueBottleneck(BottleneckWrapper):

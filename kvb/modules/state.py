@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvb import validation
+from kvb import _torch, validation
 from kvb.checkpoints import STATE_NAMES
 from kvb.modules.packed_keys import PackedKeys, WatchedBuffers
 from kvb.modules.recomputation import Forwards
@@ -39,13 +39,13 @@ class _Seen:
         self.version = self.names = 0
 
     def differs(self, tensor: Tensor) -> bool:
-        same = tensor is self.tensor and not tensor.is_inference() and tensor._version == self.version
+        same = tensor is self.tensor and not tensor.is_inference() and _torch.version_of(tensor) == self.version
         names = sys.getrefcount(tensor)
         return not same or names != self.names or (names > self.alone and tensor.is_cpu)
 
     def note(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.version = 0 if tensor.is_inference() else tensor._version
+        self.version = 0 if tensor.is_inference() else _torch.version_of(tensor)
         self.names = sys.getrefcount(tensor)
 
 

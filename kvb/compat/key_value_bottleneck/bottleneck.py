@@ -7,7 +7,7 @@ is off; a name of ``BUGS`` turns one of them on again.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch import Tensor
 from kvb import checkpoints, validation
 from kvb.compat.key_value_bottleneck import utils
 from kvb.modules import bottleneck, key_learning
+from kvb.modules.wrapping import KvbOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What each name in ``bugs`` does.
 BUGS = {
@@ -69,6 +73,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         topk: int = 1,
         *,
         bugs: Collection[str] = (),
+        **more: Unpack[KvbOptions],
     ) -> None:
         super().__init__(
             num_codebooks,
@@ -83,6 +88,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
             sample_codebook_temperature,
             return_values_only,
             topk,
+            **more,
         )
         self.bugs = frozenset(validation.choice("bugs", bug, tuple(BUGS)) for bug in bugs)
         if "starts_at_zero" in self.bugs:
@@ -116,13 +122,14 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         """Rows of table [C, K, *] at indices [b, n, C, T], as [b, C, T, n, *]."""
         b, n, C, T = indices.shape
         positions = indices.permute(0, 3, 1, 2).reshape(b, T * n, C)
-        return torch.ops.kvb.gather(table, positions, "none", "bcsv").view(b, C, T, n, table.shape[-1])
+        return self._gather(table, positions, "none", "bcsv").view(b, C, T, n, table.shape[-1])
 
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
         self._packed.forget()
         statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
         key_learning.update(
-            *(*self._moving(), *key_learning.sync_statistics(*statistics), queries),
+            *self._moving(),
+            *(*key_learning.sync_statistics(*statistics), queries),
             decay=self.decay,
             eps=self.eps,
             threshold=0.0,
@@ -153,8 +160,13 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         if self.init_mode == "kmeans":
             samples = _by_codebook(self._queries(batch.detach()))
             means, bins = utils.kmeans(samples, self.keys.shape[1], self.kmeans_iters)
-            sums = means * (0 if "kmeans_forgets_statistics" in self.bugs else bins[..., None])
-            self._commit(means, sums, bins)
+            forgets = "kmeans_forgets_statistics" in self.bugs
+            averages = torch.zeros_like(means) if forgets else means * bins[..., None]
+            state = {"keys": means, "keys_avg": averages, "cluster_size": bins, "initted": torch.ones(1)}
+            for name, part in state.items():
+                self._write(name, part)
+            self._packed.forget()
+            self._look()
             return
         frozen = not self.update_keys
         self.update_keys = True
@@ -183,7 +195,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         return self
 
     def reset_cluster_size_counter(self: _Bottleneck) -> _Bottleneck:
-        self._write("cluster_size_counter", torch.zeros((), dtype=torch.int64))
+        self.cluster_size_counter.zero_()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
