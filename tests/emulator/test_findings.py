@@ -33,7 +33,9 @@ def noticed(code: str, **options) -> str:
 
 def test_beyond_a_tensor():
     tensor = torch.zeros(63, dtype=torch.int32)
-    with pytest.raises(Fault, match=r"4 bytes at byte 252 .* take \[0, 252\) in thread 63 of program \[0, 0, 0\]: .*st.glob"):
+    with pytest.raises(
+        Fault, match=r"4 bytes at byte 252 .* take \[0, 252\) in thread 63 of program \[0, 0, 0\]: .*st.glob"
+    ):
         run("st.global.b32 [%rd2], %r1;", tensor)
     with pytest.raises(Fault, match="at byte -4 of a storage"):
         run("ld.global.b32 %r5, [%rd1 + -4];")
@@ -134,7 +136,9 @@ def test_any_thread_may_win():
     winners = set()
     for seed in range(20):
         tensor = torch.zeros(64, dtype=torch.int32)
-        assert "threads store different numbers in one place" in str(run("st.global.b32 [%rd1], %r1;", tensor, seed=seed))
+        assert "threads store different numbers in one place" in str(
+            run("st.global.b32 [%rd1], %r1;", tensor, seed=seed)
+        )
         winners.add(int(tensor[0]))
     assert len(winners) > 10
     assert winners <= set(range(64))

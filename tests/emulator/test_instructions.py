@@ -14,7 +14,16 @@ from emulator.program import Unsupported
 from emulator.state import Fault
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
-WIDTHS = {"u32": "b32", "s32": "b32", "f32": "b32", "b32": "b32", "u64": "b64", "s64": "b64", "f64": "b64", "b64": "b64"}
+WIDTHS = {
+    "u32": "b32",
+    "s32": "b32",
+    "f32": "b32",
+    "b32": "b32",
+    "u64": "b64",
+    "s64": "b64",
+    "f64": "b64",
+    "b64": "b64",
+}
 DTYPES = {"b32": torch.int32, "u32": torch.int32, "s32": torch.int32, "f32": torch.float32}
 DTYPES |= {"b64": torch.int64, "u64": torch.int64, "s64": torch.int64, "f64": torch.float64}
 NAN, INF = float("nan"), float("inf")
@@ -129,8 +138,13 @@ def test_values(code, kind, columns, out, wanted):
 
 def test_fused_multiply_add_rounds_once():
     x = 1 + 2.0**-12
-    assert lanes("fma.rn.f32 %o, %i0, %i0, %i1;", [("f32", [x]), ("f32", [-(x * x // 2**-23 * 2**-23)])], "f32")[0] == 2**-24
-    assert lanes("mul.f32 %r5, %i0, %i0; add.f32 %o, %r5, %i1;", [("f32", [x]), ("f32", [-1 - 2.0**-11])], "f32")[0] == 0
+    assert (
+        lanes("fma.rn.f32 %o, %i0, %i0, %i1;", [("f32", [x]), ("f32", [-(x * x // 2**-23 * 2**-23)])], "f32")[0]
+        == 2**-24
+    )
+    assert (
+        lanes("mul.f32 %r5, %i0, %i0; add.f32 %o, %r5, %i1;", [("f32", [x]), ("f32", [-1 - 2.0**-11])], "f32")[0] == 0
+    )
     tiny = 1 + 2.0**-30
     assert lanes("fma.rn.f64 %o, %i0, %i0, %i1;", [("f64", [tiny]), ("f64", [-1 - 2.0**-29])], "f64")[0] == 2.0**-60
 
