@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from emulator import arithmetic, copies, matrices, memory, registers, shared, warps
-from emulator.lanes import Lanes
+from emulator.lanes import WARP, Lanes
 from emulator.memory import GlobalMemory
 from emulator.program import Instruction, Program, Unsupported
 from emulator.state import Report, State, Step
@@ -43,6 +43,9 @@ class Machine(State):
         self.shared = shared.SharedMemory(self, shared_bytes)
         self.copies = copies.Copies(self)
         self.products = matrices.Products(self)
+        self.apart = False
+        # What may run ahead of the rest: a warp, or four that multiply together.
+        self.unit = matrices.GROUP if any(at.name == "wgmma" for at in program.code) else WARP
         self.watched = matrices.registers_of_products(program.code)
         self.written = Written(self, registers.doubtful(program))
         self.blocks: dict[int, list[Step]] = {}
@@ -131,8 +134,7 @@ class Machine(State):
                     return
                 self._meet(waiting)
                 running, waiting = {self.program.blocks[start].stop: lanes for start, lanes in waiting.items()}, {}
-            start = min(running)
-            lanes = running.pop(start)
+            start, lanes = self._next(running)
             if start not in self.program.blocks:
                 raise self.fault(None, "a program ran beyond the end of its code", int(lanes.index[0]))
             for step in self.steps(start):
@@ -144,6 +146,20 @@ class Machine(State):
             else:
                 self._leave(running, start, lanes)
         raise self.fault(None, "a program does not end")
+
+    def _next(self, running: dict[int, Lanes]) -> tuple[int, Lanes]:
+        """Take those who run a block now."""
+        if not self.apart:
+            start = min(running)
+            return start, running.pop(start)
+        start = list(running)[int(self.random.integers(len(running)))]
+        lanes = running.pop(start)
+        chosen = np.repeat(self.random.random(self.lanes // self.unit) < 0.5, self.unit)
+        ahead, behind = lanes.split(chosen, False)
+        if ahead is None or behind is None:
+            return start, lanes
+        running[start] = behind
+        return start, ahead
 
     def _leave(self, running: dict[int, Lanes], start: int, lanes: Lanes) -> None:
         """Where lanes go from the end of a block."""

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import kvb
 from kvb import BottleneckedEncoder, CodeDataset, DiscreteKeyValueBottleneck, KeyValueBottleneck, unlearning
 from kvb import data as room
 from kvb.modules import key_learning
@@ -190,7 +189,7 @@ def test_the_progress_bar_can_be_silenced(module, capsys, monkeypatch):
     assert "encoding" in capsys.readouterr().err
 
 
-# --- dtypes that cannot be computed with, and a default device --------------------------------------------------------
+# --- dtypes that cannot be computed with ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -212,24 +211,3 @@ def test_unsigned_codes_are_refused_with_what_to_do(module, dtype):
     for call in (module.decode, CodeDataset, lambda codes: unlearning.hits(module, codes)):
         with pytest.raises(TypeError, match=r"cannot compute with torch.uint.*; call .*.long\(\) first"):
             call(codes)
-
-
-def test_a_default_device_other_than_that_of_a_masked_module(module, tmp_path):
-    mask = torch.rand(3, 11) < 0.6
-    mask[:, 0] = True
-    module.mask_pairs(mask)
-    twin, x = KeyValueBottleneck(3, 11, 5, 4), torch.randn(20, 3, 5)
-    want = module.encode(x)
-    with torch.device("meta"):
-        state = module.state_dict()
-        twin.load_state_dict(state)
-        kvb.save(module, tmp_path / "file.pt")
-        kvb.load(twin, tmp_path / "file.pt")
-        found = twin.encode(x)
-        cached = twin.encode_dataset(x, progress=False).codes
-        values = twin(x)
-        unlearning.forget(twin, mask)
-    assert twin.pair_mask.device == torch.device("cpu")
-    assert torch.equal(found, want)
-    assert torch.equal(cached.long(), want)
-    assert torch.equal(values, twin.decode(want))
