@@ -101,6 +101,7 @@ def require_codes(indices: Tensor, C: int, K: int) -> None:
         f"expected indices [B, S, {C}], got {tuple(indices.shape)}",
     )
     require(K >= 0, f"expected K of at least 0, got {K}")
+    require(C * K < 1 << 48, f"expected fewer than 2^48 pairs, got {C} codebooks of {K}")
     _require_in_range(indices, K)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from emulator import arithmetic, copies, matrices, memory, registers, shared, warps
+from emulator import arithmetic, copies, local, matrices, memory, registers, shared, warps
 from emulator.lanes import WARP, Lanes
 from emulator.memory import GlobalMemory
 from emulator.program import Instruction, Program, Unsupported
@@ -27,6 +27,8 @@ BUILDERS = (
 SPACES: dict[tuple[str, str], Callable[[State, Instruction], Step]] = {
     **{("ld", "global"): memory.load, ("st", "global"): memory.store},
     **{("ld", "shared"): shared.load, ("st", "shared"): shared.store},
+    **{("ld", "generic"): local.load, ("st", "generic"): local.store},
+    **{("ld", "local"): local.load, ("st", "local"): local.store},
     ("ld", "param"): memory.parameter,
 }
 
@@ -41,6 +43,7 @@ class Machine(State):
         self.read = {name for at in program.code for name in at.registers[0]}
         self.memory = GlobalMemory([])
         self.shared = shared.SharedMemory(self, shared_bytes)
+        self.local = local.LocalMemory(self)
         self.copies = copies.Copies(self)
         self.products = matrices.Products(self)
         self.apart = False
@@ -67,6 +70,7 @@ class Machine(State):
                 self.begin(grid, batch)
                 self.number[:] = first + self.cta + 1
                 self.shared.begin()
+                self.local.begin()
                 self.copies.begin()
                 self.products.begin()
                 self.written.begin()
@@ -109,7 +113,7 @@ class Machine(State):
         if at.says("fence", "proxy", "async"):
             return self.shared.pass_proxy_fence
         if at.name in ("ld", "st"):
-            space = next((part for part in at.parts if part in ("global", "shared", "param")), "generic")
+            space = next((part for part in at.parts if part in ("global", "shared", "local", "param")), "generic")
             build = SPACES.get((at.name, space))
         else:
             build = BUILDERS.get(at.name)
@@ -189,7 +193,7 @@ class Machine(State):
     def _meet(self, waiting: dict[int, Lanes]) -> None:
         """All lanes of a program have to wait at the same barrier: none anywhere else, and none that left."""
         lanes = next(iter(waiting.values()))
-        if len(waiting) > 1 or (lanes.mask != self.living).any():
+        if len(waiting) > 1 or not lanes.all:
             here = sum((start + 1) * part.mask.reshape(self.count, -1) for start, part in waiting.items())
             held = here.any(1)
             apart = held & (here != here[:, :1]).any(1)

@@ -14,6 +14,8 @@ from kvb import ops, reference
 op = torch.ops.kvb
 CPP = ops.backend("cpu") == "cpp"
 BACKENDS = pytest.mark.parametrize("op", [torch.ops.kvb, reference], ids=["cpu", "torch"])
+pytestmark = [pytest.mark.fallback, pytest.mark.memory]
+
 if ops.backend("cpu") == "triton":
     pytest.skip("the checks of C++ and plain PyTorch", allow_module_level=True)
 
