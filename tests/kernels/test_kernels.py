@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from data_cases import normal
 from torch import Tensor
 
 from kvb import KeyValueBottleneck, ops, reference
@@ -80,10 +81,6 @@ def launched(monkeypatch) -> Spy:
     for module in LAUNCHERS:
         monkeypatch.setattr(module, "run", spy.run)
     return spy
-
-
-def normal(N: int, C: int, K: int, D: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(N, 1, C, D), torch.randn(C, K, D)
 
 
 def require_the_nearest(queries, keys, mask=None, topk=1, packed=None) -> None:
