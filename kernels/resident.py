@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import (
     ADDED,
     CENTRE,
@@ -92,7 +93,9 @@ def _key(group, place, thread, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr
     return group * (J * L * E) + place // E * (L * E) + thread * E + place % E
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "workers", "capacity"])
+@kernel(
+    "kvb_nearest_resident", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "workers", "capacity"]
+)
 def resident(
     queries,
     keys,
@@ -202,7 +205,7 @@ def resident(
         tl.store(open_words + place[:, None] * L + tl.arange(0, L)[None, :], bits, mask=left_open[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "capacity"])
+@kernel("kvb_nearest_refine", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "capacity"])
 def refine(
     queries,
     keys,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import finite
 from kvb.kernels.values import INTERPRETED, average, pair_indices, require_pairs, store_sums
 
@@ -115,7 +116,7 @@ def _sum_where(hot, x, MATRIX: tl.constexpr):
 # --- one-hot products -------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_check", do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
 def check_pairs(
     indices,  # [B, S, C] with the strides i_b, i_s, i_c
     count,  # B * S * C
@@ -137,7 +138,7 @@ def check_pairs(
     require_pairs((r < count) & ~usable)
 
 
-@triton.jit(do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_product", do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_product(
     x,
     indices,
@@ -192,7 +193,7 @@ def add_by_product(
     store_sums(pointers, average(total, DIVISOR), (k < K)[:, None] & (v < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["slices"])
+@kernel("kvb_scatter_slices", do_not_specialize=["slices"])
 def add_slices(parts, out, slices, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """out [SIZE]: the sum of parts [slices, SIZE], first to last."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -205,7 +206,7 @@ def add_slices(parts, out, slices, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 # --- float atomics ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_atomics", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_atomics(
     x,
     indices,
@@ -253,7 +254,7 @@ def add_by_atomics(
 # --- sorted runs ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_rows", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def table_rows(
     x,
     indices,
@@ -302,7 +303,7 @@ def _begins(here, before, END: tl.constexpr):
     return (here != END) & (here != before)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel("kvb_scatter_find_runs", do_not_specialize=["count"])
 def find_runs(ordered, starts, count, END: tl.constexpr, BLOCK: tl.constexpr):
     """How many runs of equal rows start in every chunk of BLOCK sorted positions; END marks skipped ones."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -311,7 +312,7 @@ def find_runs(ordered, starts, count, END: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(starts + chunk, tl.sum(begins.to(tl.int64)))
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v"])
+@kernel("kvb_scatter_add_runs", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v"])
 def add_runs(
     x,
     order,  # the position of every sorted row
@@ -365,7 +366,7 @@ def add_runs(
     tl.store(edges + edge[:, None] + v[None, :], total, mask=(leads & ~inside)[:, None] & columns)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel("kvb_scatter_join_runs", do_not_specialize=["count"])
 def join_runs(
     ordered,
     ends,  # as for ``add_runs``
@@ -404,7 +405,7 @@ def join_runs(
 # --- rows moved by their gradients ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel("kvb_sgd_step", do_not_specialize=["count"])
 def move_rows(
     table,  # [C * K, V]
     rows,  # [count] of the table, each once; -1 for none

@@ -9,10 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# How a codebook's keys lie in its packed bytes, by D: see ``layout`` in launch_search.py.
-CONCAT = tl.constexpr(0)  # one row [high | low | high | norm's high | norm's low]: one product of depth 32
-FOLDED = tl.constexpr(1)  # high and low apart, the norm in two spare columns of high
-ADDED = tl.constexpr(2)  # high and low apart, the norm added after the products
+from kvb.kernels import layout
+
+# How the keys of a codebook lie in its packed bytes.
+CONCAT = tl.constexpr(layout.CONCAT)
+FOLDED = tl.constexpr(layout.FOLDED)
+ADDED = tl.constexpr(layout.ADDED)
 
 CENTRE = tl.constexpr(1)  # the float where the centre begins: before it stands the scale
 NEVER = tl.constexpr(60000.0)  # half norm of what must not win: padding, broken, masked keys and later twins

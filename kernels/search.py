@@ -23,6 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import (
     ADDED,
     CENTRE,
@@ -132,7 +133,7 @@ def _measure(
     return least, runner, choice
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c"])
+@kernel("kvb_nearest_prepare", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c"])
 def prepare(
     queries,
     floats,
@@ -197,7 +198,7 @@ def _store_parts(out, high, low, row_ok, DP: tl.constexpr, FORM: tl.constexpr):
         tl.store(out + DP, low, mask=row_ok[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "per_split", "splits"])
+@kernel("kvb_nearest_filter", do_not_specialize=["rows", "per_split", "splits"])
 def search(
     prepared_words,
     prepared_floats,
@@ -290,7 +291,7 @@ def search(
     tl.store(groups + cell, tl.where(sure, base, -1 - base), mask=row_ok)
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "splits"])
+@kernel("kvb_nearest_settle", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "splits"])
 def settle(
     queries,
     keys,

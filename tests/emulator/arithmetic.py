@@ -22,7 +22,7 @@ def elementwise(ufunc: np.ufunc) -> Callable[[State, Instruction], Step]:
         out = state.target(at.operands[0], at.type)
         if out.dtype != np.dtype(DTYPES[at.type]):
             raise Unsupported(at.text)
-        return lambda lanes: ufunc(*sources, out, where=lanes.where)
+        return lambda lanes: ufunc(*sources, out=out, where=lanes.where)
 
     return build
 
@@ -161,7 +161,12 @@ def absolute(state: State, at: Instruction) -> Step:
     if at.type[0] == "s":
         return elementwise(np.abs)(state, at)
     signs = {"f32": (0x7FFFFFFF, "b32"), "f64": (0x7FFFFFFFFFFFFFFF, "b64")}
-    signs |= {"f16": (0x7FFF, "b16"), "bf16": (0x7FFF, "b16"), "f16x2": (0x7FFF7FFF, "b32"), "bf16x2": (0x7FFF7FFF, "b32")}
+    signs |= {
+        "f16": (0x7FFF, "b16"),
+        "bf16": (0x7FFF, "b16"),
+        "f16x2": (0x7FFF7FFF, "b32"),
+        "bf16x2": (0x7FFF7FFF, "b32"),
+    }
     mask, kind = signs[at.type]
     value, out = state.source(at.operands[1], kind), state.target(at.operands[0], kind)
     return lambda lanes: np.bitwise_and(value, out.dtype.type(mask), out, where=lanes.where)

@@ -21,7 +21,9 @@ def keep(out: np.ndarray, value: Any, lanes: Lanes) -> None:
 def from_bits(bits: Any, kind: str) -> np.ndarray:
     """Numbers of 16 bits as float32."""
     bits = np.ascontiguousarray(bits, np.uint16)
-    return bits.view(np.float16).astype(np.float32) if kind == "f16" else (bits.astype(np.uint32) << 16).view(np.float32)
+    return (
+        bits.view(np.float16).astype(np.float32) if kind == "f16" else (bits.astype(np.uint32) << 16).view(np.float32)
+    )
 
 
 def to_bits(numbers: Any, kind: str) -> np.ndarray:
@@ -68,9 +70,7 @@ def _unpack(state: State, at: Instruction) -> Step:
     parts = _parts(at.operands[0])
     kind = f"b{int(at.type[1:]) // len(parts)}"
     whole = state.source(at.operands[1], at.type).view(DTYPES[kind])
-    pairs = [
-        (state.target(part, kind), whole[place :: len(parts)]) for place, part in enumerate(parts) if part != "_"
-    ]
+    pairs = [(state.target(part, kind), whole[place :: len(parts)]) for place, part in enumerate(parts) if part != "_"]
 
     def step(lanes: Lanes) -> None:
         for out, value in [(out, value.copy()) for out, value in pairs]:

@@ -98,7 +98,9 @@ def build(state: State, at: Instruction) -> Step:
             raise Unsupported(f"{at.text}: part of a copy")
         data = np.zeros(lanes.number, ACCESS[size])
         if taken.any():
-            reading = lanes if taken.all() else Lanes(lanes.mask & np.broadcast_to(given != 0, state.lanes), lanes.living)
+            reading = (
+                lanes if taken.all() else Lanes(lanes.mask & np.broadcast_to(given != 0, state.lanes), lanes.living)
+            )
             rows = np.flatnonzero(taken)
             for region, chosen, place in state.memory.find(state, at, reading, source()[reading.select], size):
                 data[rows[chosen]] = region.elements(size)[place // size]

@@ -39,8 +39,10 @@ def accumulators(registers: list[np.ndarray]) -> np.ndarray:
     """Any multiple of four registers of float32 becomes [warps, 16, columns]."""
     parts = np.stack([np.ascontiguousarray(part).view(np.float32) for part in registers])
     # eight columns, row half, one of a pair, warp, g, t
-    return parts.reshape(-1, 2, 2, parts.shape[1] // WARP, 8, 4).transpose(3, 1, 4, 0, 5, 2).reshape(
-        parts.shape[1] // WARP, 16, -1
+    return (
+        parts.reshape(-1, 2, 2, parts.shape[1] // WARP, 8, 4)
+        .transpose(3, 1, 4, 0, 5, 2)
+        .reshape(parts.shape[1] // WARP, 16, -1)
     )
 
 

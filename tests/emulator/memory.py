@@ -212,9 +212,7 @@ def atomic(state: State, at: Instruction) -> Step:
     def step(lanes: Lanes) -> None:
         columns = np.stack([np.broadcast_to(source, state.lanes)[lanes.select] for source in sources], 1)
         before = np.zeros_like(columns)
-        for region, chosen, place in state.memory.find(
-            state, at, lanes, address()[lanes.select], item * len(sources)
-        ):
+        for region, chosen, place in state.memory.find(state, at, lanes, address()[lanes.select], item * len(sources)):
             elements = region.elements(item).view(DTYPES[kind])
             rows = np.arange(lanes.number)[chosen]
             for turn in state.random.permutation(len(rows)) if wanted else ():

@@ -82,7 +82,9 @@ class SharedMemory:
 
     # --- accesses -----------------------------------------------------------------------------------------------------
 
-    def place(self, at: Instruction, index: np.ndarray, address: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def place(
+        self, at: Instruction, index: np.ndarray, address: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Accesses of ``size`` bytes by the lanes ``index``: which elements of that size, and their first granules.
 
         Raises:

@@ -23,6 +23,8 @@ DTYPES: dict[str, Any] = {
     **{"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "f32": np.float32, "f64": np.float64},
 }
 SHARED_BASE = 1024  # where shared memory begins: not at 0, so that an address that was never set is outside
+LOCAL_BASE = 1 << 60  # the same for the local memory of a thread
+SYMBOLS = {"global_smem": SHARED_BASE, "__local_depot0": LOCAL_BASE}
 
 
 class Fault(Exception):
@@ -146,7 +148,7 @@ class State:
 
 
 def constant(text: str, dtype: np.dtype) -> Any:
-    """A literal, or the address of a symbol: only shared memory has one that is ever used."""
+    """A literal, or the address of a symbol: 0 for texts of assertions."""
     if match := re.fullmatch(r"0f([0-9A-Fa-f]{8})", text):
         return np.array([int(match[1], 16)], np.uint32).view(dtype)[0]
     if match := re.fullmatch(r"0d([0-9A-Fa-f]{16})", text):
@@ -159,8 +161,8 @@ def constant(text: str, dtype: np.dtype) -> Any:
         return bits.view(dtype)[0]
     if text in ("true", "false"):
         return np.bool_(text == "true")
-    if text == "global_smem":
-        return dtype.type(SHARED_BASE)
+    if text in SYMBOLS:
+        return dtype.type(SYMBOLS[text])
     if re.fullmatch(r"[\w$]+", text):
         return dtype.type(0)
     raise Unsupported(f"operand {text!r}")

@@ -19,7 +19,18 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from kvb.kernels import device, launch_keys, launch_search, launch_training, launch_values
+from kvb.kernels import (
+    launch_filter,
+    launch_keys,
+    launch_pack,
+    launch_scan,
+    launch_search,
+    launch_table,
+    launch_training,
+    launch_values,
+    launcher,
+    rows,
+)
 
 pytestmark = [
     pytest.mark.contract,
@@ -27,7 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy, where numbers overflow on purpose
 ]
 op = torch.ops.kvb
-LAUNCHERS = launch_keys, launch_search, launch_training, launch_values
+LAUNCHERS = launch_filter, launch_keys, launch_pack, launch_scan, launch_training, launch_values
 FEW = launch_search.FEW
 FILTER = ["prepare", "search", "settle", "rescan"]
 RESIDENT = ["resident", "refine", "rescan"]
@@ -42,13 +53,12 @@ class Launch(NamedTuple):
 class Spy(list[Launch]):
     """Every launch, in order."""
 
-    def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        device.run(kernel, grid, *arguments, **constants)
-        named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+    def run(self, kernel: Any, grid: tuple[int, ...], *options: launcher.Options, **arguments: Any) -> None:
+        launcher.run(kernel, grid, *options, **arguments)
         for name in ("count", "opened"):
-            if isinstance(named.get(name), Tensor):
-                named[name] = int(named[name].sum())
-        numbers = {name: value for name, value in named.items() if type(value) is int}
+            if isinstance(arguments.get(name), Tensor):
+                arguments[name] = int(arguments[name].sum())
+        numbers = {name: value for name, value in arguments.items() if type(value) is int}
         self.append(Launch(kernel.fn.__name__, grid, numbers))
 
     @property
@@ -117,7 +127,7 @@ def test_parts_without_a_usable_key(launched):
 
 
 def test_parts_beyond_the_last_key(launched, monkeypatch):
-    monkeypatch.setattr(launch_search, "SCAN_LEAST", 32)
+    monkeypatch.setattr(launch_scan, "LEAST", 32)
     require_the_nearest(*normal(FEW, 1, 520, 2))
     assert launched[2].grid == (1, 16)
     assert launched[2].arguments["per_split"] * 15 > 520
@@ -143,8 +153,8 @@ def test_small_codebooks_stay_on_the_chip(K, D, parts, launched):
 
 
 def test_programs_take_turns_at_a_small_codebook(launched, monkeypatch):
-    monkeypatch.setattr(launch_search, "RESIDENT_ROWS", 16)
-    monkeypatch.setattr(launch_search, "RESIDENT_PROGRAMS", 1)
+    monkeypatch.setattr(launch_filter, "RESIDENT_ROWS", 16)
+    monkeypatch.setattr(launch_filter, "RESIDENT_PROGRAMS", 1)
     require_the_nearest(*normal(100, 4, 40, 8))
     (resident,) = (launch for launch in launched if launch.kernel == "resident")
     assert resident.grid == (2 * 4,)  # for seven tiles of 16 rows
@@ -207,7 +217,7 @@ def test_a_mask_packs_the_keys_anew(launched):
 
 @pytest.mark.parametrize(("shape", "chunks"), [((30, 1), 3), ((4, 8), 4), ((1, 33), 4)])
 def test_more_rows_than_one_launch_takes(shape, chunks, launched, monkeypatch):
-    monkeypatch.setattr(launch_search, "CHUNK", 20)
+    monkeypatch.setattr(rows, "CHUNK", 20)
     queries, keys = torch.randn(*shape, 2, 5), torch.randn(2, 300, 5)
     packed = op.pack_keys(keys)
     launched.clear()
@@ -403,7 +413,7 @@ def test_every_row_may_stay_open(launched):
     assert launched.opened() == 20
 
 
-@pytest.mark.parametrize(("target", "D"), list(zip(launch_search.SEARCH, (5, 130, 14, 64, 10, 100, 32), strict=True)))
+@pytest.mark.parametrize(("target", "D"), list(zip(launch_table.SEARCH, (5, 130, 14, 64, 10, 100, 32), strict=True)))
 def test_every_architecture_finds_the_same(target, D, monkeypatch):
     """Its block sizes and its layout of scores, for one width of packed keys."""
     monkeypatch.setattr(launch_search, "target", lambda device: target)
@@ -412,7 +422,7 @@ def test_every_architecture_finds_the_same(target, D, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [10, 14, 32, 64, 100, 130])
-@pytest.mark.parametrize("target", launch_search.SEARCH)
+@pytest.mark.parametrize("target", launch_table.SEARCH)
 def test_the_whole_launch_table(target, D, monkeypatch):
     monkeypatch.setattr(launch_search, "target", lambda device: target)
     for K in (200, 600, 1100):
@@ -433,7 +443,7 @@ def flushing(monkeypatch):
     )
 
     def told():
-        for module in (launch_search, launch_values):
+        for module in (launch_filter, launch_values):
             monkeypatch.setattr(module, "matrix_units", lambda device: "flushing")
 
     return told
@@ -614,8 +624,8 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 def guarded(poison: int) -> Callable[..., None]:
     """A launcher whose kernels find every tensor amid poison, and must leave that as it is."""
 
-    def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    def run(kernel: Any, grid: tuple[int, ...], *options: launcher.Options, **arguments: Any) -> None:
+        tensors = [argument for argument in arguments.values() if isinstance(argument, Tensor)]
         islands = {}
         for place in {tensor.untyped_storage().data_ptr() for tensor in tensors}:
             shared = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() == place]
@@ -631,7 +641,8 @@ def guarded(poison: int) -> Callable[..., None]:
                 island.untyped_storage(), first, tensor.shape, tensor.stride()
             )
 
-        device.run(kernel, grid, *(moved(a) if isinstance(a, Tensor) else a for a in arguments), **constants)
+        given = {name: moved(a) if isinstance(a, Tensor) else a for name, a in arguments.items()}
+        launcher.run(kernel, grid, *options, **given)
         for island, start, stop, source in islands.values():
             end = GUARD + stop - start
             assert (island[:GUARD] == poison).all(), f"{kernel.fn.__name__} wrote in front of a tensor"
@@ -657,15 +668,15 @@ def copy_sixteen(source, out, first):
 @pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS)
 def test_guards_see_what_is_read_and_written(poison):
     run, fifteen, out = guarded(poison), torch.ones(15), torch.zeros(16)
-    run(copy_sixteen, (1,), fifteen, out, 0)
+    run(copy_sixteen, (1,), source=fifteen, out=out, first=0)
     assert out[:15].eq(1).all()
     assert not out[15].eq(1)
-    run(copy_sixteen, (1,), torch.arange(20.0)[2:18], out, 0)
+    run(copy_sixteen, (1,), source=torch.arange(20.0)[2:18], out=out, first=0)
     assert out.tolist() == list(range(2, 18))
     with pytest.raises(AssertionError, match="copy_sixteen wrote behind a tensor"):
-        run(copy_sixteen, (1,), torch.ones(16), fifteen, 0)
+        run(copy_sixteen, (1,), source=torch.ones(16), out=fifteen, first=0)
     with pytest.raises(AssertionError, match="copy_sixteen wrote in front of a tensor"):
-        run(copy_sixteen, (1,), torch.ones(32)[1:], fifteen, -1)
+        run(copy_sixteen, (1,), source=torch.ones(32)[1:], out=fifteen, first=-1)
 
 
 @pytest.mark.parametrize("V", [1, 5, 130])
@@ -725,9 +736,9 @@ def test_searches_stay_in_their_memory(N, K, D, dtype, memory, masked, topk, ami
 def test_packed_keys_know_nothing_of_their_surroundings(K, D, monkeypatch, poisoned):
     keys, mask = torch.randn(2, K, D), torch.rand(2, K) < 0.7
     packed = []
-    for run in (device.run, *(guarded(poison) for poison in POISONS.values())):
-        monkeypatch.setattr(launch_search, "run", run)
-        packed.append(launch_search._pack(keys, mask))
+    for run in (launcher.run, *(guarded(poison) for poison in POISONS.values())):
+        monkeypatch.setattr(launch_pack, "run", run)
+        packed.append(launch_pack.packed(keys, mask))
     assert torch.equal(packed[0], packed[1])
     assert torch.equal(packed[0], packed[2])
 

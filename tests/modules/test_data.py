@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kvb import BottleneckedEncoder, CodeDataset, DiscreteKeyValueBottleneck, KeyValueBottleneck, unlearning
 from kvb import data as room
-from kvb.modules import key_learning
+from kvb.modules import streams
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_tensor_becomes_the_smallest_codes_that_hold_it(shape, K, dtype):
 
 
 def test_a_large_tensor_is_read_in_batches(module, monkeypatch):
-    monkeypatch.setattr(key_learning, "BATCH", 4 * 15)
+    monkeypatch.setattr(streams, "BATCH", 4 * 15)
     x, sizes, encode = torch.randn(10, 3, 5), [], module.encode
     monkeypatch.setattr(module, "encode", lambda part, dtype: sizes.append(len(part)) or encode(part, dtype=dtype))
     assert torch.equal(module.encode_dataset(x, progress=False).codes.long(), encode(x))

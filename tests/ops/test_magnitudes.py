@@ -10,6 +10,8 @@ import torch
 
 from kvb import functional, ops, reference
 
+pytestmark = [pytest.mark.fallback, pytest.mark.memory]
+
 if ops.backend("cpu") == "triton":
     pytest.skip("float64 is the same search on a GPU; Triton's interpreter is slow", allow_module_level=True)
 

@@ -10,6 +10,8 @@ from packed_damage import damaged
 
 from kvb import functional, ops
 
+pytestmark = [pytest.mark.fallback, pytest.mark.memory]
+
 op = torch.ops.kvb
 CPP = ops.backend("cpu") == "cpp"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -7,6 +7,8 @@ import torch
 
 from kvb import ops, reference
 
+pytestmark = [pytest.mark.fallback, pytest.mark.memory]
+
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 op = torch.ops.kvb
 BACKENDS = pytest.mark.parametrize("accumulate", [op.accumulate, reference.accumulate], ids=["cpu", "torch"])
