@@ -312,8 +312,8 @@ class BottleneckState(nn.Module):
         """As ``torch.nn.Module.load_state_dict``, but all or nothing: what does not fit changes nothing.
 
         Raises:
-            RuntimeError: strict and names missing or left over; shapes that differ; keys with NaN or Inf; negative
-            counts; flags that are damaged or of a newer version.
+            RuntimeError: strict and names missing or left over; shapes that differ; keys with NaN or Inf; negative or
+            infinite counts; flags that are damaged or of a newer version.
         """
         self._strict = strict
         try:
@@ -423,11 +423,10 @@ def _problems(name: str, value: Any, current: Tensor) -> list[str]:
         ]
     if value.is_meta:
         return []
-    if name in ("keys", "keys_avg") and not value.isfinite().all():
-        bad = int((~value.isfinite().all(-1)).sum())
-        return [f"{name} contains NaN or Inf in {bad} of {value[..., 0].numel()} pairs"]
-    if name in ("cluster_size", "cluster_size_counter") and not (value >= 0).all():
-        return [f"{name} holds negative or NaN counts"]
+    if name in ("keys", "keys_avg") and not (finite := value.to(current.dtype).isfinite().all(-1)).all():
+        return [f"{name} contains NaN or Inf in {int((~finite).sum())} of {finite.numel()} pairs as {current.dtype}"]
+    if name in ("cluster_size", "cluster_size_counter") and not ((value >= 0) & value.isfinite()).all():
+        return [f"{name} holds negative or NaN counts, or infinite ones"]
     if name == _FLAGS:
         version, *flags = value.tolist()
         if version > VERSION + 0.5:

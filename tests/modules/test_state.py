@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import kvb
 from kvb import KeyValueBottleneck
 
 pytestmark = pytest.mark.fallback
@@ -297,3 +298,23 @@ def test_copies_keep_everything(mode):
         if mode == "random":
             x = torch.randn(20, 2, 3)
             assert torch.equal(twin.eval()(x), module.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("cluster_size", torch.inf, "cluster_size holds negative or NaN counts, or infinite ones"),
+        ("keys", 1e39, "keys contains NaN or Inf in 1 of 18 pairs as torch.float32"),
+        ("keys_avg", -1e300, "keys_avg contains NaN or Inf in 1 of 18 pairs as torch.float32"),
+    ],
+)
+def test_numbers_that_become_infinite_on_loading_are_refused(name, value, message, tmp_path):
+    module = make()
+    before = {key: entry.clone() for key, entry in module.state_dict().items()}
+    state = {key: entry.double() if key == name else entry for key, entry in make().state_dict().items()}
+    state[name].view(-1)[0] = value
+    torch.save(state, tmp_path / "file.pt")
+    for load in (lambda: module.load_state_dict(state), lambda: kvb.load(module, tmp_path / "file.pt")):
+        with pytest.raises(RuntimeError, match=message):
+            load()
+        assert all(torch.equal(entry, before[key]) for key, entry in module.state_dict().items())
