@@ -9,6 +9,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 # KVB_BUILD_EXT: build the extension where that is possible, or fail where it is not, or never build it.
 CHOICES = ("auto", "1", "0")
@@ -39,6 +40,17 @@ sources = sorted(glob("csrc/**/*.cpp", recursive=True))
 # kvb/kernels is a symlink to kernels/, which has no __init__.py: so no top-level `kernels` is ever
 # installed, and another package of that name is never shadowed.
 arguments = {"packages": [*find_packages(include=["kvb", "kvb.*"]), "kvb.kernels"]}
+
+
+class BuildPython(build_py):
+    """Takes the kernels from kernels/ where kvb/kernels is no link: Windows, core.symlinks=false, some archives."""
+
+    def get_package_dir(self, package):
+        folder = super().get_package_dir(package)
+        return folder if package != "kvb.kernels" or Path(folder).is_dir() else "kernels"
+
+
+arguments["cmdclass"] = {"build_py": BuildPython}
 
 
 def readme():
@@ -114,7 +126,7 @@ def with_extension():
     extension.libraries = ["c10", "torch_cpu"]  # all that it calls
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": Build},
+        "cmdclass": arguments["cmdclass"] | {"build_ext": Build},
         "options": {
             "bdist_wheel": {"py_limited_api": "cp310"},
             "build": {"build_base": f"build/{sanitize and 'sanitize-' + sanitize}"},

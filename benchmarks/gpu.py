@@ -28,6 +28,7 @@ from benchmarks.suites import on_device
 from benchmarks.suites.case import KVB
 from benchmarks.suites.on_device import Problem, Work
 from benchmarks.timing import Absent, Contestant, Deadline, Effort, EventClock, clock_of, run_on
+from kvb.testing.verdicts import device_is_lost
 
 LIMIT = 285.0  # seconds for everything
 HOST_BOUND = 1.25  # a call is bound by the host if the device needs less than so many times the host's time for it
@@ -244,11 +245,14 @@ def run(session: Session, rows: Sequence[Row], out: Path) -> bool:
         journal.write({"ceilings": limits})
         say(f"ceilings: copy {limits['copy'] / 1e9:.4g} GB/s, bfloat16 matmul {limits['matmul'] / 1e12:.4g} TFLOP/s")
         say(HEAD)
-        for row in rows:
+        for number, row in enumerate(rows):
             for found in measure(row, session, limits):
                 journal.write(found)
                 say(line(found))
                 right = right and "wrong" not in found
+            if not right and device_is_lost(session.device):
+                say(f"the device no longer works: {len(rows) - number - 1} rows are left")
+                break
     return right
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import ADDED, CENTRE, FOLDED, NEVER, finite, halves, key_columns
 
 SUM = tl.constexpr(0)  # rows of a survey
@@ -96,7 +97,7 @@ def store_survey(out, total, least, most, count, d, D: tl.constexpr):
     tl.store(out + COUNT * D + d, tl.full(d.shape, count, tl.float64), mask=d < D)
 
 
-@triton.jit
+@kernel("kvb_pack_survey")
 def survey(
     keys,
     mask,
@@ -176,7 +177,7 @@ def _scaled(keys, surveys, row, d, usable, scale, D: tl.constexpr, SLICES: tl.co
     return tl.where(inside, part * scale - (mean * scale)[None, :], 0.0)
 
 
-@triton.jit
+@kernel("kvb_pack")
 def pack(
     keys,
     mask,

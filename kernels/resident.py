@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import (
     ADDED,
     CENTRE,
@@ -44,9 +45,9 @@ def _part(words, norms, start: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, FORM: tl.constexpr):
+def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, MATRIX: tl.constexpr, FORM: tl.constexpr):
     """How far a score may be off that one product makes of high parts alone."""
-    error = score_error(norm, t, radius, D, DEPTH)
+    error = score_error(norm, t, radius, D, DEPTH, MATRIX)
     if FORM != CONCAT:
         error += norm * (radius * (1.001 * 2.0**-10))
     return error
@@ -92,7 +93,9 @@ def _key(group, place, thread, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr
     return group * (J * L * E) + place // E * (L * E) + thread * E + place % E
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "workers", "capacity"])
+@kernel(
+    "kvb_nearest_resident", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "workers", "capacity"]
+)
 def resident(
     queries,
     keys,
@@ -123,6 +126,7 @@ def resident(
     FORM: tl.constexpr,
     DP: tl.constexpr,
     DEPTH: tl.constexpr,
+    MATRIX: tl.constexpr,
     RADII_WIDTH: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
@@ -161,9 +165,9 @@ def resident(
         query = tl.load(queries + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
         q = query.to(tl.float32) * scale - centre[None, :]
         norm = tl.sqrt(tl.sum(tl.where(real, q * q, 0.0), 1))
-        t, fits = power_of_two(norm)
+        t, fits = power_of_two(norm, MATRIX)
         left = left_parts(q, t, column, D, FORM)[0]
-        error = tl.where(fits, _error(norm * t, t, radius, D, DEPTH, FORM), float("nan"))
+        error = tl.where(fits, _error(norm * t, t, radius, D, DEPTH, MATRIX, FORM), float("nan"))
 
         groups_0, places = _minima(_scores(left, t, right_0, norm_0, FORM), BN, P0, J, L, E)
         if P1 > 0:
@@ -201,7 +205,7 @@ def resident(
         tl.store(open_words + place[:, None] * L + tl.arange(0, L)[None, :], bits, mask=left_open[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "capacity"])
+@kernel("kvb_nearest_refine", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "capacity"])
 def refine(
     queries,
     keys,

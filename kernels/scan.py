@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import EPSILON, finite, row_offsets
 
 
@@ -150,7 +151,7 @@ def _search_row(
     return choice
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "T", "splits"])
+@kernel("kvb_nearest_scan", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "T", "splits"])
 def scan(
     queries,
     keys,
@@ -219,7 +220,7 @@ def scan(
             tl.store(fetched + cell[:, None] * V + v[None, :], value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["cells", "splits"])
+@kernel("kvb_nearest_merge", do_not_specialize=["cells", "splits"])
 def merge(part_indices, part_distances, indices, distances, cells, K, splits, BR: tl.constexpr, WIDTH: tl.constexpr):
     """The nearest of all parts of each row's codebook; the first key where none may win."""
     cell = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -236,7 +237,7 @@ def merge(part_indices, part_distances, indices, distances, cells, K, splits, BR
     tl.store(distances + cell, tl.where(broken, float("nan"), least), mask=cell < cells)
 
 
-@triton.jit(do_not_specialize=["S", "stride_b", "stride_s", "stride_c"])
+@kernel("kvb_nearest_rescan", do_not_specialize=["S", "stride_b", "stride_s", "stride_c"])
 def rescan(
     queries,
     keys,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import finite
 from kvb.kernels.values import INTERPRETED, average, pair_indices, require_pairs, store_sums
 
@@ -69,15 +70,17 @@ def _upper_half(x):
 
 
 @triton.jit
-def _product(hot, x):
+def _product(hot, x, MATRIX: tl.constexpr):
     """``_sum_where`` as a matrix product with a factor of exact zeros and ones, summed in float32.
 
-    float32 goes in as three bfloat16 parts that sum to it exactly. 0 * Inf would spoil every sum, so what is not finite
+    float32 goes in as three bfloat16 parts that sum to it exactly, and so does float16 where matrix units flush small
+    ones; of bfloat16 they only flush what is below 2^-126. 0 * Inf would spoil every sum, so what is not finite
     stays out of the product and is counted apart: a sum over a NaN, or over both infinities, is NaN.
     """
     SHAPE: tl.constexpr = x.shape
-    PARTS: tl.constexpr = 3 if x.dtype == tl.float32 else 1
-    EXACT: tl.constexpr = tl.float16 if x.dtype == tl.float16 else PART
+    HALF: tl.constexpr = x.dtype == tl.float16 and MATRIX == "full"
+    PARTS: tl.constexpr = 1 if HALF or x.dtype == tl.bfloat16 else 3
+    EXACT: tl.constexpr = tl.float16 if HALF else PART
     ones = tl.where(hot, 1.0, 0.0).to(EXACT)
     total = tl.zeros([hot.shape[0], x.shape[1]], tl.float32)
     # Flat while it is split: else every warp would do that work for all of x, in the product's layout.
@@ -101,18 +104,19 @@ def _product(hot, x):
 
 
 @triton.jit
-def _sum_where(hot, x):
+def _sum_where(hot, x, MATRIX: tl.constexpr):
     """[J, V]: for every row of ``hot`` [J, N] the sum of those rows of x [N, V] that it marks."""
-    if x.dtype == tl.float64:  # not every GPU multiplies float64 matrices
+    if MATRIX == "none":
+        x = x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
         return tl.sum(tl.where(hot[:, :, None], x[None, :, :], 0.0), axis=1)
     else:
-        return _product(hot, x)
+        return _product(hot, x, MATRIX)
 
 
 # --- one-hot products -------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_check", do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
 def check_pairs(
     indices,  # [B, S, C] with the strides i_b, i_s, i_c
     count,  # B * S * C
@@ -134,7 +138,7 @@ def check_pairs(
     require_pairs((r < count) & ~usable)
 
 
-@triton.jit(do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_product", do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_product(
     x,
     indices,
@@ -154,6 +158,7 @@ def add_by_product(
     K: tl.constexpr,
     V: tl.constexpr,
     DIVISOR: tl.constexpr,
+    MATRIX: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -183,12 +188,12 @@ def add_by_product(
             if block == 0:
                 _count(hits, c * K + index, usable)
         hot = (index.to(tl.int32)[None, :] == k[:, None]) & usable[None, :]
-        total += _sum_where(hot, rows)  # apart from the product: tensor cores cut where they add, this rounds
+        total += _sum_where(hot, rows, MATRIX)  # apart from the product: tensor cores cut where they add, this rounds
     pointers = out + ((part * C + c) * K + k[:, None]) * V + v[None, :]
     store_sums(pointers, average(total, DIVISOR), (k < K)[:, None] & (v < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["slices"])
+@kernel("kvb_scatter_slices", do_not_specialize=["slices"])
 def add_slices(parts, out, slices, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """out [SIZE]: the sum of parts [slices, SIZE], first to last."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -201,7 +206,7 @@ def add_slices(parts, out, slices, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 # --- float atomics ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_atomics", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_atomics(
     x,
     indices,
@@ -249,7 +254,7 @@ def add_by_atomics(
 # --- sorted runs ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_rows", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def table_rows(
     x,
     indices,
@@ -298,7 +303,7 @@ def _begins(here, before, END: tl.constexpr):
     return (here != END) & (here != before)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel("kvb_scatter_find_runs", do_not_specialize=["count"])
 def find_runs(ordered, starts, count, END: tl.constexpr, BLOCK: tl.constexpr):
     """How many runs of equal rows start in every chunk of BLOCK sorted positions; END marks skipped ones."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -307,7 +312,7 @@ def find_runs(ordered, starts, count, END: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(starts + chunk, tl.sum(begins.to(tl.int64)))
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v"])
+@kernel("kvb_scatter_add_runs", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v"])
 def add_runs(
     x,
     order,  # the position of every sorted row
@@ -326,6 +331,7 @@ def add_runs(
     V: tl.constexpr,
     END: tl.constexpr,
     DIVISOR: tl.constexpr,
+    MATRIX: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -344,7 +350,7 @@ def add_runs(
     offsets = _row_offsets(position // C, position % C, S, x_b, x_s, x_c, ALIGN)
     leads = begins | (usable & (j == 0))  # one position speaks for its run in this chunk
     hot = (here[:, None] == here[None, :]) & leads[:, None]
-    total = _sum_where(hot, _load_rows(x, offsets, usable, v, x_v, V, UNIT))
+    total = _sum_where(hot, _load_rows(x, offsets, usable, v, x_v, V, UNIT), MATRIX)
 
     inside = begins & (here != behind)
     columns = (v < V)[None, :]
@@ -360,7 +366,7 @@ def add_runs(
     tl.store(edges + edge[:, None] + v[None, :], total, mask=(leads & ~inside)[:, None] & columns)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel("kvb_scatter_join_runs", do_not_specialize=["count"])
 def join_runs(
     ordered,
     ends,  # as for ``add_runs``
@@ -399,7 +405,7 @@ def join_runs(
 # --- rows moved by their gradients ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel("kvb_sgd_step", do_not_specialize=["count"])
 def move_rows(
     table,  # [C * K, V]
     rows,  # [count] of the table, each once; -1 for none

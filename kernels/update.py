@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.pack import claim, mixed, nothing_seen, seen, slots, store_survey
 from kvb.kernels.scores import finite
 from kvb.kernels.values import rounded
@@ -29,7 +30,7 @@ def _divide(x, by):
         return tl.div_rn(x, by)
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel("kvb_update_keys", do_not_specialize=["R"])
 def update(
     keys,  # [C, K, D]
     averages,  # [C, K, D]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 import kvb
 
 FEATURES = {"digits": "data.digits", "mnist": "data.mnist", "20ng": "data.newsgroups"}  # modules of kvb.experiments
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # there is no room for what is to be written
 STUDIES = {**FEATURES, "toy": "toy"}
 
 
@@ -185,8 +189,7 @@ def _info() -> None:
         print(f"{name:<{width}}  {fact}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status."""
+def _run(arguments: Sequence[str] | None) -> int:
     chosen = _parser().parse_args(arguments)
     if chosen.command == "check":
         return _check(chosen.device, processes=chosen.processes, seconds=chosen.seconds, json_lines=chosen.json)
@@ -201,6 +204,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         _info()
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status. One line says why it stopped early."""
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _stopped("Interrupted.", 130)
+    except BrokenPipeError:
+        return _stopped("Stopped: nobody reads the output any longer.", 141)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        return _stopped(f"Cannot write {error.filename or 'the output'}: {error.strerror}. Make room and try again.", 1)
+    return status
+
+
+def _stopped(why: str, status: int) -> int:
+    """Say it, and throw away what is still to be printed: nobody could read it, or there is no room."""
+    print(why, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # where the output is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 if __name__ == "__main__":

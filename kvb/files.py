@@ -44,9 +44,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     old = _replaceable(target)
     _sweep(target)
-    file, unfinished = _begin(target, 0o666 if old is None else 0o600)
+    unfinished = target.with_name(f".{_stem(target)}.{secrets.token_hex(8)}.part")
     try:
-        with file:
+        with _begin(unfinished, 0o666 if old is None else 0o600) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -81,13 +81,12 @@ def _replaceable(target: Path) -> os.stat_result | None:
     return old
 
 
-def _begin(target: Path, mode: int) -> tuple[BinaryIO, Path]:
+def _begin(unfinished: Path, mode: int) -> BinaryIO:
     while True:
-        unfinished = target.with_name(f".{_stem(target)}.{secrets.token_hex(8)}.part")
         file = os.fdopen(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, mode), "w+b")
         _lock(file.fileno())
         if fcntl is None or os.fstat(file.fileno()).st_nlink:
-            return file, unfinished
+            return file
         file.close()  # another writer swept it away before it was locked
 
 

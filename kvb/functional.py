@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvb import ops, validation
+from kvb._torch import assert_async
 
 POOLS = ("none", "mean", "sum")
 LAYOUTS = ("bscv", "bcsv")
@@ -40,12 +41,14 @@ def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
     validation.tensor("nearest", "packed", given)
     validation.same_device("packed", given, "keys", keys)
     matches = torch.ops.kvb.packed_matches(keys, given)
-    message = "packed was not made from these keys, or they have changed since; pack them again with pack_keys(keys)"
+    message = (
+        "packed keys do not match keys, which are others or have changed since; pack them again with pack_keys(keys)"
+    )
     if keys.device.type == "cpu" and not torch.compiler.is_compiling():
         if not matches:
             raise RuntimeError(message)
     else:  # here the host does not wait: the device asserts it
-        torch._assert_async(matches, message)
+        assert_async(matches, message)
     return given
 
 

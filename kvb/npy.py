@@ -30,8 +30,8 @@ _LABELS = {
     **{"c8": torch.complex64, "c16": torch.complex128},
 }
 _HEADER = re.compile(
-    rb"\{\s*'descr'\s*:\s*'([<>|=]?)([a-z]\d{1,2})'\s*,\s*'fortran_order'\s*:\s*False\s*,"
-    rb"\s*'shape'\s*:\s*\(\s*((?:\d{1,18}\s*,\s*)+(?:\d{1,18})?)\s*\)\s*,?\s*\}\s*"
+    rb"\{ *'descr' *: *'([<>|=]?)([a-z]\d{1,2})' *, *'fortran_order' *: *False *,"
+    rb" *'shape' *: *\( *((?:(?:0|[1-9]\d{0,17}) *, *)+(?:0|[1-9]\d{0,17})?) *\) *,? *\} *\n?"
 )
 _SHOWN = 100  # characters of a header in a message
 

@@ -47,12 +47,12 @@ class Search:
         self.packed = functional.pack_keys(self.keys)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        return functional.nearest(self.queries, self.keys, packed=self.packed)
+        return torch.ops.kvb.nearest(self.queries, self.keys, self.packed, None, 1)
 
     def verify(self, found: tuple[Tensor, Tensor]) -> None:
         rows = torch.linspace(0, self.shape.N - 1, SAMPLE).long().to(self.queries.device)
         queries, indices, distances = (part[rows].cpu() for part in (self.queries, *found))
-        verify.nearest(queries, self.keys.cpu(), indices, distances)
+        verify.nearest(queries, self.keys.cpu(), indices[..., 0], distances[..., 0])
 
 
 def entries(name: str, day: Day) -> list[Any]:

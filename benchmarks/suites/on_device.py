@@ -123,18 +123,19 @@ def _search_work(shape: Lookup) -> tuple[float, float]:
 
 
 def search(given: Problem) -> Work:
-    """``nearest`` with packed keys: indices and distances."""
+    """``nearest`` with packed keys, as a module calls it: indices and distances."""
     packed, rows = functional.pack_keys(given.keys), _sample(given.shape.N)
 
     def check(found: tuple[Tensor, Tensor]) -> None:
-        verify.nearest(_some(given.queries, rows), given.keys.cpu(), _some(found[0], rows), _some(found[1], rows))
+        indices, distances = (_some(part, rows)[..., 0] for part in found)
+        verify.nearest(_some(given.queries, rows), given.keys.cpu(), indices, distances)
 
-    ours = Contestant(lambda: functional.nearest(given.queries, given.keys, packed=packed), check)
+    ours = Contestant(lambda: torch.ops.kvb.nearest(given.queries, given.keys, packed, None, 1), check)
     return Work(ours, *_search_work(given.shape), Search(given), "search")
 
 
 def lookup(given: Problem) -> Work:
-    """Search and mean over codebooks in one call."""
+    """Search and mean over codebooks in one call, as a module makes it."""
     packed, rows = functional.pack_keys(given.keys), _sample(given.shape.N)
 
     def check(found: tuple[Tensor, Tensor]) -> None:
@@ -143,7 +144,7 @@ def lookup(given: Problem) -> Work:
         verify.fetched(given.values.cpu(), indices, out, "mean", "bscv")
 
     nbytes, flops = _search_work(given.shape)
-    run = functools.partial(functional.lookup, given.queries, given.keys, given.values, packed=packed, pool="mean")
+    run = functools.partial(torch.ops.kvb.lookup, given.queries, given.keys, packed, given.values, None, "mean")
     return Work(Contestant(run, check), nbytes + 4 * given.shape.N * given.shape.V, flops, Memories(given), "memories")
 
 

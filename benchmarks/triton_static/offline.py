@@ -35,6 +35,7 @@ class Limits:
 
 
 LIMITS = {
+    "sm_75": Limits(64 * KIB, 255, 40),
     "sm_80": Limits(163 * KIB, 255, 108),
     "sm_90": Limits(227 * KIB, 255, 132),
     "sm_100": Limits(227 * KIB, 255, 148),
@@ -43,6 +44,14 @@ LIMITS = {
     "gfx950": Limits(160 * KIB, 512, 256),
 }
 TARGETS = tuple(LIMITS)
+# Machines without a column of the launch table: kernels must compile for them, and fit.
+LIMITS |= {
+    "sm_89": Limits(99 * KIB, 255, 142),
+    "gfx90a": Limits(64 * KIB, 512, 104),
+    "gfx1100": Limits(64 * KIB, 256, 96),
+    "gfx1201": Limits(64 * KIB, 256, 64),
+}
+COMPILE_ONLY = tuple(LIMITS)[len(TARGETS) :]
 
 # A JITFunction keeps its kernels by device number: each driver takes a number that no machine and no driver has used.
 _numbers = itertools.count(1 << 20)
@@ -83,7 +92,9 @@ class Compiled:
 
 def _gpu(target: str) -> GPUTarget:
     kind, _, number = target.partition("_")
-    return GPUTarget("cuda", int(number), 32) if kind == "sm" else GPUTarget("hip", target, 64)
+    if kind == "sm":
+        return GPUTarget("cuda", int(number), 32)
+    return GPUTarget("hip", target, 32 if target.startswith("gfx1") else 64)
 
 
 class _Utils:
@@ -134,7 +145,7 @@ class Driver(DriverBase):
         asm = next(kernel.asm for kernel in kernels if getattr(kernel, "metadata", None) is metadata)
         names = source.fn.arg_names
         constants = {names[place[0]]: value for place, value in source.constants.items() if len(place) == 1}
-        return Compiled(metadata.name, self.name, constants, dict(source.signature), metadata, asm, [])
+        return Compiled(source.fn.__name__, self.name, constants, dict(source.signature), metadata, asm, [])
 
     @classmethod
     def is_active(cls) -> bool:
@@ -166,20 +177,22 @@ class Driver(DriverBase):
 
 
 @contextlib.contextmanager
-def compiling_for(target: str) -> Iterator[list[Compiled]]:
+def compiling_for(target: str, driver_for: Callable[[str], Driver] = Driver) -> Iterator[list[Compiled]]:
     """Compile every kernel that is launched inside for ``target``; the list of them grows with the launches.
+
+    ``driver_for`` makes the driver: one of a class of its own can do more with a launch than take it down.
 
     Raises:
         ValueError: an unknown target. RuntimeError: the kernels would be interpreted.
     """
     if target not in LIMITS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
+        raise ValueError(f"target must be one of {', '.join(LIMITS)}; got {target!r}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError(
             "TRITON_INTERPRET is set, so kernels are interpreted, not compiled: unset it and start again"
         )
     before = driver._active  # the property would look for a real GPU
-    ours = Driver(target)
+    ours = driver_for(target)
     driver.set_active(ours)
     try:
         yield ours.compiled

@@ -194,6 +194,9 @@ inline void require_codes(const Tensor& indices, int64_t C, int64_t K) {
   require_cpu(indices, "indices");
   require(
       indices.dim() == 3 && indices.size(2) == C, "expected indices [B, S, ", C, "], got ", shape(indices));
+  require(K >= 0, "expected K of at least 0, got ", K);
+  require(K <= ((int64_t{1} << 48) - 1) / std::max<int64_t>(C, 1), "expected fewer than 2^48 pairs, got ", C,
+          " codebooks of ", K);
   const ScalarType type = indices.scalar_type();
   require(
       type == ScalarType::Byte || type == ScalarType::Char || type == ScalarType::Short || type == ScalarType::Int ||

@@ -31,7 +31,6 @@ bool finite(const T* row, int64_t width) {
 
 void require_queries(const Tensor& queries, const Tensor& indices, int64_t K) {
   require_floating(queries, "queries");
-  require(K >= 0, "expected K of at least 0, got ", K);
   require_shape(queries, "queries", {-1, -1, -1, -1});
   require_codes(indices, queries.size(2), K);
   require_shape(indices, "indices", {queries.size(0), queries.size(1), queries.size(2)});

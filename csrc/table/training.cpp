@@ -270,7 +270,7 @@ class TrainingStep {
 
   // The norm of the whole gradient: that of all positions as if they shared no row, and corrections, added in order.
   double norm(const Gradient<Sum>& grad) {
-    if (N_ == 0) return 0; // whatever the loss
+    if (N_ == 0 || C_ == 0) return 0; // whatever the loss
     Vector<double> corrections(groups());
     for_groups([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
       corrections[g] = summed(g, grad, scratch, own).correction(grad);

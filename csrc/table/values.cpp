@@ -103,7 +103,6 @@ void gather_each(const char* table, const Walk& order, int64_t row_bytes, char* 
 void require_grad(const Tensor& grad, const Tensor& indices, int64_t K, const std::string& pool) {
   require_floating(grad, "grad");
   require_pool(pool);
-  require(K >= 0, "expected K of at least 0, got ", K);
   require(indices.dim() == 3, "expected indices [B, S, C], got ", shape(indices));
   const int64_t B = indices.size(0), S = indices.size(1), C = indices.size(2);
   pool == "none" ? require_shape(grad, "grad", {B, S, C, -1}) : require_shape(grad, "grad", {B, S, -1});

@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 
 from kvb import validation
-from kvb.modules import bottleneck, discrete, encoders
+from kvb.modules import bottleneck, discrete, encoders, pretrained
 
 CONTRACTS = ("published", "published-0.0", "seed")
 _DISCRETE = "discrete_key_value_bottleneck_pytorch"
@@ -76,7 +76,7 @@ def _own(name: str, published: ModuleType) -> ModuleType:
     """A module of a published name with kvb's own class wherever the published one has a class of that name."""
     module = ModuleType(name, f"{name}, answered by kvb's own classes.")
     for label, value in vars(published).items():
-        for room in (bottleneck, encoders, discrete):
+        for room in (bottleneck, encoders, pretrained, discrete):
             value = getattr(room, label, value)
         if isinstance(value, type) and value.__module__.startswith("kvb."):
             setattr(module, label, value)

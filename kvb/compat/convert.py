@@ -1,6 +1,6 @@
 """Checkpoints of the published packages as kvb's, and back, bit for bit; state_dicts in, state_dicts out.
 
-key_value_bottleneck has kvb's names, without kvb_state. discrete_key_value_bottleneck_pytorch and
+key_value_bottleneck has kvb's names, without its flags and mask. discrete_key_value_bottleneck_pytorch and
 discrete_key_value_bottleneck have those of ``_TO_KVB``. Version 0.0.x of the former has them too, with one projection
 [dim, C*D] for all codebooks, or none: its columns, cut into C heads, are kvb's [C, dim, D].
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import splitters, validation
-from kvb.checkpoints import STATE_NAME
+from kvb.checkpoints import STATE_NAMES
 from kvb.modules import bottleneck, discrete
 
 PACKAGES = (
@@ -136,7 +136,7 @@ def to_published(state: Mapping[str, Tensor], package: str, *, old_initted: bool
         ValueError: another package, or a state_dict that such a module cannot have.
     """
     validation.choice("package", package, PACKAGES)
-    kept = {name: value for name, value in state.items() if name.rpartition(".")[2] != STATE_NAME}
+    kept = {name: value for name, value in state.items() if name.rpartition(".")[2] not in STATE_NAMES}
     if package == "key_value_bottleneck":
         return kept
     kept.pop("bottleneck.cluster_size_counter", None)

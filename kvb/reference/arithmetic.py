@@ -63,7 +63,7 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _add_pairs(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     total, lost = _two_sum(a[0], b[0])
-    return _two_sum(total, lost + (a[1] + b[1]))
+    return _two_sum(total, torch.where(total.isfinite(), lost + (a[1] + b[1]), 0))  # an infinite sum loses nothing
 
 
 def _square_pair(a: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

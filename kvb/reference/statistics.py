@@ -38,7 +38,7 @@ def accumulate(queries: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor
     B, S, C, D = queries.shape
     sums = RowSums(C * K, D, accumulator(queries.dtype), queries.device)
     for tile in tiles(B, S, C, D):
-        part = torch.where(finite_rows(queries[tile])[..., None], queries[tile], 0).reshape(-1, D)
+        part = torch.where(finite_rows(queries[tile])[..., None], queries[tile], 0).flatten(0, 2)
         sums.add(flat_rows(indices[tile], K, tile[2].start).flatten(), part)
     return hits, sums.rounded().view(C, K, D)
 
@@ -127,6 +127,11 @@ def _require_statistics(
     require((spare is None) == (usable is None), "expected spare rows and how many are usable, or neither")
     if spare is not None and usable is not None:
         require_shape("spare", spare, C, None, D)
+        require_shape("usable", usable, C)
+        require(spare.shape[1] > 0, "expected at least one spare row for each codebook")
+        # Elsewhere the host would have to wait; ``update_keys_`` clamps.
+        within = spare.device.type != "cpu" or bool(((usable >= 0) & (usable <= spare.shape[1])).all())
+        require(within, f"expected usable between 0 and the {spare.shape[1]} spare rows")
         wanted["spare"] = spare, keys.dtype, (C, max(1, spare.shape[1]), D)
         wanted["usable"] = usable, torch.int64, (C,)
     for name, (tensor, dtype, shape) in wanted.items():

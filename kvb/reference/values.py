@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvb._torch import assert_async
 from kvb.reference.arithmetic import widest
 from kvb.reference.shared import (
     Tile,
@@ -54,7 +55,7 @@ def _tile_grad(grad: Tensor, tile: Tile, C: int, pool: str) -> Tensor:
     else:
         books = len(range(C)[c])
         part = grad[b, s, None].expand(-1, -1, books, -1)
-    part = part.to(accumulator(grad.dtype)).reshape(-1, grad.shape[-1])
+    part = part.to(accumulator(grad.dtype)).flatten(0, 2)
     return part / C if pool == "mean" else part
 
 
@@ -123,7 +124,7 @@ def sgd_step_(
     exact = accumulator(values.dtype)
     logits = gather(values, indices, "mean", "bscv").to(exact).mean(1)
     shares = logits.log_softmax(-1)
-    fit = torch.full_like(shares, label_smoothing / V)
+    fit = torch.full_like(shares, label_smoothing / max(1, V))
     fit.scatter_add_(1, targets[:, None], fit.new_full((B, 1), 1 - label_smoothing))
     loss = -(fit * shares).sum(-1).mean()
     grad = (shares.exp() - fit) / B / S
@@ -146,6 +147,6 @@ def _require_classes(targets: Tensor, V: int) -> None:
         return
     low, high = targets.aminmax()
     if targets.device.type != "cpu":
-        torch._assert_async((low >= 0) & (high < V), f"a target is out of bounds for {V} classes")
+        assert_async((low >= 0) & (high < V), f"a target is out of bounds for {V} classes")
     elif low < 0 or high >= V:
         raise IndexError(f"target {int(low) if low < 0 else int(high)} is out of bounds for {V} classes")

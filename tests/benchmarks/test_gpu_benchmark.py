@@ -118,7 +118,8 @@ def test_what_bounds_a_call():
 
 
 def test_a_wrong_result_is_named_and_never_timed(session, monkeypatch):
-    monkeypatch.setattr(functional, "nearest", lambda *_, **__: (torch.zeros(64, 1, 4).long(), torch.zeros(64, 1, 4)))
+    found = torch.zeros(64, 1, 4, 1).long(), torch.zeros(64, 1, 4, 1)
+    monkeypatch.setattr(torch.ops.kvb, "nearest", lambda *_: found)
     facts = measured("search", session)
     assert "a distance is off" in facts["wrong"]
     assert "seconds" not in facts
@@ -181,6 +182,15 @@ def test_every_row_is_on_disk_before_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "measure", watched)
     assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--small", "--only", "pack"]) == 0
     assert seen == [[], ["paper-256"], ["paper-256", "seed"]]
+
+
+def test_a_device_that_is_lost_ends_the_run(tmp_path, monkeypatch, capsys):
+    """What comes after an error that sticks says nothing about kvb."""
+    monkeypatch.setattr(functional, "pack_keys", lambda keys: torch.rand(4))
+    monkeypatch.setattr(gpu, "device_is_lost", lambda device: True)
+    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--small", "--only", "pack"]) == 1
+    assert len(list(journal.read(tmp_path / "gpu.jsonl"))) == 3
+    assert "the device no longer works: 2 rows are left" in capsys.readouterr().out
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):

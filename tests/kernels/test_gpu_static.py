@@ -6,6 +6,7 @@ One pass over the launch table a target: nothing spills, everything fits, matrix
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,9 +25,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are 
 
 from benchmarks.triton_static import machine_code  # noqa: E402
 from benchmarks.triton_static.asymmetric_sums import asymmetric_sums  # noqa: E402
-from benchmarks.triton_static.offline import TARGETS, compiling_for  # noqa: E402
+from benchmarks.triton_static.offline import COMPILE_ONLY, TARGETS, compiling_for  # noqa: E402
 from kvb.kernels import launch  # noqa: E402
-from kvb.kernels.launch_search import SEARCH  # noqa: E402
+from kvb.kernels.launch_table import SEARCH  # noqa: E402
 
 pytestmark = pytest.mark.compiled
 
@@ -153,6 +154,7 @@ def check(kernels):
     """Hold kernels to the limits of their target; their machine code by kernel."""
     assert kernels
     codes = {kernel: machine_code.read(kernel) for kernel in kernels}
+    assert all(kernel.metadata.name.startswith("kvb_") for kernel in kernels), "a profiler cannot tell whose they are"
     for kernel, code in codes.items():
         assert machine_code.excesses(kernel, code) == [], str(kernel)
         sums = asymmetric_sums(kernel)
@@ -178,6 +180,8 @@ def test_every_entry_of_the_launch_table(target):
         loops = [code.search_loop() for kernel, code in codes.items() if kernel.name == "search"]
         assert loops
         assert not any(loop.shuffles for loop in loops), "scores leave their thread before the last key"
+    if not SEARCH[target].filters:
+        return
     filters = {(k.constants["BN"], k.constants["BK"], k.num_warps) for k in kernels if k.name == "search"}
     BNs = {entry.BN for entry in SEARCH[target].filters.values()}
     assert {BN for BN, _, _ in filters} == BNs
@@ -188,6 +192,40 @@ def test_every_other_kernel(target):
     with compiling_for(target) as kernels:
         everything_else()
     check(kernels)
+
+
+@pytest.mark.parametrize("target", COMPILE_ONLY)
+def test_other_machines_take_the_nearest_column(target):
+    values, indices = untouched(4, 200, 64), untouched(256, 1, 4, dtype=torch.int64)
+    with compiling_for(target) as kernels:
+        search(14, 200)
+        search(64, 600)
+        launch.gather(values, indices, "mean", "bscv")
+        launch.gather_backward(untouched(256, 1, 4, 64), indices, 200, "none")
+    check(kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", COMPILE_ONLY)
+def test_all_that_other_machines_may_run(target):
+    with compiling_for(target) as kernels:
+        for D, K in ENTRIES:
+            search(D, K)
+        everything_else()
+    check(kernels)
+
+
+def test_offsets_beyond_2_to_the_31_are_64_bits():
+    """2^26 keys of 32 columns: the last tiles begin where 32 bits end."""
+    with compiling_for("sm_90") as kernels:
+        search(8, 1 << 26, C=1)
+        search(32, 1 << 26, C=1)
+    for kernel in kernels:
+        if kernel.name == "search":
+            step = kernel.constants["BK"] * kernel.constants["DP"]
+            starts = re.findall(rf"arith\.muli %\S+, %c{step}_(i\d+)", kernel.asm["ttir"])
+            assert starts
+            assert set(starts) == {"i64"}, str(kernel)
 
 
 @triton.jit

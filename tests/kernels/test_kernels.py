@@ -14,10 +14,23 @@ from kvb import KeyValueBottleneck, ops, reference
 if ops.backend("cpu") != "triton":  # Triton decides at its import whether to interpret
     pytest.skip("kernels run where TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton is set", allow_module_level=True)
 
+import numpy as np
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from kvb.kernels import device, launch_keys, launch_search, launch_training, launch_values
+from kvb.kernels import (
+    launch_filter,
+    launch_keys,
+    launch_pack,
+    launch_scan,
+    launch_search,
+    launch_table,
+    launch_training,
+    launch_values,
+    launcher,
+    rows,
+)
 
 pytestmark = [
     pytest.mark.contract,
@@ -25,7 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy, where numbers overflow on purpose
 ]
 op = torch.ops.kvb
-LAUNCHERS = launch_keys, launch_search, launch_training, launch_values
+LAUNCHERS = launch_filter, launch_keys, launch_pack, launch_scan, launch_training, launch_values
 FEW = launch_search.FEW
 FILTER = ["prepare", "search", "settle", "rescan"]
 RESIDENT = ["resident", "refine", "rescan"]
@@ -40,13 +53,12 @@ class Launch(NamedTuple):
 class Spy(list[Launch]):
     """Every launch, in order."""
 
-    def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        device.run(kernel, grid, *arguments, **constants)
-        named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+    def run(self, kernel: Any, grid: tuple[int, ...], *options: launcher.Options, **arguments: Any) -> None:
+        launcher.run(kernel, grid, *options, **arguments)
         for name in ("count", "opened"):
-            if isinstance(named.get(name), Tensor):
-                named[name] = int(named[name].sum())
-        numbers = {name: value for name, value in named.items() if type(value) is int}
+            if isinstance(arguments.get(name), Tensor):
+                arguments[name] = int(arguments[name].sum())
+        numbers = {name: value for name, value in arguments.items() if type(value) is int}
         self.append(Launch(kernel.fn.__name__, grid, numbers))
 
     @property
@@ -115,7 +127,7 @@ def test_parts_without_a_usable_key(launched):
 
 
 def test_parts_beyond_the_last_key(launched, monkeypatch):
-    monkeypatch.setattr(launch_search, "SCAN_LEAST", 32)
+    monkeypatch.setattr(launch_scan, "LEAST", 32)
     require_the_nearest(*normal(FEW, 1, 520, 2))
     assert launched[2].grid == (1, 16)
     assert launched[2].arguments["per_split"] * 15 > 520
@@ -141,8 +153,8 @@ def test_small_codebooks_stay_on_the_chip(K, D, parts, launched):
 
 
 def test_programs_take_turns_at_a_small_codebook(launched, monkeypatch):
-    monkeypatch.setattr(launch_search, "RESIDENT_ROWS", 16)
-    monkeypatch.setattr(launch_search, "RESIDENT_PROGRAMS", 1)
+    monkeypatch.setattr(launch_filter, "RESIDENT_ROWS", 16)
+    monkeypatch.setattr(launch_filter, "RESIDENT_PROGRAMS", 1)
     require_the_nearest(*normal(100, 4, 40, 8))
     (resident,) = (launch for launch in launched if launch.kernel == "resident")
     assert resident.grid == (2 * 4,)  # for seven tiles of 16 rows
@@ -159,6 +171,29 @@ def test_large_codebooks_are_filtered(launched):
     require_the_nearest(*normal(20, 2, 257, 10))
     assert launched.names == ["survey", "pack", *FILTER]
     assert launched.listed() == 0
+
+
+@pytest.mark.parametrize(
+    ("K", "D", "searched"), [(300, 1, "scan"), (2900, 2, "scan"), (2400, 2, "rescan"), (300, 3, "rescan")]
+)
+def test_keys_too_close_together_for_the_filter_are_scanned(K, D, searched, launched):
+    queries, keys = normal(20, 1, K, D)
+    keys[:, 200:220] = keys[:, :20]
+    queries[:20, 0, 0] = keys[0, :20] + queries[:, 0, 0] / K
+    mask = torch.rand(1, K) < 0.7
+    require_the_nearest(queries, keys)
+    assert launched.names[-1] == searched
+    require_the_nearest(queries, keys, mask)
+    assert launched.names[-1] == searched
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_rescans_are_few_on_a_line(target, launched, monkeypatch):
+    """Small codebooks of one coordinate: what stays on the chip settles nearly all rows by itself."""
+    monkeypatch.setattr(launch_search, "target", lambda device: target)
+    require_the_nearest(*normal(200, 1, 250, 1))
+    assert launched.names[-1] == ("scan" if target == "sm_80" else "rescan")
+    assert launched.listed() <= 10
 
 
 def test_programs_share_a_large_codebook(launched):
@@ -182,7 +217,7 @@ def test_a_mask_packs_the_keys_anew(launched):
 
 @pytest.mark.parametrize(("shape", "chunks"), [((30, 1), 3), ((4, 8), 4), ((1, 33), 4)])
 def test_more_rows_than_one_launch_takes(shape, chunks, launched, monkeypatch):
-    monkeypatch.setattr(launch_search, "CHUNK", 20)
+    monkeypatch.setattr(rows, "CHUNK", 20)
     queries, keys = torch.randn(*shape, 2, 5), torch.randn(2, 300, 5)
     packed = op.pack_keys(keys)
     launched.clear()
@@ -378,7 +413,7 @@ def test_every_row_may_stay_open(launched):
     assert launched.opened() == 20
 
 
-@pytest.mark.parametrize(("target", "D"), list(zip(launch_search.SEARCH, (130, 14, 64, 10, 100, 32), strict=True)))
+@pytest.mark.parametrize(("target", "D"), list(zip(launch_table.SEARCH, (5, 130, 14, 64, 10, 100, 32), strict=True)))
 def test_every_architecture_finds_the_same(target, D, monkeypatch):
     """Its block sizes and its layout of scores, for one width of packed keys."""
     monkeypatch.setattr(launch_search, "target", lambda device: target)
@@ -387,11 +422,95 @@ def test_every_architecture_finds_the_same(target, D, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [10, 14, 32, 64, 100, 130])
-@pytest.mark.parametrize("target", launch_search.SEARCH)
+@pytest.mark.parametrize("target", launch_table.SEARCH)
 def test_the_whole_launch_table(target, D, monkeypatch):
     monkeypatch.setattr(launch_search, "target", lambda device: target)
     for K in (200, 600, 1100):
         require_the_nearest(*duplicates(300, 2, K, D))
+
+
+@pytest.fixture
+def flushing(monkeypatch):
+    """Matrix products take 16-bit numbers without a full significand as zero; call it and the launches know of it."""
+    multiply = InterpreterBuilder.create_dot
+
+    def flushed(handle):
+        small = handle.dtype.primitive_bitwidth == 16 and np.abs(handle.data) < 2.0**-14
+        return TensorHandle(np.where(small, 0, handle.data).astype(handle.data.dtype), handle.dtype)
+
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: multiply(self, flushed(a), flushed(b), *rest)
+    )
+
+    def told():
+        for module in (launch_filter, launch_values):
+            monkeypatch.setattr(module, "matrix_units", lambda device: "flushing")
+
+    return told
+
+
+def small_parts(N, C, K, D):
+    """Pairs of keys that differ by what float16 flushes, far from all others, and queries next to them."""
+    queries, keys = normal(N, C, K, D)
+    keys[:, 1::2] = keys[:, ::2][:, : K // 2] + torch.randn(C, K // 2, D) * 2e-6
+    queries[:, 0] = keys[torch.arange(C), torch.randint(K, (N, C))]
+    return queries, keys
+
+
+@pytest.mark.parametrize("data", [small_parts, near_ties, outliers, clusters])
+@pytest.mark.parametrize(("K", "D"), [(300, 10), (300, 14), (300, 31), (257, 130), (200, 8), (200, 32)])
+def test_flushed_numbers_decide_nothing(K, D, data, flushing):
+    queries, keys = data(40, 2, K, D)
+    flushing()
+    require_the_nearest(queries, keys)
+
+
+def test_what_is_flushed_may_decide(flushing):
+    """A query that is nearer to one of two keys by many small coordinates, and to the other by one large one."""
+    D = 128
+    others = torch.nn.functional.normalize(torch.randn(149, D), dim=1) * 1.1
+    one = torch.full((1, D), D**-0.5)
+    keys = torch.cat([one, others, -others, -one])[None]
+    scale = op.pack_keys(keys).view(torch.float32)[0, 0]
+    query = torch.full((1, 1, 1, D), 0.99 * 2.0**-14)
+    query[..., -1] = -0.9 * query[..., :-1].sum()
+    queries = (query / scale).expand(10, -1, -1, -1)
+    with pytest.raises(AssertionError, match="10 of 10 differ"):
+        require_the_nearest(queries, keys)
+    flushing()
+    require_the_nearest(queries, keys)
+
+
+@pytest.mark.parametrize("K", [20, 300])
+def test_small_gradients_are_not_flushed(K, flushing):
+    indices = torch.randint(K, (40, 1, 2))
+    grad = (torch.randn(40, 1, 2, 5) * 2.0**-18).to(torch.float16)
+    want = reference.gather_backward(grad, indices, K, "none")
+    if K == 20:
+        assert op.gather_backward(grad, indices, K, "none").eq(0).all()
+    flushing()
+    torch.testing.assert_close(op.gather_backward(grad, indices, K, "none"), want, rtol=1e-3, atol=2.0**-24)
+    grads = op.gather_backward_rows(grad, indices, K, "none")[1]
+    torch.testing.assert_close(
+        grads, reference.gather_backward_rows(grad, indices, K, "none")[1], rtol=1e-3, atol=2.0**-24
+    )
+
+
+@pytest.mark.parametrize("K", [20, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_without_matrix_units(K, dtype, launched, monkeypatch):
+    monkeypatch.setattr(launch_values, "matrix_units", lambda device: "none")
+    indices, grad = torch.randint(K, (40, 2, 3)), torch.randn(40, 2, 3, 5).to(dtype)
+    unit = torch.finfo(dtype).eps
+    for got, want in (
+        (op.gather_backward(grad, indices, K, "none"), reference.gather_backward(grad, indices, K, "none")),
+        (
+            op.gather_backward_rows(grad, indices, K, "none")[1],
+            reference.gather_backward_rows(grad, indices, K, "none")[1],
+        ),
+    ):
+        torch.testing.assert_close(got, want, rtol=2 * unit, atol=2e-6)
+    assert "add_by_product" not in launched.names
 
 
 @pytest.mark.parametrize("K", [200, 1100])
@@ -434,6 +553,25 @@ def test_deterministic_gradients_need_no_atomics(dtype, launched):
     assert torch.equal(first, again)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(first, free, rtol=2 * unit, atol=20 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("pool", ["none", "mean"])
+def test_deterministic_gradients_are_the_merged_rows(pool, launched):
+    """Bit for bit: the same kernels add the same numbers in the same order. Other ways add in another order."""
+    indices = torch.randint(300, (40, 2, 3)) * (torch.rand(40, 2, 3) < 0.5)
+    grad = torch.randn(40, 2, 3, 5) if pool == "none" else torch.randn(40, 2, 5)
+    rows, grads, count = op.gather_backward_rows(grad, indices, 300, pool)
+    merged = launched.names
+    launched.clear()
+    torch.use_deterministic_algorithms(True)
+    try:
+        dense = op.gather_backward(grad, indices, 300, pool)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert launched.names == [name for name in merged if name != "find_runs"]
+    n = int(count)
+    assert torch.equal(dense.view(-1, 5)[rows[:n]], grads[:n])
+    assert dense.count_nonzero() == grads.count_nonzero()
 
 
 # --- keys that learn --------------------------------------------------------------------------------------------------
@@ -486,8 +624,8 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 def guarded(poison: int) -> Callable[..., None]:
     """A launcher whose kernels find every tensor amid poison, and must leave that as it is."""
 
-    def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    def run(kernel: Any, grid: tuple[int, ...], *options: launcher.Options, **arguments: Any) -> None:
+        tensors = [argument for argument in arguments.values() if isinstance(argument, Tensor)]
         islands = {}
         for place in {tensor.untyped_storage().data_ptr() for tensor in tensors}:
             shared = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() == place]
@@ -503,7 +641,8 @@ def guarded(poison: int) -> Callable[..., None]:
                 island.untyped_storage(), first, tensor.shape, tensor.stride()
             )
 
-        device.run(kernel, grid, *(moved(a) if isinstance(a, Tensor) else a for a in arguments), **constants)
+        given = {name: moved(a) if isinstance(a, Tensor) else a for name, a in arguments.items()}
+        launcher.run(kernel, grid, *options, **given)
         for island, start, stop, source in islands.values():
             end = GUARD + stop - start
             assert (island[:GUARD] == poison).all(), f"{kernel.fn.__name__} wrote in front of a tensor"
@@ -529,15 +668,15 @@ def copy_sixteen(source, out, first):
 @pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS)
 def test_guards_see_what_is_read_and_written(poison):
     run, fifteen, out = guarded(poison), torch.ones(15), torch.zeros(16)
-    run(copy_sixteen, (1,), fifteen, out, 0)
+    run(copy_sixteen, (1,), source=fifteen, out=out, first=0)
     assert out[:15].eq(1).all()
     assert not out[15].eq(1)
-    run(copy_sixteen, (1,), torch.arange(20.0)[2:18], out, 0)
+    run(copy_sixteen, (1,), source=torch.arange(20.0)[2:18], out=out, first=0)
     assert out.tolist() == list(range(2, 18))
     with pytest.raises(AssertionError, match="copy_sixteen wrote behind a tensor"):
-        run(copy_sixteen, (1,), torch.ones(16), fifteen, 0)
+        run(copy_sixteen, (1,), source=torch.ones(16), out=fifteen, first=0)
     with pytest.raises(AssertionError, match="copy_sixteen wrote in front of a tensor"):
-        run(copy_sixteen, (1,), torch.ones(32)[1:], fifteen, -1)
+        run(copy_sixteen, (1,), source=torch.ones(32)[1:], out=fifteen, first=-1)
 
 
 @pytest.mark.parametrize("V", [1, 5, 130])
@@ -597,9 +736,9 @@ def test_searches_stay_in_their_memory(N, K, D, dtype, memory, masked, topk, ami
 def test_packed_keys_know_nothing_of_their_surroundings(K, D, monkeypatch, poisoned):
     keys, mask = torch.randn(2, K, D), torch.rand(2, K) < 0.7
     packed = []
-    for run in (device.run, *(guarded(poison) for poison in POISONS.values())):
-        monkeypatch.setattr(launch_search, "run", run)
-        packed.append(launch_search._pack(keys, mask))
+    for run in (launcher.run, *(guarded(poison) for poison in POISONS.values())):
+        monkeypatch.setattr(launch_pack, "run", run)
+        packed.append(launch_pack.packed(keys, mask))
     assert torch.equal(packed[0], packed[1])
     assert torch.equal(packed[0], packed[2])
 

@@ -41,10 +41,11 @@ def test_names_shapes_and_dtypes_are_the_published_ones():
         "cluster_size_counter": (2, 9),
         "keys_avg": (2, 9, 3),
         "keys": (2, 9, 3),
-        "kvb_state": (8,),
+        "kvb_flags": (3,),
+        "kvb_mask": (2, 9),
     }
-    assert {value.dtype for name, value in state.items() if name != "kvb_state"} == {torch.float32}
-    assert state["kvb_state"].dtype == torch.uint8
+    others = {"cluster_size_counter": torch.int64, "kvb_mask": torch.bool}
+    assert {name: value.dtype for name, value in state.items()} == dict.fromkeys(state, torch.float32) | others
     assert [name for name, _ in make().named_parameters()] == ["values"]
 
 
@@ -87,14 +88,14 @@ def test_state_dict_restores_learning_counting_and_mask():
 
 
 def test_state_survives_torch_save_with_weights_only_and_nesting():
-    model = nn.Sequential(nn.Identity(), make().freeze_keys().mask_pairs(torch.ones(2, 9, dtype=torch.bool)))
+    model = nn.Sequential(nn.Identity(), make().freeze_keys().mask_pairs(torch.arange(18).view(2, 9) > 3))
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
     twin = nn.Sequential(nn.Identity(), make())
     twin.load_state_dict(torch.load(file, weights_only=True), strict=True)
     assert not twin[1].update_keys
-    assert twin[1].pair_mask.all()
+    assert torch.equal(twin[1].pair_mask, model[1].pair_mask)
     twin[1].load_state_dict(model[1].state_dict(), assign=True)
     x = torch.randn(30, 2, 3)
     assert torch.equal(twin(x), model(x))
@@ -112,7 +113,7 @@ def broken_states():
 
     keys = torch.randn(2, 9, 3)
     keys[0, 1] = float("nan")
-    flags = state()["kvb_state"]
+    flags = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.uint8)  # of kvb 0.1
     newer, bent, long = flags.clone(), flags.clone(), torch.cat([flags, flags])
     newer[0], bent[2] = 9, 7
     yield state(values=torch.zeros(2, 9, 5)), r"size mismatch for values: copying a param with shape .*\[2, 9, 5\]"
@@ -125,6 +126,13 @@ def broken_states():
     yield state(kvb_state=bent), "kvb_state is damaged"
     yield state(kvb_state=long), "kvb_state is damaged"
     yield state(kvb_state=flags[:3]), "expected kvb_state of at least 8 bytes"
+    yield (
+        state(kvb_flags=torch.tensor([9.0, 1, 1])),
+        "kvb_flags has version 9, but this kvb reads version 2: upgrade kvb",
+    )
+    yield state(kvb_flags=torch.tensor([2.0, 7, 1])), "kvb_flags is damaged"
+    yield state(kvb_flags=torch.ones(4)), "size mismatch for kvb_flags"
+    yield state(kvb_mask=torch.ones(2, 8, dtype=torch.bool)), "size mismatch for kvb_mask"
 
 
 @pytest.mark.parametrize(("state", "message"), list(broken_states()))
@@ -258,19 +266,19 @@ def test_a_module_built_in_inference_mode_works_and_is_never_stale():
 
 def test_frozen_keys_are_packed_once():
     module = make().freeze_keys().eval()
-    first = module._packed_keys()
+    first = module._packed_keys()[1]
     module(torch.randn(5, 2, 3))
     with torch.inference_mode():
         module(torch.randn(5, 2, 3))
-    assert module._packed_keys() is first
+    assert module._packed_keys()[1] is first
 
 
 def test_packed_keys_are_in_no_copy():
     module = make().freeze_keys()
     module(torch.randn(4, 2, 3))
-    assert module._packed is not None
-    assert copy.deepcopy(module)._packed is None
-    assert pickle.loads(pickle.dumps(module))._packed is None
+    assert module._packed._kept is not None
+    assert copy.deepcopy(module)._packed._kept is None
+    assert pickle.loads(pickle.dumps(module))._packed._kept is None
     assert not any("packed" in name for name, _ in [*module.named_buffers(), *module.state_dict().items()])
 
 

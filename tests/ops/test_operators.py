@@ -108,7 +108,9 @@ def test_gather_and_its_gradients(sizes, pool, layout, poisoned):
     assert (grads[n:] == 0).all()
     assert torch.equal(rows[:n], torch.unique((indices + torch.arange(C) * K).flatten()))
     dense = torch.zeros(C * K, V).index_copy_(0, rows[:n], grads[:n]).view(C, K, V)
-    assert torch.equal(dense, op.gather_backward(weight, indices, K, pool))
+    # The kernels may add the two in another order; in the same one where algorithms are deterministic: test_kernels.py.
+    unit = 1e-6 if ops.backend("cpu") == "triton" else 0
+    torch.testing.assert_close(dense, op.gather_backward(weight, indices, K, pool), rtol=unit, atol=4 * unit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -94,17 +94,21 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         validation.shape("x", x, "b C n D", (None, self.num_codebooks, None, self.dim_keys))
         x = x.float()
         queries = self._queries(x)
+        self._look()
         if not self._initialised:
             self._initialise_from(x)
-        indices, distances = self._search(queries)
-        if self.update_keys:
+        observes = self.training or "learns_in_eval" in self.bugs
+        keys, packed = self._keys_for(queries, learns=observes and self._learning)
+        indices, distances = self._search(queries, keys, packed)
+        if self._learning:
             indices, distances = indices[..., :1], distances[..., :1]
         output: tuple[Tensor, ...] = (self._ranked(self.values, indices),)
         if not self.return_values_only:
-            counts = self._ranked(self.cluster_size_counter[..., None], indices)
+            counter = self._taken_quietly("cluster_size_counter")
+            counts = self._ranked(counter.float()[..., None], indices)
             found, apart = (part.permute(0, 2, 3, 1)[..., None] for part in (indices, -distances))
-            output = (*output, self._ranked(self.keys, indices), found, apart, counts)
-        if self.training or "learns_in_eval" in self.bugs:
+            output = (*output, self._ranked(keys, indices), found, apart, counts)
+        if observes:
             self._observe(queries, indices)
         return output
 
@@ -115,10 +119,10 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         return torch.ops.kvb.gather(table, positions, "none", "bcsv").view(b, C, T, n, table.shape[-1])
 
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
-        self._forget_packed()
-        statistics = torch.ops.kvb.accumulate(queries, indices, self.keys.shape[1])
+        self._packed.forget()
+        statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
         key_learning.update(
-            *(self.keys, self.keys_avg, self.cluster_size),
+            *self._moving(),
             *(*key_learning.sync_statistics(*statistics), queries),
             decay=self.decay,
             eps=self.eps,
@@ -150,9 +154,13 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         if self.init_mode == "kmeans":
             samples = _by_codebook(self._queries(batch.detach()))
             means, bins = utils.kmeans(samples, self.keys.shape[1], self.kmeans_iters)
-            self._start_from(means)
-            self.cluster_size.copy_(bins)
-            self.keys_avg.mul_(0 if "kmeans_forgets_statistics" in self.bugs else self.cluster_size[..., None])
+            forgets = "kmeans_forgets_statistics" in self.bugs
+            averages = torch.zeros_like(means) if forgets else means * bins[..., None]
+            state = {"keys": means, "keys_avg": averages, "cluster_size": bins, "initted": torch.ones(1)}
+            for name, part in state.items():
+                self._write(name, part)
+            self._packed.forget()
+            self._look()
             return
         frozen = not self.update_keys
         self.update_keys = True
@@ -186,7 +194,8 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[prefix + checkpoints.STATE_NAME]
+        for name in checkpoints.STATE_NAMES:
+            destination.pop(prefix + name, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also of a pickle of the published class."""

@@ -8,7 +8,7 @@ from kvb.compat.key_value_bottleneck.bottleneck import BUGS, KeyValueBottleneck
 from kvb.compat.key_value_bottleneck.encoder import BottleneckedEncoder
 from kvb.compat.key_value_bottleneck.splitters import Chunker, LearnedDownProjection, RandomDownProjection
 from kvb.compat.key_value_bottleneck.utils import ema_inplace, gumbel_sample, kmeans, laplace_smoothing, sample_vectors
-from kvb.modules import backbones, encoders
+from kvb.modules import backbones, pretrained
 
 CLIPModelWrapper = backbones.ImageTower
 SwavModelWrapper = backbones.HalfOnGPU
@@ -16,7 +16,7 @@ _BY_LAYER = backbones.RESNET50
 _BY_LAYER_OF_WIDE = backbones.RESNET50_WIDE
 
 
-class DinoBottleneckedEncoder(BottleneckedEncoder, encoders.DinoBottleneckedEncoder):
+class DinoBottleneckedEncoder(BottleneckedEncoder, pretrained.DinoBottleneckedEncoder):
     """``BottleneckedEncoder`` over DINO; arguments as for ``kvb.DinoBottleneckedEncoder``."""
 
     VALID_BACKBONES: ClassVar[list[str]] = list(backbones.DINO)
@@ -24,7 +24,7 @@ class DinoBottleneckedEncoder(BottleneckedEncoder, encoders.DinoBottleneckedEnco
     DINO_VITS8_DIM_EMBEDDING = backbones.DINO["dino_vits8"].channels
 
 
-class SwavBottleneckedEncoder(BottleneckedEncoder, encoders.SwavBottleneckedEncoder):
+class SwavBottleneckedEncoder(BottleneckedEncoder, pretrained.SwavBottleneckedEncoder):
     """``BottleneckedEncoder`` over SwAV; arguments as for ``kvb.SwavBottleneckedEncoder``."""
 
     VALID_BACKBONES: ClassVar[list[str]] = list(backbones.SWAV)
@@ -32,7 +32,7 @@ class SwavBottleneckedEncoder(BottleneckedEncoder, encoders.SwavBottleneckedEnco
     RESNETw2_LAYER_TO_CHANNELS = _BY_LAYER_OF_WIDE
 
 
-class VICRegBottleneckedEncoder(BottleneckedEncoder, encoders.VICRegBottleneckedEncoder):
+class VICRegBottleneckedEncoder(BottleneckedEncoder, pretrained.VICRegBottleneckedEncoder):
     """``BottleneckedEncoder`` over VICReg; arguments as for ``kvb.VICRegBottleneckedEncoder``."""
 
     VALID_BACKBONES: ClassVar[list[str]] = list(backbones.VICREG)
@@ -40,7 +40,7 @@ class VICRegBottleneckedEncoder(BottleneckedEncoder, encoders.VICRegBottlenecked
     RESNETw2_LAYER_TO_CHANNELS = _BY_LAYER_OF_WIDE
 
 
-class SLPretrainedBottleneckedEncoder(BottleneckedEncoder, encoders.SLPretrainedBottleneckedEncoder):
+class SLPretrainedBottleneckedEncoder(BottleneckedEncoder, pretrained.SLPretrainedBottleneckedEncoder):
     """``BottleneckedEncoder`` over supervised ResNets; arguments as in kvb."""
 
     VALID_BACKBONES: ClassVar[list[str]] = list(backbones.SUPERVISED)
@@ -48,14 +48,14 @@ class SLPretrainedBottleneckedEncoder(BottleneckedEncoder, encoders.SLPretrained
     IMAGENET_RESNET_LAYER_TO_CHANNELS = _BY_LAYER
 
 
-class CLIPBottleneckedEncoder(BottleneckedEncoder, encoders.CLIPBottleneckedEncoder):
+class CLIPBottleneckedEncoder(BottleneckedEncoder, pretrained.CLIPBottleneckedEncoder):
     """``BottleneckedEncoder`` over CLIP; arguments as for ``kvb.CLIPBottleneckedEncoder``."""
 
     VALID_BACKBONES: ClassVar[list[str]] = list(backbones.CLIP)
     CLIP_VIT_B32_DIM_EMBEDDING = backbones.CLIP["clip_vit_b32"].channels
 
 
-class ConvMixerBottleneckedEncoder(BottleneckedEncoder, encoders.ConvMixerBottleneckedEncoder):
+class ConvMixerBottleneckedEncoder(BottleneckedEncoder, pretrained.ConvMixerBottleneckedEncoder):
     """``BottleneckedEncoder`` over embeddings of a ConvMixer; arguments as in kvb."""
 
     VALID_BACKBONES: ClassVar[list[str]] = list(backbones.CONVMIXER)

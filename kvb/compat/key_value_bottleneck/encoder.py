@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kvb.compat.key_value_bottleneck import splitters
 from kvb.compat.key_value_bottleneck.bottleneck import KeyValueBottleneck
-from kvb.modules import encoders, key_learning
+from kvb.modules import encoders, streams
 from kvb.splitters import MODES
 
 _Encoder = TypeVar("_Encoder", bound="BottleneckedEncoder")
@@ -86,13 +86,13 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
         progress: bool = True,
     ) -> _Encoder:
         """Let the keys learn for ``epochs`` passes over a loader of (inputs, ...) items; nothing at all for 0."""
-        extract = inputs_extractor or key_learning.first
+        extract = inputs_extractor or streams.first
         training = self.bottleneck.training
         self.bottleneck.train()
         try:
             for epoch in range(epochs):
                 title = f"keys: pass {epoch + 1} of {epochs}"
-                for item in tqdm(loader, desc=title, disable=not progress, leave=False, delay=key_learning.PATIENCE):
+                for item in tqdm(loader, desc=title, disable=not progress, leave=False, delay=streams.PATIENCE):
                     with torch.no_grad():
                         self(self._moved(extract(item)))
         finally:
