@@ -39,7 +39,7 @@ class ReadsData:
 
     def _moved(self, inputs: Any) -> Any:
         """Inputs on the device of the bottleneck, where they are a tensor."""
-        return inputs.to(self._target().values.device) if isinstance(inputs, Tensor) else inputs
+        return inputs.to(self._target()._device) if isinstance(inputs, Tensor) else inputs
 
     def init_keys(
         self,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvb import validation
+from kvb import _torch, validation
 from kvb.checkpoints import STATE_NAMES
 from kvb.modules.packed_keys import PackedKeys, WatchedBuffers
 from kvb.modules.recomputation import Forwards
@@ -39,13 +39,13 @@ class _Seen:
         self.version = self.names = 0
 
     def differs(self, tensor: Tensor) -> bool:
-        same = tensor is self.tensor and not tensor.is_inference() and tensor._version == self.version
+        same = tensor is self.tensor and not tensor.is_inference() and _torch.version_of(tensor) == self.version
         names = sys.getrefcount(tensor)
         return not same or names != self.names or (names > self.alone and tensor.is_cpu)
 
     def note(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.version = 0 if tensor.is_inference() else tensor._version
+        self.version = 0 if tensor.is_inference() else _torch.version_of(tensor)
         self.names = sys.getrefcount(tensor)
 
 
@@ -94,26 +94,27 @@ class BottleneckState(nn.Module):
         self._seen = {name: _Seen() for name in ("initted", _FLAGS, _MASK, "cluster_size_counter")}
         self._restricted = False  # whether ``_usable`` leaves out pairs that were not counted
 
-    # --- sizes: those of the keys, which may be exchanged for others --------------------------------------------------
+    # --- sizes: those of the tensors, which may be exchanged for others -----------------------------------------------
 
     @property
     def num_codebooks(self) -> int:
         """C."""
-        return self._size(0)
+        return int(self._taken_quietly("keys").shape[0])
 
     @property
     def key_value_pairs_per_codebook(self) -> int:
         """K."""
-        return self._size(1)
+        return int(self._taken_quietly("keys").shape[1])
 
     @property
     def dim_keys(self) -> int:
         """D."""
-        return self._size(2)
+        return int(self._taken_quietly("keys").shape[2])
 
-    def _size(self, axis: int) -> int:
-        size: int = self._taken_quietly("keys").shape[axis]
-        return size
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self._taken_quietly("initted").device
+        return device
 
     # --- flags and mask -----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ is off; a name of ``BUGS`` turns one of them on again.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch import Tensor
 from kvb import checkpoints, validation
 from kvb.compat.key_value_bottleneck import utils
 from kvb.modules import bottleneck, key_learning
+from kvb.modules.wrapping import KvbOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What each name in ``bugs`` does.
 BUGS = {
@@ -71,6 +75,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         topk: int = 1,
         *,
         bugs: Collection[str] = (),
+        **more: Unpack[KvbOptions],
     ) -> None:
         super().__init__(
             num_codebooks,
@@ -85,6 +90,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
             sample_codebook_temperature,
             return_values_only,
             topk,
+            **more,
         )
         self.bugs = frozenset(validation.choice("bugs", bug, tuple(BUGS)) for bug in bugs)
         if "starts_at_zero" in self.bugs:
@@ -121,7 +127,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         """Rows of table [C, K, *] at indices [b, n, C, T], as [b, C, T, n, *]."""
         b, n, C, T = indices.shape
         positions = indices.permute(0, 3, 1, 2).reshape(b, T * n, C)
-        return torch.ops.kvb.gather(table, positions, "none", "bcsv").view(b, C, T, n, table.shape[-1])
+        return self._gather(table, positions, "none", "bcsv").view(b, C, T, n, table.shape[-1])
 
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
         self._packed.forget()
