@@ -99,10 +99,10 @@ def store_survey(out, total, least, most, count, d, D: tl.constexpr):
 
 @kernel("kvb_pack_survey")
 def survey(
-    keys,
-    mask,
-    surveys,
-    table,
+    keys,  # [C, K, D]
+    mask,  # [C, K] bytes, not 0 where a key may win; read if MASKED
+    surveys,  # [C, SLICES, 4, D] float64: sum, least, most and count of a slice
+    table,  # [C, 2, SLOTS] int32: the first usable key that claims a slot
     K,
     D: tl.constexpr,
     SLICE: tl.constexpr,
@@ -179,12 +179,12 @@ def _scaled(keys, surveys, row, d, usable, scale, D: tl.constexpr, SLICES: tl.co
 
 @kernel("kvb_pack")
 def pack(
-    keys,
-    mask,
-    surveys,
-    table,
-    floats,
-    words,
+    keys,  # [C, K, D]
+    mask,  # [C, K] bytes, not 0 where a key may win; read if MASKED
+    surveys,  # [C, SLICES, 4, D] float64: sum, least, most and count of a slice
+    table,  # [C, 2, SLOTS] int32: the first key that claims a slot
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    words,  # [C, NBYTES / 2]: packed keys as float16
     K,
     D: tl.constexpr,
     NBYTES: tl.constexpr,
