@@ -37,6 +37,7 @@ def _usable(keys, mask, row, live, D: tl.constexpr, BD: tl.constexpr, MASKED: tl
 def mixed(part, d):
     """What coordinates d of a tile of keys, float32, add to the two sums that ``slots`` makes of whole keys."""
     bits = (part + 0.0).to(tl.uint32, bitcast=True)  # -0 equals 0
+    # Odd numbers with bits in all places, as hashes multiply by; another one for every coordinate.
     bits = (bits ^ (bits >> 15)) * (2 * d + 0x2C1B3C6D).to(tl.uint32)[None, :]
     bits = bits ^ (bits >> 13)
     return tl.sum(bits * 0x297A2D39, 1), tl.sum((bits ^ (bits >> 9)) * 0x85EBCA6B, 1)

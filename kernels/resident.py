@@ -49,7 +49,7 @@ def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, MATRIX: tl.con
     """How far a score may be off that one product makes of high parts alone."""
     error = score_error(norm, t, radius, D, DEPTH, MATRIX)
     if FORM != CONCAT:
-        error += norm * (radius * (1.001 * 2.0**-10))
+        error += norm * (radius * (1.001 * 2.0**-10))  # 2 * 2^-11 + 2^-22, rounded up
     return error
 
 

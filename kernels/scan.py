@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvb.kernels.named import kernel
-from kvb.kernels.scores import EPSILON, finite, row_offsets
+from kvb.kernels.scores import EPSILON, TINY, finite, row_offsets
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _next(
             choice = tl.where(better, lowest, choice)
             barred = (key < stop)[:, None] & ~usable & (here > last_spare[None, :])
             spare = tl.minimum(spare, tl.min(tl.where(barred, here, K), 0))
-            limit = (best * (1 + EPSILON * (D + 8)) + D * 2.4e-38).to(tl.float32)
+            limit = (best * (1 + EPSILON * (D + 8)) + D * TINY).to(tl.float32)  # as ``certain`` in scores.py
     return best, choice, spare
 
 
@@ -238,7 +238,7 @@ def merge(
     inside = (cell < cells)[:, None] & (part < splits)[None, :]
     at = cell[:, None] * splits + part[None, :]
     distance = tl.load(part_distances + at, mask=inside, other=float("inf"))
-    index = tl.load(part_indices + at, mask=inside, other=2147483647)
+    index = tl.load(part_indices + at, mask=inside, other=2147483647)  # no key has it
     broken = tl.max((distance != distance).to(tl.int32), 1) != 0
     known = (index < K) & (distance == distance)
     least = tl.min(tl.where(known, distance, float("inf")), 1)
