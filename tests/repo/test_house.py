@@ -87,6 +87,11 @@ KERNEL_FLOORS = {
     "named": 0,
     "device": 0,
 }
+# Arguments of kernels that are numbers.
+NUMBERS = {
+    *("rows", "cells", "count", "N", "S", "C", "K", "T", "R", "steps", "slices", "splits", "per_split", "workers"),
+    *("capacity", "stride_b", "stride_s", "stride_c", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"),
+}
 KERNELS = sorted((PACKAGE.parent / "kernels").glob("**/*.py"))
 WITHOUT_TRITON_LANGUAGE = {
     *(name for name in KERNEL_FLOORS if name.startswith("launch")),
@@ -231,6 +236,23 @@ def test_kernels_compute_and_launchers_launch(path):
         assert not re.search(r"\btl\.|\btriton\.jit\b", source), f"{path.name} computes"
     else:
         assert not re.search(r"\bnum_(warps|stages)\b|\bgrid\b|\bimport torch\b", source), f"{path.name} launches"
+
+
+def kernel_functions(path: Path) -> list[ast.FunctionDef]:
+    """The kernels of a file, without the functions that they call."""
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return [node for node in functions if any("kernel(" in ast.unparse(mark) for mark in node.decorator_list)]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_say_what_their_pointers_lead_to(path):
+    lines = path.read_text().splitlines()
+    for function in kernel_functions(path):
+        assert function.end_lineno - function.lineno < 100, function.name
+        for argument in function.args.args:
+            number = argument.annotation is not None or argument.arg in NUMBERS
+            said = re.search(r"#.*\[.*\]", lines[argument.lineno - 1])
+            assert number or said, f"{path.name}: {function.name}: {argument.arg} without its shape"
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
