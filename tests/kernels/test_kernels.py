@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from data_cases import normal
 from torch import Tensor
 
 from kvb import KeyValueBottleneck, ops, reference
