@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +52,25 @@ has_kernel: Callable[[str, str], bool] = _private("torch._C._dispatch_has_kernel
 # Lets a named tuple pass through torch.export.
 register_namedtuple: Callable[..., None] = _private("torch.utils._pytree._register_namedtuple")
 
+# How often a tensor was written, as far as PyTorch was told.
+version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
+# How many tensors of Python and C++ are this one, and how many share the storage at an address.
+users_of: Callable[[Tensor], int] = _private("torch.Tensor._use_count")
+users_of_storage: Callable[[int], int] = _private("torch._C._storage_Use_Count")
+# Whether torch.func wraps a tensor.
+is_wrapped: Callable[[Tensor], bool] = _private("torch._C._functorch.is_functorch_wrapped_tensor")
+# How many dispatch modes see the operators of this thread, and what torch.jit.trace keeps of them, or None.
+dispatch_modes: Callable[[], int] = _private("torch._C._len_torch_dispatch_stack")
+trace: Callable[[], Any] = _private("torch._C._get_tracing_state")
+
+# The backward pass that this thread runs, or -1; and whether its graph is kept for another one.
+_backward_pass: Callable[[], int] = _private("torch._C._current_graph_task_id")
+graph_is_kept: Callable[[], bool] = _private("torch._C._autograd._get_current_graph_task_keep_graph")
+# What packs the tensors that autograd saves, or None.
+_saving: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
+
+_private("torch.Tensor._version")
+_private("torch.UntypedStorage._cdata")
 _private("torch._C._FunctionBase.apply")
 _private("torch.Tensor._coalesced_")
 _private("torch.Tensor._indices")
@@ -88,3 +108,18 @@ def coordinates(sparse: Tensor) -> Tensor:
 def call_coalesced(sparse: Tensor) -> Tensor:
     """The same tensor, declared coalesced: its rows are known to be in order and without repetition."""
     return sparse._coalesced_(True)
+
+
+def address_of(storage: torch.UntypedStorage) -> int:
+    """What ``users_of_storage`` takes; good as long as somebody holds the storage."""
+    return storage._cdata
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs this call."""
+    return _backward_pass() != -1
+
+
+def saving_is_hooked() -> bool:
+    """Whether ``torch.autograd.graph.saved_tensors_hooks`` are active."""
+    return _saving(False) is not None

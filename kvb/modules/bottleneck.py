@@ -118,7 +118,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
 
     @property
     def dim_values(self) -> int:
-        """V."""
+        """V: that of the tensor, which may be exchanged for another."""
         return self.values.shape[2]
 
     # --- lookup -------------------------------------------------------------------------------------------------------
@@ -336,12 +336,16 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
             rates=self._rates(),
             generator=generator,
         )
-        for name, part in zip(("keys", "keys_avg", "cluster_size"), moving, strict=True):
+        self._commit(*moving)
+        return report
+
+    def _commit(self, keys: Tensor, keys_avg: Tensor, cluster_size: Tensor) -> None:
+        """Make them the state of keys that are initialised."""
+        for name, part in (("keys", keys), ("keys_avg", keys_avg), ("cluster_size", cluster_size)):
             self._write(name, part)
         self._write("initted", torch.ones(1))
         self._packed.forget()
         self._look()
-        return report
 
     # --- modes; each returns self -------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,11 @@ from torch import Tensor, nn
 from kvb import checkpoints, splitters, validation
 from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
-from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper, KvbOptions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
 _OF_THE_BOTTLENECK = (  # arguments that go to it unchanged
-    "num_codebooks",
-    "key_value_pairs_per_codebook",
-    "dim_keys",
-    "dim_values",
-    *BottleneckOptions.__annotations__,
+    *("num_codebooks", "key_value_pairs_per_codebook", "dim_keys", "dim_values"),
+    *sorted(BottleneckOptions.__optional_keys__),
 )
 _Self = TypeVar("_Self", bound="BottleneckedEncoder")
 
@@ -53,9 +47,11 @@ class BottleneckedEncoder(BottleneckWrapper):
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
         topk: fetch so many nearest pairs; > 1 adds an axis after C, or after B with concatenated values.
         outputs_extractor: takes the features out of what the encoder returns, where it is neither of the two.
-        more: ``sparse_grad`` and ``check_finite`` of ``KeyValueBottleneck``.
+        sparse_grad, check_finite: as for ``KeyValueBottleneck``.
     Methods:
         those of ``KeyValueBottleneck``, which take what ``forward`` takes.
+    Attributes:
+        every argument under its name, as it was given.
     Shape:
         | encoder output                | values          | concatenated    |
         | channel-first [B, d, *spatial] | [B, C, V, *spatial] | [B, C·V, *spatial] |
@@ -63,8 +59,6 @@ class BottleneckedEncoder(BottleneckWrapper):
         | embedding [B, d]               | [B, C, V]           | [B, C·V]           |
         Keys of a ``BottleneckOutput`` are like values that are not concatenated; its indices and distances are
         [B, C, *spatial].
-    Attributes:
-        every argument under its name, as it was given.
     State:
         encoder.*, splitter.*, bottleneck.*. Whether encoder and splitter are frozen is not part of a state_dict, as
         ``requires_grad`` never is.
@@ -73,6 +67,7 @@ class BottleneckedEncoder(BottleneckWrapper):
     """
 
     encoder: nn.Module
+    splitting_mode: str | nn.Module
 
     def __init__(
         self,
@@ -95,7 +90,8 @@ class BottleneckedEncoder(BottleneckWrapper):
         topk: int = 1,
         *,
         outputs_extractor: Callable[[Any], Tensor] | None = None,
-        **more: Unpack[KvbOptions],
+        sparse_grad: bool = False,
+        check_finite: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Module):
@@ -107,7 +103,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         self.dim_values = dim_values
         self.init_mode = init_mode
         self.kmeans_iters = kmeans_iters
-        self.splitting_mode = splitting_mode
+        self.__dict__["splitting_mode"] = splitting_mode  # a module among the children it is only as the splitter
         self.decay = decay
         self.eps = eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
@@ -116,8 +112,9 @@ class BottleneckedEncoder(BottleneckWrapper):
         self.sample_codebook_temperature = sample_codebook_temperature
         self.return_values_only = return_values_only
         self.topk = topk
+        self.sparse_grad = sparse_grad
+        self.check_finite = check_finite
         self.outputs_extractor = outputs_extractor
-        vars(self).update(more)
         self.transforms: Callable[[Any], Any] | None = None  # what makes the encoder's input of an image
         self.activate_pre_transform = False  # whether forward applies it
         self.frozen_encoder = self.frozen_splitter = False
@@ -135,7 +132,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         return KeyValueBottleneck(**self._bottleneck_options())
 
     def _bottleneck_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _OF_THE_BOTTLENECK if hasattr(self, name)}
+        return {name: getattr(self, name) for name in _OF_THE_BOTTLENECK}
 
     # --- forward ------------------------------------------------------------------------------------------------------
 

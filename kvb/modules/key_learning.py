@@ -180,8 +180,9 @@ def _rows(queries: Tensor) -> Tensor:
 
 def _draw(shape: Iterable[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform numbers on the device of ``like``, drawn where the generator lives."""
-    device = like.device if generator is None else generator.device
-    return torch.rand(tuple(shape), generator=generator, device=device).to(like.device)
+    if generator is None:
+        return torch.rand(tuple(shape), device=like.device)
+    return torch.rand(tuple(shape), generator=generator, device=generator.device).to(like.device)
 
 
 class Reservoir:

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from kvb import ops  # noqa: F401  (importing ops registers the operators)
+from kvb import _torch, ops  # noqa: F401  (importing ops registers the operators)
 
 
 class WatchedBuffers(dict[str, Any]):
@@ -103,7 +102,7 @@ class _Place(NamedTuple):
     keys: Tensor
     alias: Tensor  # for the operators: a search in another thread does not look like somebody who holds the keys
     storage: torch.UntypedStorage
-    handle: int  # of the storage
+    address: int  # of the storage
     private: bool  # the memory belongs to PyTorch, and to this process alone
 
 
@@ -117,7 +116,7 @@ class _Kept(NamedTuple):
 def _holders(buffers: dict[str, Any], place: _Place) -> _Holders:
     keys = dict.__getitem__(buffers, "keys")
     weak = weakref.getweakrefcount(keys)
-    return _Holders(sys.getrefcount(keys), weak, keys._use_count(), torch._C._storage_Use_Count(place.handle))
+    return _Holders(sys.getrefcount(keys), weak, _torch.users_of(keys), _torch.users_of_storage(place.address))
 
 
 def _place(buffers: dict[str, Any]) -> _Place:
@@ -125,17 +124,17 @@ def _place(buffers: dict[str, Any]) -> _Place:
     storage = keys.untyped_storage()
     # Memory of NumPy or of a file cannot be resized by PyTorch; others write to it without a trace.
     private = storage.resizable() and not storage.is_shared()
-    return _Place(keys, keys.detach(), storage, storage._cdata, private)
+    return _Place(keys, keys.detach(), storage, _torch.address_of(storage), private)
 
 
 def _is_at(place: _Place, keys: Tensor) -> bool:
-    same = keys is place.keys and keys.untyped_storage()._cdata == place.handle
+    same = keys is place.keys and _torch.address_of(keys.untyped_storage()) == place.address
     return same and keys.data_ptr() == place.alias.data_ptr() and keys.stride() == place.alias.stride()
 
 
 def _observed() -> bool:
     """Whether something records the operators of this call: then nothing kept may end in the record as a constant."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return _torch.dispatch_modes() > 0 or _torch.trace() is not None
 
 
 def _capturing(keys: Tensor) -> bool:
@@ -144,7 +143,7 @@ def _capturing(keys: Tensor) -> bool:
 
 def _can_be_kept(keys: Any) -> bool:
     """Whether versions and counts can be had, and mean what they should."""
-    plain = type(keys) is Tensor and not is_functorch_wrapped_tensor(keys) and not keys.is_inference()
+    plain = type(keys) is Tensor and not _torch.is_wrapped(keys) and not keys.is_inference()
     return plain and not _observed() and not _capturing(keys)
 
 
@@ -182,7 +181,7 @@ class PackedKeys:
             and not getattr(buffers, "taken", True)
             and _holders(buffers, kept.place) == _ALONE
             and dict.__getitem__(buffers, "keys") is kept.place.keys
-            and kept.version == kept.place.keys._version
+            and kept.version == _torch.version_of(kept.place.keys)
             and not (_observed() or _capturing(kept.place.keys))
         ):
             return kept.place.alias, kept.packed
@@ -199,7 +198,7 @@ class PackedKeys:
         known = kept is not None and _is_at(kept.place, dict.__getitem__(buffers, "keys"))
         place = kept.place if kept is not None and known else _place(buffers)
         alone = place.private and _holders(buffers, place) == _ALONE
-        version = place.keys._version
+        version = _torch.version_of(place.keys)
         packed = kept.packed if kept is not None and known else None
         if packed is None or not _matches(place.alias, packed):
             packed = torch.ops.kvb.pack_keys(place.alias)
@@ -215,7 +214,7 @@ class PackedKeys:
         if kept is None or not _is_at(kept.place, dict.__getitem__(buffers, "keys")):
             kept = _Kept(_place(buffers), 0, False, packed)
         alone = kept.alone and not getattr(buffers, "taken", True) and _holders(buffers, kept.place) == _ALONE
-        self._kept = _Kept(kept.place, kept.place.keys._version, alone, packed)
+        self._kept = _Kept(kept.place, _torch.version_of(kept.place.keys), alone, packed)
 
 
 def _count_alone() -> _Holders:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvb import _torch
+
 FORWARDS = 16  # so many may wait for their backward pass
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = 0x1E3779B97F4A7C15
@@ -29,14 +31,14 @@ class _Forward(NamedTuple):
 
 def in_backward() -> bool:
     """Whether this call comes from a backward pass, as a recomputation does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and _torch.in_backward()
 
 
 def under_checkpoint() -> bool:
     """Whether a checkpoint may run this call again: it disables gradients, or hooks into what they save."""
     if torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+    if torch.is_grad_enabled() and not _torch.saving_is_hooked():
         return False
     frame = sys._getframe(1)
     while frame.f_back is not None:
@@ -71,7 +73,7 @@ class Forwards:
         for known in reversed(self._latest):
             same = known.shape == queries.shape and known.dtype == queries.dtype
             if same and torch.equal(known.fingerprint, mine):
-                if not torch._C._autograd._get_current_graph_task_keep_graph():
+                if not _torch.graph_is_kept():
                     self._latest = deque((one for one in self._latest if one is not known), maxlen=FORWARDS)
                 return known.keys, known.packed
         raise RuntimeError(

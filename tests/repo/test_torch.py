@@ -16,7 +16,7 @@ from kvb import _torch
 
 SOURCE = Path(_torch.__file__).read_text()
 PATHS = sorted(set(re.findall(r'_private\(\s*"([\w.]+)"', SOURCE)))
-BUILT_IN = ("torch.Tensor.", "torch._C._FunctionBase.")  # types that keep their methods
+BUILT_IN = ("torch.Tensor.", "torch.UntypedStorage.", "torch._C._FunctionBase.")  # types that keep their methods
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith(BUILT_IN)])
@@ -123,3 +123,63 @@ def test_a_named_tuple_passes_through_trees():
     _torch.register_namedtuple(kind, serialized_type_name="kvb_test_torch.kind")
     leaves, spec = torch.utils._pytree.tree_flatten(kind(1, [2]))
     assert torch.utils._pytree.tree_unflatten(leaves, spec) == kind(1, [2])
+
+
+def test_writes_and_holders_are_counted():
+    x = torch.ones(3)
+    before = _torch.version_of(x)
+    x.add_(1)
+    assert _torch.version_of(x) == before + 1
+    x.data.add_(1)
+    assert _torch.version_of(x) == before + 1
+    storage = x.untyped_storage()
+    address = _torch.address_of(storage)
+    tensors, storages = _torch.users_of(x), _torch.users_of_storage(address)
+    assert torch.ones(2).untyped_storage()._cdata != address
+    for hold in (lambda: x.detach(), lambda: x.numpy(), lambda: memoryview(x.numpy()), lambda: torch.from_dlpack(x)):
+        held = hold()
+        assert (_torch.users_of(x), _torch.users_of_storage(address)) > (tensors, storages), held
+        del held
+        assert (_torch.users_of(x), _torch.users_of_storage(address)) == (tensors, storages)
+
+
+def test_who_watches_a_call_is_seen():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Pass(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    x, seen = torch.ones(2), []
+
+    def look(x):
+        seen.append((_torch.is_wrapped(x), _torch.dispatch_modes(), _torch.trace() is not None))
+        return x * 2
+
+    look(x)
+    torch.vmap(look)(x)
+    with Pass():
+        look(x)
+    torch.jit.trace(look, x, check_trace=False)
+    assert seen == [(False, 0, False), (True, 0, False), (False, 1, False), (False, 0, True)]
+
+
+def test_backward_passes_and_checkpoints_are_seen():
+    x, seen = torch.ones(2, requires_grad=True), []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append((_torch.in_backward(), _torch.saving_is_hooked()))
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append((_torch.in_backward(), _torch.graph_is_kept()))
+            return grad
+
+    Look.apply(x).sum().backward()
+    with torch.autograd.graph.save_on_cpu():
+        out = Look.apply(x).sum()
+    out.backward(retain_graph=True)
+    assert seen == [(False, False), (True, False), (False, True), (True, True)]

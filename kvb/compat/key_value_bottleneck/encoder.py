@@ -47,9 +47,10 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
             "random_projection": splitters.RandomDownProjection,
             "learned_projection": splitters.LearnedDownProjection,
         }
-        if self.splitting_mode not in kinds:
+        mode = self.splitting_mode
+        if not isinstance(mode, str) or mode not in kinds:
             return super()._init_splitter()
-        return kinds[self.splitting_mode](self.num_codebooks, self.num_channels, self.dim_keys)
+        return kinds[mode](self.num_codebooks, self.num_channels, self.dim_keys)
 
     def _init_bottleneck(self) -> KeyValueBottleneck:
         return KeyValueBottleneck(**self._bottleneck_options(), bugs=self.bugs)
