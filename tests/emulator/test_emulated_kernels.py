@@ -6,8 +6,8 @@ Nothing that the emulator notices is excused.
 
 from __future__ import annotations
 
-import inspect
 import os
+import re
 import types
 import zlib
 from pathlib import Path
@@ -62,7 +62,7 @@ def kernels_of(target: str) -> set[str]:
     found = set()
     for module in (pack, resident, scan, scatter, search, update, values):
         room = module.__name__.rsplit(".", 1)[1]
-        found |= {name for name in vars(module) if f"{room}.{name}" in source and not inspect.ismodule(name)}
+        found |= {name for name in vars(module) if re.search(rf"\b{room}\.{name}\b", source)}
     return {name for name in found if launch_search.SEARCH[target].resident or name not in ("resident", "refine")}
 
 
