@@ -3,7 +3,7 @@
 Every shape goes through ``launch.nearest``, whose kernels are compiled for sm_90 and disassembled. Instructions and
 matrix products are counted, once for every time they run, and divided by what the card does in a second. The same is
 done for a plain kernel that reduces every score with ``tl.min`` and ``tl.argmin``, and for the loop of ``search``
-without its certificate. Letters as in ``kvb/ops.py``.
+without its certificate. Letters as in ``kvb/ops``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The shapes that are measured, by name.
 
-Letters as in ``kvb/ops.py``: B batch, S positions, C codebooks, K pairs per codebook, D key dim, V value dim; N = B*S.
+Letters as in ``kvb/ops``: B batch, S positions, C codebooks, K pairs per codebook, D key dim, V value dim; N = B*S.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// Registers the operators under the CPU dispatch key; kvb/ops.py defines their schemas.
+// Registers the operators under the CPU dispatch key; kvb/ops defines their schemas.
 #include <Python.h>
 
 #include "ops.h"

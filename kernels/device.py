@@ -1,8 +1,9 @@
-"""What all launches share: the machine they run on, sizes rounded up, and errors."""
+"""What all launches share: the GPU they run on, sizes rounded up, and errors."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ def processors(device: torch.device) -> int:
 
 
 def matrix_units(device: torch.device) -> str:
-    """What becomes of a product of 16-bit numbers.
+    """What becomes of matrix products of 16-bit numbers.
 
     "full": matrix units take it. "flushing": they take numbers too small for a full significand as zero (MI200).
     "none": Triton has no use for those of this architecture, and multiplies number by number (Turing).
@@ -64,21 +65,10 @@ def _facts(active: Any, device: torch.device) -> _Machine:
     return _Machine(column, processors, matrix)
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, registers: int | None = None, **constants: Any) -> None:
-    """Launch ``kernel`` on the device of its first argument, a tensor.
-
-    ``registers`` a thread may be used on NVIDIA: left to itself, its assembler would rather spill than have fewer
-    programs run side by side.
-    """
-    if registers is not None and target(arguments[0].device).startswith("sm_"):
-        constants["maxnreg"] = registers
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **constants)
-
-
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """Raise RuntimeError with a message, which is put together only then."""
     if not condition:
-        raise RuntimeError(message)
+        raise RuntimeError(message())
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import finite
 from kvb.kernels.values import INTERPRETED, average, pair_indices, require_pairs, store_sums
 
@@ -115,7 +116,7 @@ def _sum_where(hot, x, MATRIX: tl.constexpr):
 # --- one-hot products -------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_check", do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
 def check_pairs(
     indices,  # [B, S, C] with the strides i_b, i_s, i_c
     count,  # B * S * C
@@ -137,10 +138,10 @@ def check_pairs(
     require_pairs((r < count) & ~usable)
 
 
-@triton.jit(do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_product", do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_product(
-    x,
-    indices,
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
     out,  # [slices, C, K, V]
     hits,  # [C, K] or None
     N,
@@ -192,9 +193,15 @@ def add_by_product(
     store_sums(pointers, average(total, DIVISOR), (k < K)[:, None] & (v < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["slices"])
-def add_slices(parts, out, slices, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """out [SIZE]: the sum of parts [slices, SIZE], first to last."""
+@kernel("kvb_scatter_slices", do_not_specialize=["slices"])
+def add_slices(
+    parts,  # [slices, SIZE]
+    out,  # [SIZE]
+    slices,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of all parts, first to last."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(slices):
@@ -205,10 +212,10 @@ def add_slices(parts, out, slices, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 # --- float atomics ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_atomics", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_atomics(
-    x,
-    indices,
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
     table,  # [C, K, V], zero
     hits,  # [C, K] or None
     count,  # B * S * C
@@ -253,10 +260,10 @@ def add_by_atomics(
 # --- sorted runs ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_rows", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def table_rows(
-    x,
-    indices,
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
     rows,  # [B * S * C] or None
     hits,  # [C, K] or None
     count,  # B * S * C
@@ -302,8 +309,14 @@ def _begins(here, before, END: tl.constexpr):
     return (here != END) & (here != before)
 
 
-@triton.jit(do_not_specialize=["count"])
-def find_runs(ordered, starts, count, END: tl.constexpr, BLOCK: tl.constexpr):
+@kernel("kvb_scatter_find_runs", do_not_specialize=["count"])
+def find_runs(
+    ordered,  # [count] the table rows, sorted; END where skipped
+    starts,  # [chunks]
+    count,  # B * S * C
+    END: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """How many runs of equal rows start in every chunk of BLOCK sorted positions; END marks skipped ones."""
     chunk = tl.program_id(0).to(tl.int64)
     i = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -311,15 +324,15 @@ def find_runs(ordered, starts, count, END: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(starts + chunk, tl.sum(begins.to(tl.int64)))
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v"])
+@kernel("kvb_scatter_add_runs", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v"])
 def add_runs(
-    x,
-    order,  # the position of every sorted row
-    ordered,  # the table rows, sorted; END where skipped
-    ends,  # how many runs start up to the end of every chunk, or None
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    order,  # [count] the position of every sorted row
+    ordered,  # [count] the table rows, sorted; END where skipped
+    ends,  # [chunks] how many runs start up to the end of every chunk, or None
     out,  # [C * K, V], or [touched, V] with ``rows``; zero
-    rows,  # the touched rows, or None
-    edges,  # [chunks, 2, V]: the part of a run from before a chunk, and of one that goes on behind it
+    rows,  # [touched] the touched rows, or None
+    edges,  # [chunks, 2, V] the part of a run from before a chunk, and of one that goes on behind it
     count,  # B * S * C
     S,
     x_b,
@@ -365,12 +378,12 @@ def add_runs(
     tl.store(edges + edge[:, None] + v[None, :], total, mask=(leads & ~inside)[:, None] & columns)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel("kvb_scatter_join_runs", do_not_specialize=["count"])
 def join_runs(
-    ordered,
-    ends,  # as for ``add_runs``
-    out,
-    edges,
+    ordered,  # [count], as for ``add_runs``, and so are the others
+    ends,  # [chunks] or None
+    out,  # [C * K, V] or [touched, V]
+    edges,  # [chunks, 2, V]
     count,  # B * S * C
     V: tl.constexpr,
     END: tl.constexpr,
@@ -404,7 +417,7 @@ def join_runs(
 # --- rows moved by their gradients ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel("kvb_sgd_step", do_not_specialize=["count"])
 def move_rows(
     table,  # [C * K, V]
     rows,  # [count] of the table, each once; -1 for none

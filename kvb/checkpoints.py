@@ -33,7 +33,8 @@ _PIECE = 1 << 20  # bytes copied at a time
 _SHOWN = 10  # problems named in one message
 _LONG = 200  # characters of what a file holds in one message
 _VERSION, _DIGEST, _STATE = "kvb_checkpoint", "sha256", "state_dict"
-STATE_NAME = "kvb_state"  # flags and mask of a bottleneck: may be absent, and its length varies
+# Flags and mask of a bottleneck, which may be absent: together in one tensor of varying length in kvb 0.1, then apart.
+STATE_NAMES = ("kvb_state", "kvb_flags", "kvb_mask")
 _Module = TypeVar("_Module", bound=nn.Module)
 
 # Everything that torch, zipfile, pickle and json were seen to raise on files that are not what they should be.
@@ -261,7 +262,7 @@ def _misfits(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[s
     """Why a state_dict cannot be loaded in place of another."""
 
     def optional(name: str) -> bool:
-        return name.rpartition(".")[2] == STATE_NAME
+        return name.rpartition(".")[2] in STATE_NAMES
 
     problems = [f"missing {name!r}" for name in mine if name not in theirs and not optional(name)]
     for name, value in theirs.items():
@@ -269,9 +270,14 @@ def _misfits(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[s
             problems += [] if optional(name) else [f"unexpected {_quoted(name)}"]  # its module says so if it minds
         elif value.shape != mine[name].shape and not (optional(name) and value.dim() == 1):
             problems.append(f"{name!r}: expected shape {tuple(mine[name].shape)}, got {tuple(value.shape)}")
-        elif not torch.can_cast(value.dtype, mine[name].dtype):
+        elif not (torch.can_cast(value.dtype, mine[name].dtype) or _are_counts(value, mine[name])):
             problems.append(f"{name!r}: expected {mine[name].dtype}, got {value.dtype}")
     return problems
+
+
+def _are_counts(given: Tensor, wanted: Tensor) -> bool:
+    """Published files hold counts as floating-point numbers."""
+    return given.is_floating_point() and wanted.dtype == torch.int64
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvb import ops, validation
+from kvb._torch import assert_async
 
 POOLS = ("none", "mean", "sum")
 LAYOUTS = ("bscv", "bcsv")
@@ -47,7 +48,7 @@ def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
         if not matches:
             raise RuntimeError(message)
     else:  # here the host does not wait: the device asserts it
-        torch._assert_async(matches, message)
+        assert_async(matches, message)
     return given
 
 

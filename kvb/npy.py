@@ -31,7 +31,7 @@ _LABELS = {
 }
 _HEADER = re.compile(
     rb"\{ *'descr' *: *'([<>|=]?)([a-z]\d{1,2})' *, *'fortran_order' *: *False *,"
-    rb" *'shape' *: *\( *((?:\d{1,18} *, *)+(?:\d{1,18})?) *\) *,? *\} *\n?"
+    rb" *'shape' *: *\( *((?:(?:0|[1-9]\d{0,17}) *, *)+(?:0|[1-9]\d{0,17})?) *\) *,? *\} *\n?"
 )
 _SHOWN = 100  # characters of a header in a message
 

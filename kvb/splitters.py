@@ -13,12 +13,17 @@ from kvb import validation
 MODES = ("chunk", "random_projection", "sparse_projection", "learned_projection")
 
 
-def make(mode: str, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.Module:
-    """The splitter of a published ``splitting_mode``.
+def make(mode: str | nn.Module, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.Module:
+    """The splitter of a published ``splitting_mode``, or the module given in its place.
 
     Raises:
-        ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C.
+        ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C. TypeError: neither a mode nor a
+        module.
     """
+    if isinstance(mode, nn.Module):
+        return mode
+    if not isinstance(mode, str):
+        raise TypeError(f"splitting_mode must be a string or a torch.nn.Module, got {type(mode).__name__}")
     validation.choice("splitting_mode", mode, MODES)
     if mode == "chunk":
         chunk = Chunk(num_channels, num_codebooks)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from kvb.kernels import launch_search
+from kvb.kernels import layout
 from kvb.kernels.device import target
-from kvb.kernels.launch_search import SEARCH, Filter
+from kvb.kernels.launch_table import SEARCH, Filter
 
 # A small tile in many warps leaves each with too little to do.
 ROWS_AND_WARPS, KEYS, STAGES = ((64, 4), (128, 4), (128, 8), (256, 8)), (64, 128), (2, 3, 4)
@@ -17,7 +17,7 @@ ROWS_AND_WARPS, KEYS, STAGES = ((64, 4), (128, 4), (128, 8), (256, 8)), (64, 128
 
 def _column(D: int) -> int:
     """The column of the table for a key dim."""
-    DP = launch_search.layout(4096, D).DP
+    DP = layout.layout(4096, D).DP
     return DP if DP <= 128 else 0
 
 

@@ -145,7 +145,7 @@ class Driver(DriverBase):
         asm = next(kernel.asm for kernel in kernels if getattr(kernel, "metadata", None) is metadata)
         names = source.fn.arg_names
         constants = {names[place[0]]: value for place, value in source.constants.items() if len(place) == 1}
-        return Compiled(metadata.name, self.name, constants, dict(source.signature), metadata, asm, [])
+        return Compiled(source.fn.__name__, self.name, constants, dict(source.signature), metadata, asm, [])
 
     @classmethod
     def is_active(cls) -> bool:

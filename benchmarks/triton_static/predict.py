@@ -1,7 +1,7 @@
 """What a search costs on an H100, from its machine code: instructions, matrix products, bytes, and the time they take.
 
 Instructions and matrix products are counted, once for every time they run, and divided by what the card does in a
-second. Letters as in ``kvb/ops.py``.
+second. Letters as in ``kvb/ops``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The definition of every kvb operator in plain PyTorch, and the fallback on every device.
 
-Letters (defined in ``kvb/ops.py``): B batch, S positions, C codebooks, K pairs per codebook, D key dim, V value dim,
+Letters (defined in ``kvb/ops``): B batch, S positions, C codebooks, K pairs per codebook, D key dim, V value dim,
 T nearest keys asked for. Nothing of size B*S*C*K is ever allocated: all work goes through tiles of ``TILE`` elements.
 """
 

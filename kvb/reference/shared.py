@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvb._torch import assert_async
+
 TILE = 1 << 22  # elements of the largest temporary: 16 MB of float32 scores
 
 Tile = tuple[slice, slice, slice]
@@ -86,7 +88,7 @@ def _require_in_range(indices: Tensor, K: int) -> None:
         return
     low, high = (bound.to(torch.int64) for bound in indices.aminmax())  # K may not fit a narrow dtype
     if indices.device.type != "cpu":
-        torch._assert_async((low >= 0) & (high < K), f"an index is out of bounds for codebook with {K} pairs")
+        assert_async((low >= 0) & (high < K), f"an index is out of bounds for codebook with {K} pairs")
     elif low < 0 or high >= K:
         bad = int(low) if low < 0 else int(high)
         raise IndexError(f"index {bad} is out of bounds for codebook with {K} pairs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvb._torch import assert_async
 from kvb.reference.arithmetic import widest
 from kvb.reference.shared import (
     Tile,
@@ -146,6 +147,6 @@ def _require_classes(targets: Tensor, V: int) -> None:
         return
     low, high = targets.aminmax()
     if targets.device.type != "cpu":
-        torch._assert_async((low >= 0) & (high < V), f"a target is out of bounds for {V} classes")
+        assert_async((low >= 0) & (high < V), f"a target is out of bounds for {V} classes")
     elif low < 0 or high >= V:
         raise IndexError(f"target {int(low) if low < 0 else int(high)} is out of bounds for {V} classes")

@@ -17,7 +17,7 @@ POOLS = ("none", "mean", "sum")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem; ``name`` says what it stresses. Letters as in ``kvb/ops.py``, T nearest keys."""
+    """One problem; ``name`` says what it stresses. Letters as in ``kvb/ops``, T nearest keys."""
 
     name: str
     B: int = 5

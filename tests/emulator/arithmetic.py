@@ -22,7 +22,7 @@ def elementwise(ufunc: np.ufunc) -> Callable[[State, Instruction], Step]:
         out = state.target(at.operands[0], at.type)
         if out.dtype != np.dtype(DTYPES[at.type]):
             raise Unsupported(at.text)
-        return lambda lanes: ufunc(*sources, out, where=lanes.where)
+        return lambda lanes: ufunc(*sources, out=out, where=lanes.where)
 
     return build
 

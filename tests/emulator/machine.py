@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from emulator import arithmetic, copies, matrices, memory, registers, shared, warps
-from emulator.lanes import Lanes
+from emulator import arithmetic, copies, local, matrices, memory, registers, shared, warps
+from emulator.lanes import WARP, Lanes
 from emulator.memory import GlobalMemory
 from emulator.program import Instruction, Program, Unsupported
 from emulator.state import Report, State, Step
@@ -27,6 +27,8 @@ BUILDERS = (
 SPACES: dict[tuple[str, str], Callable[[State, Instruction], Step]] = {
     **{("ld", "global"): memory.load, ("st", "global"): memory.store},
     **{("ld", "shared"): shared.load, ("st", "shared"): shared.store},
+    **{("ld", "generic"): local.load, ("st", "generic"): local.store},
+    **{("ld", "local"): local.load, ("st", "local"): local.store},
     ("ld", "param"): memory.parameter,
 }
 
@@ -41,8 +43,12 @@ class Machine(State):
         self.read = {name for at in program.code for name in at.registers[0]}
         self.memory = GlobalMemory([])
         self.shared = shared.SharedMemory(self, shared_bytes)
+        self.local = local.LocalMemory(self)
         self.copies = copies.Copies(self)
         self.products = matrices.Products(self)
+        self.apart = False
+        # What may run ahead of the rest: a warp, or four that multiply together.
+        self.unit = matrices.GROUP if any(at.name == "wgmma" for at in program.code) else WARP
         self.watched = matrices.registers_of_products(program.code)
         self.written = Written(self, registers.doubtful(program))
         self.blocks: dict[int, list[Step]] = {}
@@ -64,6 +70,7 @@ class Machine(State):
                 self.begin(grid, batch)
                 self.number[:] = first + self.cta + 1
                 self.shared.begin()
+                self.local.begin()
                 self.copies.begin()
                 self.products.begin()
                 self.written.begin()
@@ -106,7 +113,7 @@ class Machine(State):
         if at.says("fence", "proxy", "async"):
             return self.shared.pass_proxy_fence
         if at.name in ("ld", "st"):
-            space = next((part for part in at.parts if part in ("global", "shared", "param")), "generic")
+            space = next((part for part in at.parts if part in ("global", "shared", "local", "param")), "generic")
             build = SPACES.get((at.name, space))
         else:
             build = BUILDERS.get(at.name)
@@ -131,8 +138,7 @@ class Machine(State):
                     return
                 self._meet(waiting)
                 running, waiting = {self.program.blocks[start].stop: lanes for start, lanes in waiting.items()}, {}
-            start = min(running)
-            lanes = running.pop(start)
+            start, lanes = self._next(running)
             if start not in self.program.blocks:
                 raise self.fault(None, "a program ran beyond the end of its code", int(lanes.index[0]))
             for step in self.steps(start):
@@ -144,6 +150,20 @@ class Machine(State):
             else:
                 self._leave(running, start, lanes)
         raise self.fault(None, "a program does not end")
+
+    def _next(self, running: dict[int, Lanes]) -> tuple[int, Lanes]:
+        """Take those who run a block now."""
+        if not self.apart:
+            start = min(running)
+            return start, running.pop(start)
+        start = list(running)[int(self.random.integers(len(running)))]
+        lanes = running.pop(start)
+        chosen = np.repeat(self.random.random(self.lanes // self.unit) < 0.5, self.unit)
+        ahead, behind = lanes.split(chosen, False)
+        if ahead is None or behind is None:
+            return start, lanes
+        running[start] = behind
+        return start, ahead
 
     def _leave(self, running: dict[int, Lanes], start: int, lanes: Lanes) -> None:
         """Where lanes go from the end of a block."""
@@ -173,7 +193,7 @@ class Machine(State):
     def _meet(self, waiting: dict[int, Lanes]) -> None:
         """All lanes of a program have to wait at the same barrier: none anywhere else, and none that left."""
         lanes = next(iter(waiting.values()))
-        if len(waiting) > 1 or (lanes.mask != self.living).any():
+        if len(waiting) > 1 or not lanes.all:
             here = sum((start + 1) * part.mask.reshape(self.count, -1) for start, part in waiting.items())
             held = here.any(1)
             apart = held & (here != here[:, :1]).any(1)

@@ -9,7 +9,7 @@ import re
 ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)\s*(.*?)\n\{", re.S)
 PARAMETER = re.compile(r"\.param \.(\w+)(?: \.ptr[^\n]*?| \.align \d+)?\s+(\w+)[,\s]*(?:\n|$)")
 STATEMENT = re.compile(r"(?:@(!?)%(\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
-REGISTER = re.compile(r"%[a-z]+\d+")
+REGISTER = re.compile(r"%(?:[a-z]+\d+|SPL?)")
 ENDS = ("bra", "ret", "exit", "trap", "call")  # what ends a basic block, beside bar.sync
 STORES = ("st", "stmatrix", "cp", "red")  # their first operand is an address, not a destination
 
@@ -89,6 +89,7 @@ class Program:
         self.threads = int(threads[1])
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
+        self.local = 0  # bytes of local memory of a thread
         self.widths: dict[str, str] = {}  # by the prefix of a register: "r" is b32
         self._parse(ptx[head.end() :])
         self.blocks = self._blocks()
@@ -98,12 +99,12 @@ class Program:
             line = raw.split("//")[0].strip()
             if line.startswith(".section"):
                 break
-            if declared := re.match(r"\.reg \.(\w+)\s+%(\w+)<\d+>", line):
+            if declared := re.match(r"\.reg \.(\w+)\s+%(\w+)(?:<\d+>)?;", line):
                 self.widths[declared[2]] = declared[1]
             elif label := re.match(r"([$\w]+):$", line):
                 self.labels[label[1]] = len(self.code)
-            elif line.startswith(".local"):
-                raise Unsupported(f"{self.name}: local memory")
+            elif local := re.match(r"\.local \.align \d+ \.b8\s+__local_depot0\[(\d+)\]", line):
+                self.local = int(local[1])
             elif not line.startswith("."):
                 for statement in line.split(";"):
                     self._add(statement.strip())

@@ -23,6 +23,8 @@ DTYPES: dict[str, Any] = {
     **{"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "f32": np.float32, "f64": np.float64},
 }
 SHARED_BASE = 1024  # where shared memory begins: not at 0, so that an address that was never set is outside
+LOCAL_BASE = 1 << 60  # the same for the local memory of a thread
+SYMBOLS = {"global_smem": SHARED_BASE, "__local_depot0": LOCAL_BASE}
 
 
 class Fault(Exception):
@@ -84,7 +86,7 @@ class State:
         return self.banks[self.program.widths[name.strip("%0123456789")]][self.slots[name]]
 
     def source(self, operand: str, kind: str) -> Any:
-        """What an instruction reads: an array that follows the register, or a number. Of wide registers, the low part."""
+        """What an instruction reads: an array that follows the register, of a wide one its low part, or a number."""
         dtype = np.dtype(DTYPES[kind])
         if operand in self.special:
             return self.special[operand]
@@ -146,21 +148,21 @@ class State:
 
 
 def constant(text: str, dtype: np.dtype) -> Any:
-    """A literal, or the address of a symbol: only shared memory has one that is ever used."""
+    """A literal, or the address of a symbol: 0 for texts of assertions."""
     if match := re.fullmatch(r"0f([0-9A-Fa-f]{8})", text):
         return np.array([int(match[1], 16)], np.uint32).view(dtype)[0]
     if match := re.fullmatch(r"0d([0-9A-Fa-f]{16})", text):
         return np.array([int(match[1], 16)], np.uint64).view(dtype)[0]
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
         number = int(text.rstrip("U"), 0)
-        if dtype == bool:
+        if dtype.kind == "b":
             return np.bool_(number)
         bits = np.array([number % (1 << 8 * dtype.itemsize)], f"u{dtype.itemsize}")
         return bits.view(dtype)[0]
     if text in ("true", "false"):
         return np.bool_(text == "true")
-    if text == "global_smem":
-        return dtype.type(SHARED_BASE)
+    if text in SYMBOLS:
+        return dtype.type(SYMBOLS[text])
     if re.fullmatch(r"[\w$]+", text):
         return dtype.type(0)
     raise Unsupported(f"operand {text!r}")

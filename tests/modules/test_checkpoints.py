@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -86,7 +87,7 @@ def test_without_safetensors_its_name_says_what_to_do(tmp_path, monkeypatch):
 @pytest.mark.parametrize("safe", [False, pytest.param(True, marks=with_safetensors)])
 def test_plain_state_dicts_of_others_load_under_any_name(safe, tmp_path):
     source, target = trained(), make()
-    state = {name: value for name, value in source.state_dict().items() if not name.endswith("kvb_state")}
+    state = {name: value for name, value in source.state_dict().items() if not name.endswith(("kvb_flags", "kvb_mask"))}
     save = safetensors.save_file if safe else torch.save
     save(state, tmp_path / "file.bin")
     kvb.load(target, tmp_path / "file.bin")
@@ -219,6 +220,7 @@ def test_an_interruption_is_never_damage_and_leaves_everything_as_it_was(name, t
     assert late < 10  # all but the last of all calls leave everything as it was
     kvb.save(other, path)
     assert os.listdir(tmp_path) == [name]
+    gc.collect()  # archives that were left half written complain, here and not in another test
 
 
 def test_save_takes_modules_of_tensors_only(tmp_path):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kvb import BottleneckedEncoder, CodeDataset, DiscreteKeyValueBottleneck, KeyValueBottleneck
+from kvb import BottleneckedEncoder, CodeDataset, DiscreteKeyValueBottleneck, KeyValueBottleneck, unlearning
 from kvb import data as room
-from kvb.modules import key_learning
+from kvb.modules import streams
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_tensor_becomes_the_smallest_codes_that_hold_it(shape, K, dtype):
 
 
 def test_a_large_tensor_is_read_in_batches(module, monkeypatch):
-    monkeypatch.setattr(key_learning, "BATCH", 4 * 15)
+    monkeypatch.setattr(streams, "BATCH", 4 * 15)
     x, sizes, encode = torch.randn(10, 3, 5), [], module.encode
     monkeypatch.setattr(module, "encode", lambda part, dtype: sizes.append(len(part)) or encode(part, dtype=dtype))
     assert torch.equal(module.encode_dataset(x, progress=False).codes.long(), encode(x))
@@ -187,3 +187,27 @@ def test_the_progress_bar_can_be_silenced(module, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     module.encode_dataset([torch.randn(2, 3, 5)])
     assert "encoding" in capsys.readouterr().err
+
+
+# --- dtypes that cannot be computed with ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_eight_bits_are_refused_with_what_to_do(module, dtype):
+    x = torch.rand(6, 3, 5).to(dtype)
+    for call in (
+        module,
+        module.encode,
+        lambda x: module.encode_dataset(x, progress=False),
+        lambda x: module.unfreeze_keys().init_keys(x, progress=False),
+    ):
+        with pytest.raises(TypeError, match=r"expected a floating-point x, got torch.float8.*; call x.float\(\) first"):
+            call(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_codes_are_refused_with_what_to_do(module, dtype):
+    codes = torch.zeros(6, 3, dtype=dtype)
+    for call in (module.decode, CodeDataset, lambda codes: unlearning.hits(module, codes)):
+        with pytest.raises(TypeError, match=r"cannot compute with torch.uint.*; call .*.long\(\) first"):
+            call(codes)

@@ -63,3 +63,21 @@ def test_a_full_disk():
         done = run(full)
     message = "Cannot write the output: No space left on device. Make room and try again.\n"
     assert (done.returncode, done.stderr) == (1, message)
+
+
+def test_operators_are_defined_once():
+    """Loading their room again changes nothing; defining them again is refused, and what is there goes on working."""
+    code = """if True:
+        import importlib, sys, torch, kvb
+        importlib.reload(kvb.ops)
+        sys.modules.pop("kvb.ops")
+        importlib.import_module("kvb.ops")
+        try:
+            importlib.reload(sys.modules["kvb.ops.schemas"])
+        except ImportError as error:
+            print(error)
+        print(kvb.KeyValueBottleneck(2, 9, 3, 4)(torch.randn(5, 2, 3)).shape)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = "kvb.ops cannot be loaded twice: PyTorch keeps operators as long as a process lives; restart it"
+    assert done.stdout.splitlines() == [message, "torch.Size([5, 2, 4])"], done.stderr

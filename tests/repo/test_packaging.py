@@ -268,6 +268,52 @@ def test_sdist_holds_the_kernels_and_the_sources(sources, tmp_path):
     assert {"csrc/library.cpp", "csrc/common.h", "csrc/search/search.cpp", "csrc/search/impl.inc"} <= names
 
 
+@pytest.fixture
+def without_link(tree, tmp_path):
+    """A copy of `tree` as git makes it without symbolic links: kvb/kernels is a text file."""
+    copy = tmp_path / "without_link"
+    shutil.copytree(tree, copy, symlinks=True, ignore=shutil.ignore_patterns("build", "out", "*.egg-info"))
+    (copy / "kvb" / "kernels").unlink()
+    (copy / "kvb" / "kernels").write_text("../kernels")
+    return copy
+
+
+def test_a_wheel_without_symbolic_links_is_the_same(wheel, without_link):
+    done, found = build("wheel", without_link)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = set(zipfile.ZipFile(found).namelist())
+    assert {"kvb/kernels/probe.py", "kvb/kernels/launch.py", "kvb/kernels/README.md"} <= names
+    assert names == set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_wheel_of_an_sdist_is_the_same(wheel, tree, without_link, link, tmp_path):
+    done = run(
+        sys.executable, "setup.py", "-q", "sdist", f"--dist-dir={tmp_path}/sdist", cwd=tree if link else without_link
+    )
+    assert done.returncode == 0, done.stderr
+    (sdist,) = (tmp_path / "sdist").iterdir()
+    with tarfile.open(sdist) as tar:
+        assert not [entry.name for entry in tar if entry.issym()]
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    done, found = build("wheel", unpacked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(zipfile.ZipFile(found).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_a_checkout_without_symbolic_links_says_what_to_do(without_link):
+    environ = {"KVB_CPU_CAPABILITY": "triton", "TRITON_INTERPRET": "1"}
+    done = run(sys.executable, "-c", "import kvb", cwd=without_link, **environ)
+    if "Triton is not installed" in done.stderr:
+        pytest.skip("Triton is not installed")
+    assert "kvb/kernels is no folder, because this checkout was made without symbolic links: run `git" in done.stderr
+    assert run(sys.executable, "-c", "import kvb; print(kvb.info())", cwd=without_link).returncode == 0
+    (without_link / "kvb" / "kernels").unlink()
+    shutil.copytree(without_link / "kernels", without_link / "kvb" / "kernels")
+    assert run(sys.executable, "-c", "import kvb", cwd=without_link, **environ).returncode == 0
+
+
 def test_version_stands_in_one_file(wheel):
     version = wheel.name.split("-")[1]
     literal = re.compile(rf"""["']{re.escape(version)}["']""")

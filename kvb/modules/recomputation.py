@@ -1,0 +1,83 @@
+"""Gradient checkpointing while keys learn: a forward that runs again searches the keys that it searched before.
+
+``torch.utils.checkpoint`` runs a forward a second time within the backward pass. By then the keys have moved, and the
+gradient would be that of other pairs. So a forward under a checkpoint leaves the keys that it found, under a
+fingerprint of its queries, to the one that repeats it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvb import _torch
+
+FORWARDS = 16  # so many may wait for their backward pass
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ODD = 0x1E3779B97F4A7C15
+
+
+class _Forward(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    fingerprint: Tensor
+    keys: Tensor
+    packed: Tensor
+
+
+def in_backward() -> bool:
+    """Whether this call comes from a backward pass, as a recomputation does."""
+    return not torch.compiler.is_compiling() and _torch.in_backward()
+
+
+def under_checkpoint() -> bool:
+    """Whether a checkpoint may run this call again: it disables gradients, or hooks into what they save."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and not _torch.saving_is_hooked():
+        return False
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if "checkpoint" in frame.f_code.co_filename:
+            return True
+    return False
+
+
+def _fingerprint(queries: Tensor) -> Tensor:
+    """A weighted sum of the bits, modulo 2^64."""
+    bits = queries.detach().contiguous().view(_BITS[queries.element_size()]).flatten().to(torch.int64)
+    return (bits * (torch.arange(len(bits), device=bits.device) * 2 + 1) * _ODD).sum()
+
+
+class Forwards:
+    """The latest forwards under a checkpoint, and the keys that each of them searched."""
+
+    def __init__(self) -> None:
+        self._latest: deque[_Forward] = deque(maxlen=FORWARDS)
+
+    def remember(self, queries: Tensor, keys: Tensor, packed: Tensor) -> None:
+        self._latest.append(_Forward(queries.shape, queries.dtype, _fingerprint(queries), keys.clone(), packed))
+
+    def recall(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys, and their packed form, that the same queries were searched with.
+
+        Raises:
+            RuntimeError: no such forward is known.
+        """
+        mine = _fingerprint(queries)
+        for known in reversed(self._latest):
+            same = known.shape == queries.shape and known.dtype == queries.dtype
+            if same and torch.equal(known.fingerprint, mine):
+                if not _torch.graph_is_kept():
+                    self._latest = deque((one for one in self._latest if one is not known), maxlen=FORWARDS)
+                return known.keys, known.packed
+        raise RuntimeError(
+            "a forward in training mode ran within a backward pass while keys learn, with queries that none of the "
+            f"last {FORWARDS} checkpointed forwards had, so that it cannot search the keys of then: call freeze_keys() "
+            "first, or leave the bottleneck out of the checkpoint"
+        )
