@@ -35,7 +35,7 @@ class Target(NamedTuple):
 
     Large tiles feed the matrix units; registers and shared memory bound them. ``resident`` is the largest key dim for
     which ``resident`` keeps a whole small codebook on the chip: where products take both factors from registers, the
-    keys do not fit beside the scores of a row.
+    keys and the scores of a row do not fit at once.
     """
 
     group: Group

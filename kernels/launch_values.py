@@ -64,7 +64,7 @@ def _require_rows(tensor: Tensor, name: str, letters: str, *sizes: int) -> None:
     require(fits, lambda: f"expected {name} [{letters}], got {tuple(tensor.shape)}")
 
 
-def _require_codes(indices: Tensor, C: int, K: int, beside: Tensor) -> None:
+def _require_codes(indices: Tensor, C: int, K: int, like: Tensor) -> None:
     """Indices [B, S, C] of any integer dtype; their range is for the kernels to assert."""
     require(
         indices.dim() == 3 and indices.shape[2] == C,
@@ -75,8 +75,8 @@ def _require_codes(indices: Tensor, C: int, K: int, beside: Tensor) -> None:
         lambda: f"expected integer indices, got {indices.dtype}",
     )
     require(
-        indices.device == beside.device,
-        lambda: f"expected indices on {beside.device} like the rest, got {indices.device}",
+        indices.device == like.device,
+        lambda: f"expected indices on {like.device} like the rest, got {indices.device}",
     )
     require(K > 0 or indices.numel() == 0, lambda: f"expected K of at least 1, got {K}")
 

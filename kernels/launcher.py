@@ -1,6 +1,6 @@
 """Launching kernels: which compiled kernel a launch takes is looked up here, not in Triton, which takes 25 us for that.
 
-Triton compiles a kernel anew where an argument differs in what it specialises on: the dtype and alignment of a tensor;
+Triton compiles a kernel again where an argument differs in what it specialises on: the dtype and alignment of a tensor;
 whether an integer is 1, divisible by 16, or too large for 32 bits; constants and options. What is remembered here tells
 launches apart by no less, so that a launch takes the kernel that Triton would have taken.
 """

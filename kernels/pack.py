@@ -37,6 +37,7 @@ def _usable(keys, mask, row, live, D: tl.constexpr, BD: tl.constexpr, MASKED: tl
 def mixed(part, d):
     """What coordinates d of a tile of keys, float32, add to the two sums that ``slots`` makes of whole keys."""
     bits = (part + 0.0).to(tl.uint32, bitcast=True)  # -0 equals 0
+    # Odd numbers with bits in all places, as hashes multiply by; another one for every coordinate.
     bits = (bits ^ (bits >> 15)) * (2 * d + 0x2C1B3C6D).to(tl.uint32)[None, :]
     bits = bits ^ (bits >> 13)
     return tl.sum(bits * 0x297A2D39, 1), tl.sum((bits ^ (bits >> 9)) * 0x85EBCA6B, 1)
@@ -99,10 +100,10 @@ def store_survey(out, total, least, most, count, d, D: tl.constexpr):
 
 @kernel("kvb_pack_survey")
 def survey(
-    keys,
-    mask,
-    surveys,
-    table,
+    keys,  # [C, K, D]
+    mask,  # [C, K] bytes, not 0 where a key may win; read if MASKED
+    surveys,  # [C, SLICES, 4, D] float64: sum, least, most and count of a slice
+    table,  # [C, 2, SLOTS] int32: the first usable key that claims a slot
     K,
     D: tl.constexpr,
     SLICE: tl.constexpr,
@@ -179,12 +180,12 @@ def _scaled(keys, surveys, row, d, usable, scale, D: tl.constexpr, SLICES: tl.co
 
 @kernel("kvb_pack")
 def pack(
-    keys,
-    mask,
-    surveys,
-    table,
-    floats,
-    words,
+    keys,  # [C, K, D]
+    mask,  # [C, K] bytes, not 0 where a key may win; read if MASKED
+    surveys,  # [C, SLICES, 4, D] float64: sum, least, most and count of a slice
+    table,  # [C, 2, SLOTS] int32: the first key that claims a slot
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    words,  # [C, NBYTES / 2]: packed keys as float16
     K,
     D: tl.constexpr,
     NBYTES: tl.constexpr,

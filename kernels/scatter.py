@@ -140,8 +140,8 @@ def check_pairs(
 
 @kernel("kvb_scatter_product", do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_product(
-    x,
-    indices,
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
     out,  # [slices, C, K, V]
     hits,  # [C, K] or None
     N,
@@ -194,8 +194,14 @@ def add_by_product(
 
 
 @kernel("kvb_scatter_slices", do_not_specialize=["slices"])
-def add_slices(parts, out, slices, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """out [SIZE]: the sum of parts [slices, SIZE], first to last."""
+def add_slices(
+    parts,  # [slices, SIZE]
+    out,  # [SIZE]
+    slices,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of all parts, first to last."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(slices):
@@ -208,8 +214,8 @@ def add_slices(parts, out, slices, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @kernel("kvb_scatter_atomics", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_atomics(
-    x,
-    indices,
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
     table,  # [C, K, V], zero
     hits,  # [C, K] or None
     count,  # B * S * C
@@ -256,8 +262,8 @@ def add_by_atomics(
 
 @kernel("kvb_scatter_rows", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def table_rows(
-    x,
-    indices,
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
     rows,  # [B * S * C] or None
     hits,  # [C, K] or None
     count,  # B * S * C
@@ -304,7 +310,13 @@ def _begins(here, before, END: tl.constexpr):
 
 
 @kernel("kvb_scatter_find_runs", do_not_specialize=["count"])
-def find_runs(ordered, starts, count, END: tl.constexpr, BLOCK: tl.constexpr):
+def find_runs(
+    ordered,  # [count] the table rows, sorted; END where skipped
+    starts,  # [chunks]
+    count,  # B * S * C
+    END: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """How many runs of equal rows start in every chunk of BLOCK sorted positions; END marks skipped ones."""
     chunk = tl.program_id(0).to(tl.int64)
     i = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -314,13 +326,13 @@ def find_runs(ordered, starts, count, END: tl.constexpr, BLOCK: tl.constexpr):
 
 @kernel("kvb_scatter_add_runs", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v"])
 def add_runs(
-    x,
-    order,  # the position of every sorted row
-    ordered,  # the table rows, sorted; END where skipped
-    ends,  # how many runs start up to the end of every chunk, or None
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    order,  # [count] the position of every sorted row
+    ordered,  # [count] the table rows, sorted; END where skipped
+    ends,  # [chunks] how many runs start up to the end of every chunk, or None
     out,  # [C * K, V], or [touched, V] with ``rows``; zero
-    rows,  # the touched rows, or None
-    edges,  # [chunks, 2, V]: the part of a run from before a chunk, and of one that goes on behind it
+    rows,  # [touched] the touched rows, or None
+    edges,  # [chunks, 2, V] the part of a run from before a chunk, and of one that goes on behind it
     count,  # B * S * C
     S,
     x_b,
@@ -368,10 +380,10 @@ def add_runs(
 
 @kernel("kvb_scatter_join_runs", do_not_specialize=["count"])
 def join_runs(
-    ordered,
-    ends,  # as for ``add_runs``
-    out,
-    edges,
+    ordered,  # [count], as for ``add_runs``, and so are the others
+    ends,  # [chunks] or None
+    out,  # [C * K, V] or [touched, V]
+    edges,  # [chunks, 2, V]
     count,  # B * S * C
     V: tl.constexpr,
     END: tl.constexpr,

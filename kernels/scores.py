@@ -21,6 +21,7 @@ NEVER = tl.constexpr(60000.0)  # half norm of what must not win: padding, broken
 SEEN = tl.constexpr(30000.0)  # half norms of all others lie below
 EPSILON = tl.constexpr(2.0**-23)
 FLUSH = tl.constexpr(2.0**-14)  # what a float16 loses at most to MATRIX units that are "flushing"
+TINY = tl.constexpr(2.4e-38)  # twice the least normal float32: what the squares of two distances lose below it
 FAR = tl.constexpr(3.0e38)  # more than any score or distance that decides
 
 
@@ -28,7 +29,7 @@ FAR = tl.constexpr(3.0e38)  # more than any score or distance that decides
 def row_offsets(row, book, S, stride_b, stride_s, stride_c, FLAT: tl.constexpr, ALIGN: tl.constexpr):
     """Where rows of [B*S] of a codebook begin in queries [B, S, C, D]; FLAT where stride_s leads from row to row.
 
-    ALIGN divides all strides. They are not specialised on, or some batch sizes would compile anew.
+    ALIGN divides all strides. They are not specialised on, or some batch sizes would compile again.
     """
     if FLAT:
         return tl.multiple_of(row.to(tl.int64) * stride_s + book * stride_c, ALIGN)
@@ -62,7 +63,10 @@ def key_columns(column, D: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def largest(packed, tiles, WIDTH: tl.constexpr):
-    """The norm no scaled key exceeds: the packing left the largest of every tile."""
+    """The norm that no scaled key exceeds: the packing left the square of the largest of every tile.
+
+    1.0001 is for rounding that square, and for square roots, which are approximate on a GPU.
+    """
     tile = tl.arange(0, WIDTH)
     return tl.sqrt(tl.max(tl.load(packed + tile, mask=tile < tiles, other=0.0), 0)) * 1.0001
 
@@ -127,9 +131,10 @@ def measured(queries, at, keys, at_keys, usable, D: tl.constexpr, BR: tl.constex
 def certain(least, runner, D: tl.constexpr):
     """Whether rounding in float32 cannot explain that one distance is less than the other.
 
+    A difference, its square and D sums are D + 2 roundings of 2^-24 for each distance; the rest is for this very line.
     Threads that share a row may differ in the last bit of a sum; where that could order two keys, none is certain.
     """
-    return (runner - least > runner * ((D + 8) * EPSILON) + D * 2.4e-38) & (least < FAR)
+    return (runner - least > runner * ((D + 8) * EPSILON) + D * TINY) & (least < FAR)
 
 
 @triton.jit

@@ -135,12 +135,12 @@ def _measure(
 
 @kernel("kvb_nearest_prepare", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c"])
 def prepare(
-    queries,
-    floats,
-    prepared_words,
-    prepared_floats,
-    count,
-    rows,
+    queries,  # [B, S, C, D], with the strides below and 1
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    prepared_words,  # [C, B * S, 2, DP] float16: high and low part; [C, B * S, 1, DP] if CONCAT
+    prepared_floats,  # [C, B * S, 2]: t and error
+    count,  # [1] int32: how many rows are listed, here set to 0
+    rows,  # B * S
     S,
     stride_b,
     stride_s,
@@ -200,16 +200,16 @@ def _store_parts(out, high, low, row_ok, DP: tl.constexpr, FORM: tl.constexpr):
 
 @kernel("kvb_nearest_filter", do_not_specialize=["rows", "per_split", "splits"])
 def search(
-    prepared_words,
-    prepared_floats,
-    floats,
-    words,
-    groups,
-    rows,
+    prepared_words,  # [C, B * S, 2, DP] float16: high and low part; [C, B * S, 1, DP] if CONCAT
+    prepared_floats,  # [C, B * S, 2]: t and error
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    words,  # [C, NBYTES / 2]: packed keys as float16
+    groups,  # [B * S, C, splits] int32: the first key of the best group, or -1 - that where not sure
+    rows,  # B * S
     C,
     K,
-    per_split,
-    splits,
+    per_split,  # tiles of a part
+    splits,  # parts of a codebook, each for programs of its own
     NBYTES: tl.constexpr,
     NORMS: tl.constexpr,
     HIGH: tl.constexpr,
@@ -293,22 +293,22 @@ def search(
 
 @kernel("kvb_nearest_settle", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "splits"])
 def settle(
-    queries,
-    keys,
-    floats,
-    groups,
-    indices,
-    distances,
-    listed,
-    count,
-    rows,
+    queries,  # [B, S, C, D], with the strides below and 1
+    keys,  # [C, K, D]
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    groups,  # [B * S, C, splits] int32: the first key of the best group, or -1 - that where not sure
+    indices,  # [B, S, C] int64
+    distances,  # [B, S, C] float32: squared distances
+    listed,  # [B * S * C] int32: rows of codebooks left for ``rescan``
+    count,  # [1] int32: how many are listed
+    rows,  # B * S
     S,
     stride_b,
     stride_s,
     stride_c,
     C,
     K,
-    splits,
+    splits,  # parts of a codebook, each for programs of its own
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,

@@ -41,10 +41,10 @@ def update(
     divisors,  # [C, K] of averages, which makes keys of them; negative where a key stays
     places,  # [C, K] the spare row that replaces a pair, or -1; None where none does
     spare,  # [C, R, D] or None
-    surveys,  # as for ``survey``; None where another pass looks at the keys
-    table,
+    surveys,  # [C, SLICES, 4, D] as for ``survey``; None where another pass looks at the keys
+    table,  # [C, 2, SLOTS] as for ``survey``, or None
     K,
-    R,
+    R,  # spare rows per codebook
     D: tl.constexpr,
     SLICE: tl.constexpr,
     SLICES: tl.constexpr,

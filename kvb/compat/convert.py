@@ -137,8 +137,8 @@ def to_published(state: Mapping[str, Tensor], package: str, *, old_initted: bool
     """
     validation.choice("package", package, PACKAGES)
     kept = {name: value for name, value in state.items() if name.rpartition(".")[2] not in STATE_NAMES}
-    if package == "key_value_bottleneck":
-        return kept
+    if package == "key_value_bottleneck":  # whose counts are floats
+        return {name: value.float() if name.endswith("cluster_size_counter") else value for name, value in kept.items()}
     kept.pop("bottleneck.cluster_size_counter", None)
     if strange := [name for name in kept if name not in _TO_PUBLISHED and not name.startswith("encoder.")]:
         raise ValueError(f"expected the state_dict of a kvb.DiscreteKeyValueBottleneck, got {', '.join(strange)}")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kvb import validation
 from kvb.data import CodeDataset, encode
+from kvb.items import inputs_of
 from kvb.modules import key_learning
-from kvb.modules.streams import Stream, cut, first
+from kvb.modules.streams import Stream, cut
 
 
 class ReadsData:
@@ -63,7 +64,8 @@ class ReadsData:
                 items.
             method: one of the ``init_mode``s; None takes the module's.
             epochs: passes of moving averages with dead-code replacement; 0 for none.
-            inputs_extractor: takes the inputs out of an item of ``data``; its first element by default.
+            inputs_extractor: takes the inputs out of an item of ``data``; by default its first element, and of a
+                mapping all but the labels.
             generator: makes the result reproducible.
             progress: show a progress bar.
         Returns:
@@ -77,10 +79,11 @@ class ReadsData:
         validation.epochs(epochs)
         if bottleneck.keys_frozen:
             raise RuntimeError("keys are frozen: call unfreeze_keys() before init_keys(...)")
-        extract = inputs_extractor or first
         stream = Stream(
             self._cut(data) if isinstance(data, Tensor) else data,
-            lambda item: self._features(self._moved(item if isinstance(data, Tensor) else extract(item))),
+            lambda item: self._features(
+                self._moved(item if isinstance(data, Tensor) else inputs_of(item, inputs_extractor))
+            ),
             lambda features: bottleneck._queries(self._heads(features)),
             replay=self._replays,
             passes=key_learning.passes_needed(method, bottleneck.kmeans_iters, epochs, replay=self._replays),
@@ -96,6 +99,8 @@ class ReadsData:
         dtype: torch.dtype | str = "auto",
         out: str | os.PathLike[str] | None = None,
         inputs_extractor: Callable[[Any], Any] | None = None,
+        labels: bool = True,
+        labels_extractor: Callable[[Any], Any] | None = None,
         progress: bool = True,
     ) -> CodeDataset:
         """The codes of a whole data set: an encoder, if there is one, and the search run once for every sample.
@@ -104,22 +109,35 @@ class ReadsData:
         Train on the result with ``decode``.
 
         Args:
-            data: a tensor such as ``forward`` takes, or an iterable (a DataLoader, say) of inputs or of
-                (inputs, labels, ...) items, read once; the labels are kept where they are tensors of length B.
+            data: a tensor such as ``forward`` takes, or an iterable (a DataLoader, say), read once: of inputs, of
+                (inputs, labels, ...) items, or of mappings (Hugging Face) whose labels are called "labels", "label",
+                "targets" or "y", the first of these that is there, and whose other entries are the inputs.
             dtype: as for ``encode``; "auto" is int16 up to K = 32768, int32 above.
-            out: a file (.npy) to write the codes to as they come; the result is then a map of it. None keeps them in
-                memory. ``CodeDataset.open`` maps the file again.
-            inputs_extractor: takes x out of an item of ``data``; its first element by default.
+            out: a file (.npy) to write the codes to as they come, and then the labels; the result is a map of it, and
+                ``CodeDataset.open`` maps it again. None keeps them in memory.
+            inputs_extractor: takes x out of an item of ``data``. Labels of a tuple are then its only other element.
+            labels: keep labels where the items have them; False for none.
+            labels_extractor: takes the labels out of an item: [B, ...], anything that torch can turn into a tensor.
             progress: show a progress bar.
         Returns:
             a ``CodeDataset``: codes [N, C, *shape] (topk axis after C), labels [N, ...] or None.
         Raises:
-            as ``encode``; TypeError: data that is no tensor and cannot be iterated. ValueError: no samples, samples of
-            different shapes, or labels in some items only.
+            as ``encode``; TypeError: data that is no tensor and cannot be iterated; labels that are no numbers.
+            ValueError: no samples, samples of different shapes; labels in some items only, not one per sample, or in
+            one of several places. OSError: the file cannot be written. An old file then is as it was.
         """
         storage = validation.code_dtype(dtype, self._target().key_value_pairs_per_codebook)
 
         def search(inputs: Any) -> Tensor:
             return self.encode(self._moved(inputs), dtype=storage)
 
-        return encode(data, search, cut=self._cut, out=out, inputs_extractor=inputs_extractor, progress=progress)
+        return encode(
+            data,
+            search,
+            cut=self._cut,
+            out=out,
+            inputs_extractor=inputs_extractor,
+            labels=labels,
+            labels_extractor=labels_extractor,
+            progress=progress,
+        )

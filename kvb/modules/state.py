@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from kvb import _torch, validation
 from kvb.checkpoints import STATE_NAMES
+from kvb.modules import legacy
 from kvb.modules.packed_keys import PackedKeys, WatchedBuffers
 from kvb.modules.recomputation import Forwards
 
 VERSION = 2
 STATISTICS = ("keys", "keys_avg", "cluster_size")  # float32, or float64 after ``double()``
-_LEGACY, _FLAGS, _MASK = STATE_NAMES
-_LEGACY_VERSION = 1
-_LEGACY_HEADER = 8  # bytes before the mask bits: version, initialised, learning, counting, has a mask, 3 unused
+_, _FLAGS, _MASK = STATE_NAMES
 _Self = TypeVar("_Self", bound="BottleneckState")
 
 
@@ -312,8 +311,8 @@ class BottleneckState(nn.Module):
         """As ``torch.nn.Module.load_state_dict``, but all or nothing: what does not fit changes nothing.
 
         Raises:
-            RuntimeError: strict and names missing or left over; shapes that differ; keys with NaN or Inf; negative
-            counts; flags that are damaged or of a newer version.
+            RuntimeError: strict and names missing or left over; shapes that differ; keys with NaN or Inf; negative or
+            infinite counts; flags that are damaged or of a newer version.
         """
         self._strict = strict
         try:
@@ -373,12 +372,14 @@ def _admit(
     error_msgs: list[str],
 ) -> None:
     """Bring old entries up to date, and let nothing be copied if anything does not fit."""
-    legacy = state_dict.pop(prefix + _LEGACY, None)
-    if isinstance(legacy, Tensor) and (problem := _legacy_problem(legacy, module.cluster_size.numel())):
+    former = state_dict.pop(prefix + legacy.NAME, None)
+    if isinstance(former, Tensor) and (problem := legacy.problem(former, module.cluster_size.numel())):
         error_msgs.append(problem)
         raise _Refused
-    if isinstance(legacy, Tensor):
-        state_dict[prefix + _FLAGS], state_dict[prefix + _MASK] = _from_legacy(legacy, module.cluster_size.shape)
+    if isinstance(former, Tensor):
+        flags, mask = legacy.flags_and_mask(former, module.cluster_size.shape)
+        state_dict[prefix + _FLAGS] = torch.tensor([VERSION, *flags], dtype=torch.float32)
+        state_dict[prefix + _MASK] = mask
     tensors = {**module._parameters, **module._buffers}
     names = tensors.keys() - module._non_persistent_buffers_set
     own = {name: tensor for name, tensor in tensors.items() if name in names and tensor is not None}
@@ -423,11 +424,10 @@ def _problems(name: str, value: Any, current: Tensor) -> list[str]:
         ]
     if value.is_meta:
         return []
-    if name in ("keys", "keys_avg") and not value.isfinite().all():
-        bad = int((~value.isfinite().all(-1)).sum())
-        return [f"{name} contains NaN or Inf in {bad} of {value[..., 0].numel()} pairs"]
-    if name in ("cluster_size", "cluster_size_counter") and not (value >= 0).all():
-        return [f"{name} holds negative or NaN counts"]
+    if name in ("keys", "keys_avg") and not (finite := value.to(current.dtype).isfinite().all(-1)).all():
+        return [f"{name} contains NaN or Inf in {int((~finite).sum())} of {finite.numel()} pairs as {current.dtype}"]
+    if name in ("cluster_size", "cluster_size_counter") and not ((value >= 0) & value.isfinite()).all():
+        return [f"{name} holds negative or NaN counts, or infinite ones"]
     if name == _FLAGS:
         version, *flags = value.tolist()
         if version > VERSION + 0.5:
@@ -435,29 +435,3 @@ def _problems(name: str, value: Any, current: Tensor) -> list[str]:
         if not (version > 0 and all(0 <= flag <= 1 for flag in flags)):
             return [f"{_FLAGS} is damaged: expected a version and flags from 0 to 1, got {value.tolist()}"]
     return []
-
-
-# --- files of kvb 0.1 -------------------------------------------------------------------------------------------------
-
-
-def _legacy_problem(state: Tensor, pairs: int) -> str | None:
-    if state.dtype != torch.uint8 or state.dim() != 1 or len(state) < _LEGACY_HEADER:
-        return f"expected {_LEGACY} of at least {_LEGACY_HEADER} bytes, got {state.dtype} {tuple(state.shape)}"
-    version, *flags = state[: _LEGACY_HEADER - 3].tolist()
-    if version != _LEGACY_VERSION:
-        return f"{_LEGACY} has version {version}, but this kvb reads version {_LEGACY_VERSION}: upgrade kvb"
-    want = _LEGACY_HEADER + (-(-pairs // 8) if flags[3] else 0)
-    if max(flags) > 1 or len(state) != want:
-        got = f"{flags} and {len(state)} bytes"
-        return f"{_LEGACY} is damaged: expected flags of 0 or 1 and {want} bytes, got {got}"
-    return None
-
-
-def _from_legacy(state: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Flags and mask of ``kvb_state``."""
-    _, _, learning, counting, masked = state[: _LEGACY_HEADER - 3].tolist()
-    flags = torch.tensor([VERSION, learning, counting], dtype=torch.float32)
-    if not masked:
-        return flags, torch.ones(shape, dtype=torch.bool)
-    bits = (state[_LEGACY_HEADER:, None].cpu() >> torch.arange(8, dtype=torch.uint8)) & 1
-    return flags, bits.flatten()[: shape.numel()].view(shape).bool()

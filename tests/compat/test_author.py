@@ -115,6 +115,7 @@ def test_distances_are_negative_and_differentiable():
 def test_a_state_dict_is_the_published_one():
     module = core.KeyValueBottleneck(3, 9, 4, 2)
     assert list(module.state_dict()) == list(GOLDEN["lookup_0"]["state"])
+    assert {part.dtype for part in module.state_dict().values()} == {torch.float32}
     module.freeze_keys().load_state_dict(module.state_dict())
     assert not module.update_keys
     module.load_state_dict(kvb.KeyValueBottleneck(3, 9, 4, 2).freeze_keys().state_dict())
@@ -130,6 +131,20 @@ def test_keys_that_wait_take_the_first_batch_in_every_mode(freeze):
     assert module.initted.item() == 1
     assert module.update_keys != freeze
     torch.testing.assert_close(module.keys.mean((0, 1)), torch.full((4,), 5.0), rtol=0, atol=0.5)
+
+
+def test_ranks_without_a_usable_pair_have_the_value_zero():
+    module = core.KeyValueBottleneck(1, 4, 2, 3, topk=3, return_values_only=False).freeze_keys()
+    module.keys.copy_(torch.tensor([[[0.0, 0], [1, 0], [2, 0], [9, 0]]]))
+    module.values.data[0, 2:] = 1000.0
+    module.cluster_size_counter.copy_(torch.tensor([[5, 3, 0, 0]]))
+    module.deactivate_counts()
+    values, _, indices, distances, _ = module(torch.zeros(1, 1, 1, 2))
+    assert indices.flatten().tolist() == [0, 1, 2]
+    assert distances.flatten().tolist() == [0, -1, -torch.inf]
+    assert torch.equal(values[0, 0, :, 0], torch.stack([module.values[0, 0], module.values[0, 1], torch.zeros(3)]))
+    values.sum().backward()
+    assert module.values.grad[0, :, 0].tolist() == [1, 1, 0, 0]
 
 
 def test_nothing_counted_finds_index_zero():

@@ -38,9 +38,10 @@ def test_with_the_import_line_changed(script, capsys):
     check(source, capsys)
 
 
-def test_there_are_two_for_each_contract():
+def test_both_contracts_have_users():
     users = [re.search(r"(?m)^from (\w*key_value_bottleneck\w*)", script.read_text())[1] for script in SCRIPTS]
-    assert users.count("key_value_bottleneck") == users.count("discrete_key_value_bottleneck_pytorch") == 2
+    assert users.count("key_value_bottleneck") >= 5
+    assert users.count("discrete_key_value_bottleneck_pytorch") >= 3
 
 
 # --- the usage example of the other seed document, word for word ------------------------------------------------------

@@ -78,7 +78,7 @@ def test_masked_positions_of_the_quantiser():
     torch.testing.assert_close(module.get_codes_from_indices(indices.clamp(min=0)), case["codes"], **CLOSE)
 
 
-# --- whole modules, pickled by the published packages ------------------------------------------------------------------
+# --- whole modules, pickled by the published packages -----------------------------------------------------------------
 
 
 def unpickled(case, tmp_path):

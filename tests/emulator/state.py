@@ -86,7 +86,7 @@ class State:
         return self.banks[self.program.widths[name.strip("%0123456789")]][self.slots[name]]
 
     def source(self, operand: str, kind: str) -> Any:
-        """What an instruction reads: an array that follows the register, or a number. Of wide registers, the low part."""
+        """What an instruction reads: an array that follows the register, of a wide one its low part, or a number."""
         dtype = np.dtype(DTYPES[kind])
         if operand in self.special:
             return self.special[operand]
@@ -155,7 +155,7 @@ def constant(text: str, dtype: np.dtype) -> Any:
         return np.array([int(match[1], 16)], np.uint64).view(dtype)[0]
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
         number = int(text.rstrip("U"), 0)
-        if dtype == bool:
+        if dtype.kind == "b":
             return np.bool_(number)
         bits = np.array([number % (1 << 8 * dtype.itemsize)], f"u{dtype.itemsize}")
         return bits.view(dtype)[0]

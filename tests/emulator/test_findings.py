@@ -73,7 +73,8 @@ def test_beyond_shared_memory():
 
 def test_an_unwritten_register():
     """It may go through arithmetic; it may not decide what is stored, or where, or whether."""
-    reduce = "setp.lt.u32 %p1, %r1, 4; @%p1 ld.global.b32 %r5, [%rd2]; shfl.sync.bfly.b32 %r6, %r5, 1, 31, -1; add.s32 %r7, %r5, %r6;"
+    reduce = """setp.lt.u32 %p1, %r1, 4; @%p1 ld.global.b32 %r5, [%rd2];
+    shfl.sync.bfly.b32 %r6, %r5, 1, 31, -1; add.s32 %r7, %r5, %r6;"""
     assert not run(f"{reduce} setp.eq.u32 %p2, %r1, 0; @%p2 st.global.b32 [%rd2], %r7;")
     assert not run(f"{reduce} selp.b32 %r8, %r7, 0, %p1; st.global.b32 [%rd2], %r8;")
     assert "%r7 decides something before anything was written" in noticed(f"{reduce} st.global.b32 [%rd2], %r7;")

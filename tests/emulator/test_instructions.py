@@ -50,7 +50,7 @@ ret;
 
 
 def lanes(code: str, inputs: list[tuple[str, list]], out: str, threads: int = 32) -> torch.Tensor:
-    """Run ``code`` in every thread: %i0, %i1, ... hold its inputs, given for the first threads, and %o is the result."""
+    """Run ``code`` in every thread: %i0, %i1, ... are its inputs, given for the first threads, and %o is the result."""
     loads, arguments, names = [], [], {}
     for place, (kind, values) in enumerate(inputs):
         column = torch.zeros(threads, dtype=DTYPES[kind])
@@ -75,10 +75,11 @@ def lanes(code: str, inputs: list[tuple[str, list]], out: str, threads: int = 32
     return result
 
 
-def bits(number: float, kind: str = "f32") -> int:
-    return int(np.array([number], np.float32 if kind == "f32" else np.float64).view("i4" if kind == "f32" else "i8")[0])
-
-
+S, ONE = "%rs1", 1 + 2.0**-8
+BRANCH = """@!%p1 bra $L1; mov.b32 %o, 1; bra $L2;
+$L1:
+mov.b32 %o, 2;
+$L2:"""
 # code, kind of the inputs, columns of inputs, kind of the result, its first values
 TABLE = [
     ("add.s32 %o, %i0, %i1;", "s32", [[2**31 - 1, -5], [1, 3]], "s32", [-(2**31), -2]),
@@ -115,8 +116,8 @@ TABLE = [
     ("cvt.rn.f32.f64 %o, %i0;", "f64", [[1 + 2.0**-24, 1 + 3 * 2.0**-24]], "f32", [1.0, 1 + 2.0**-22]),
     ("cvt.s64.s32 %o, %i0;", "s32", [[-5]], "s64", [-5]),
     ("cvt.u64.u32 %o, %i0;", "u32", [[-5]], "s64", [2**32 - 5]),
-    ("cvt.rn.f16.f32 %rs1, %i0; cvt.u32.u16 %o, %rs1;", "f32", [[1 + 2.0**-11, 1e6, NAN]], "b32", [0x3C00, 0x7C00, 0x7FFF]),
-    ("cvt.rn.bf16.f32 %rs1, %i0; cvt.f32.bf16 %o, %rs1;", "f32", [[1 + 2.0**-8, 1 + 3 * 2.0**-8]], "f32", [1.0, 1.015625]),
+    (f"cvt.rn.f16.f32 {S}, %i0; cvt.u32.u16 %o, {S};", "f32", [[1.00001, 1e6, NAN]], "b32", [0x3C00, 0x7C00, 0x7FFF]),
+    (f"cvt.rn.bf16.f32 {S}, %i0; cvt.f32.bf16 %o, {S};", "f32", [[ONE, ONE + 2.0**-7]], "f32", [1.0, 1.015625]),
     ("cvt.rn.f16x2.f32 %o, %i0, %i1;", "f32", [[1.0], [2.0]], "b32", [0x3C004000]),
     ("mov.b32 {%rs1, %rs2}, %i0; mov.b32 %o, {%rs2, %rs1};", "b32", [[0x12345678]], "b32", [0x56781234]),
     ("mov.b64 {_, %r5}, %i0; mov.b64 %o, {%r5, %r5};", "b64", [[7 << 32]], "b64", [(7 << 32) + 7]),
@@ -125,7 +126,7 @@ TABLE = [
     ("setp.ne.f32 %p1, %i0, %i0; selp.b32 %o, 1, 2, %p1;", "f32", [[1.0, NAN]], "b32", [2, 2]),
     ("setp.neu.f32 %p1, %i0, %i0; selp.b32 %o, 1, 2, %p1;", "f32", [[1.0, NAN]], "b32", [2, 1]),
     ("setp.nan.f32 %p1, %i0, %i1; selp.b32 %o, 1, 2, %p1;", "f32", [[1.0, NAN], [1.0, 1.0]], "b32", [2, 1]),
-    ("setp.lt.u32 %p1, %i0, 5; @!%p1 bra $L1; mov.b32 %o, 1; bra $L2;\n$L1:\nmov.b32 %o, 2;\n$L2:", "u32", [[1, 9]], "b32", [1, 2]),
+    ("setp.lt.u32 %p1, %i0, 5;" + BRANCH, "u32", [[1, 9]], "b32", [1, 2]),
     ("mov.b32 %o, 7; setp.eq.s32 %p1, %i0, 3; @%p1 mov.b32 %o, 8;", "s32", [[3, 4]], "b32", [8, 7]),
 ]  # fmt: skip
 

@@ -12,6 +12,18 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from data_cases import (
+    bisectors,
+    broken_keys,
+    broken_queries,
+    duplicates,
+    lattice,
+    near_duplicates,
+    normal,
+    offset,
+    outliers,
+    scaled,
+)
 
 from kvb import functional, ops
 
@@ -20,69 +32,6 @@ pytestmark = pytest.mark.contract
 # Triton's interpreter runs one program after the other.
 INTERPRETED = ops.backend("cpu") == "triton"
 CI_QUERIES, ALL_QUERIES = (5_000, 200_000) if INTERPRETED else (1_000_000, 10_000_000)
-
-
-def normal(n, C, K, D):
-    return torch.randn(n, 1, C, D), torch.randn(C, K, D)
-
-
-def offset(n, C, K, D):
-    return tuple(part + 100 for part in normal(n, C, K, D))
-
-
-def duplicates(n, C, K, D):
-    queries, keys = normal(n, C, K, D)
-    return queries, keys[:, torch.randint(max(1, K // 2), (K,))]
-
-
-def near_duplicates(n, C, K, D):
-    """Keys that differ from one another in the last bits only."""
-    queries, keys = normal(n, C, K, D)
-    base = keys[:, torch.randint(max(1, K // 8), (K,))]
-    bits = base.view(torch.int32) + torch.randint(-2, 3, base.shape, dtype=torch.int32)
-    return queries, bits.view(torch.float32)
-
-
-def lattice(n, C, K, D):
-    """Small integers: nearly every query has ties, all of them exact."""
-    return torch.randint(-2, 3, (n, 1, C, D)).float(), torch.randint(-2, 3, (C, K, D)).float()
-
-
-def bisectors(n, C, K, D):
-    """Queries half-way between two keys, up to rounding."""
-    _, keys = normal(n, C, K, D)
-    book = torch.arange(C)
-    a, b = (keys[book, torch.randint(K, (n, C))] for _ in range(2))
-    return ((a + b) / 2)[:, None], keys
-
-
-def outliers(n, C, K, D):
-    """Magnitudes from 1e-8 to 1e8 among the queries, and a far key."""
-    queries, keys = normal(n, C, K, D)
-    keys[:, 0] *= 1e4
-    return queries * 10 ** torch.randint(-8, 9, (n, 1, C, 1)).float(), keys
-
-
-def scaled(factor):
-    def make(n, C, K, D):
-        return tuple(part * factor for part in normal(n, C, K, D))
-
-    return make
-
-
-def broken_queries(n, C, K, D):
-    queries, keys = normal(n, C, K, D)
-    bad = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    hit = torch.rand(queries.shape) < 0.1
-    return torch.where(hit, bad[torch.randint(3, queries.shape)], queries), keys
-
-
-def broken_keys(n, C, K, D):
-    queries, keys = normal(n, C, K, D)
-    keys[:, ::3, 0] = float("nan")
-    keys[:, 1::5, -1] = float("inf")
-    return queries, keys
-
 
 # name, data, (C, K, D), dtype, topk, share of all queries
 CASES = [

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from data_cases import SIZES, arguments, brute, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -16,59 +17,6 @@ from kvb import functional, ops, reference
 pytestmark = [pytest.mark.contract, pytest.mark.memory]
 
 op = torch.ops.kvb
-SIZES = {
-    "plain": (4, 3, 2, 20, 6, 5),
-    "B=1": (1, 3, 2, 20, 6, 5),
-    "S=1": (4, 1, 2, 20, 6, 5),
-    "C=1": (4, 3, 1, 20, 6, 5),
-    "K=1": (4, 3, 2, 1, 6, 5),
-    "K<group": (4, 3, 2, 7, 6, 5),
-    "K=group": (4, 3, 2, 16, 6, 5),
-    "D=1": (4, 3, 2, 20, 1, 5),
-    "D=20": (4, 3, 2, 20, 20, 5),
-    "V=1": (4, 3, 2, 20, 6, 1),
-    "B=0": (0, 3, 2, 20, 6, 5),
-    "S=0": (4, 0, 2, 20, 6, 5),
-}
-
-
-def problem(sizes, dtype=torch.float32):
-    B, S, C, K, D, V = sizes
-    keys = torch.randn(C, K, D, dtype=dtype)
-    return torch.randn(B, S, C, D, dtype=dtype), keys, op.pack_keys(keys), torch.randn(C, K, V, dtype=dtype)
-
-
-def brute(queries, keys):
-    return (queries[..., None, :].double() - keys.double()).square().sum(-1)
-
-
-def arguments(sizes):
-    """One call of every operator."""
-    queries, keys, packed, values = problem(sizes)
-    B, S, C, K, _, V = sizes
-    indices = torch.randint(K, (B, S, C))
-    return {
-        "pack_keys": (keys,),
-        "packed_matches": (keys, packed),
-        "nearest": (queries, keys, packed, torch.rand(C, K) < 0.7, min(2, K)),
-        "sample": (queries, keys, None, 0.5, torch.tensor(3)),
-        "gather": (values.requires_grad_(), indices, "none", "bcsv"),
-        "gather_backward": (torch.randn(B, S, V, requires_grad=True), indices, K, "mean"),
-        "gather_backward_rows": (torch.randn(B, S, C, V), indices, K, "none"),
-        "sgd_step_": (values.detach().clone(), indices, torch.randint(V, (B,)), 0.3, 1.0, 0.1),
-        "update_keys_": (
-            *(
-                keys.clone(),
-                keys.clone(),
-                torch.ones(C, K),
-                *(part.float() for part in op.accumulate(queries, indices, K)),
-            ),
-            *(torch.randn(C, 3, keys.shape[2]), torch.tensor([0, 3] * C)[:C], 0.5, 1e-5, 0.8, 1.0, False),
-        ),
-        "accumulate": (queries, indices, K),
-        "count": (queries, indices, K),
-        "lookup": (queries, keys, packed, values, None, "mean"),
-    }
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)

@@ -87,6 +87,11 @@ KERNEL_FLOORS = {
     "named": 0,
     "device": 0,
 }
+# Arguments of kernels that are numbers.
+NUMBERS = {
+    *("rows", "cells", "count", "N", "S", "C", "K", "T", "R", "steps", "slices", "splits", "per_split", "workers"),
+    *("capacity", "stride_b", "stride_s", "stride_c", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"),
+}
 KERNELS = sorted((PACKAGE.parent / "kernels").glob("**/*.py"))
 WITHOUT_TRITON_LANGUAGE = {
     *(name for name in KERNEL_FLOORS if name.startswith("launch")),
@@ -147,7 +152,7 @@ def test_imports_inside_a_room_make_no_circle():
 
 
 # Private names that are still used where they stand; the list only gets shorter.
-PRIVATE_ELSEWHERE = {"launch_training.py": {"_assert_async"}}
+PRIVATE_ELSEWHERE = {"kernels/launch_training.py": {"_assert_async"}}
 
 
 def private_names(source: str) -> set[str]:
@@ -233,6 +238,23 @@ def test_kernels_compute_and_launchers_launch(path):
         assert not re.search(r"\bnum_(warps|stages)\b|\bgrid\b|\bimport torch\b", source), f"{path.name} launches"
 
 
+def kernel_functions(path: Path) -> list[ast.FunctionDef]:
+    """The kernels of a file, without the functions that they call."""
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return [node for node in functions if any("kernel(" in ast.unparse(mark) for mark in node.decorator_list)]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_say_what_their_pointers_lead_to(path):
+    lines = path.read_text().splitlines()
+    for function in kernel_functions(path):
+        assert function.end_lineno - function.lineno < 100, function.name
+        for argument in function.args.args:
+            number = argument.annotation is not None or argument.arg in NUMBERS
+            said = re.search(r"#.*\[.*\]", lines[argument.lineno - 1])
+            assert number or said, f"{path.name}: {function.name}: {argument.arg} without its shape"
+
+
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_reductions_are_the_ones_that_every_version_of_triton_has(path):
     """An argmin shuffles pairs between threads; minima of a place among equals do not."""
@@ -291,3 +313,36 @@ def test_every_public_name_is_documented():
         assert "Args:" in document
         assert "Returns:" in document
         assert "Raises:" in document
+
+
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL = 450, 60, 100
+# What is still longer; the list only gets shorter.
+TOO_LONG = {
+    "kernels/pack.py:pack",
+    "kernels/resident.py:refine",
+    "kernels/resident.py:resident",
+    "kernels/scan.py:scan",
+    "kernels/search.py:search",
+    "kernels/update.py:update",
+}
+ROOT = PACKAGE.parent
+
+
+def too_long(path: Path) -> list[str]:
+    """The file, and functions of it, that are longer than they may be."""
+    name, source = str(path.relative_to(ROOT)), path.read_text()
+    found = [name] if source.count("\n") > LONGEST_FILE else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            kernel = any("triton.jit" in ast.unparse(one) for one in node.decorator_list)
+            first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+            if node.end_lineno - first + 1 > (LONGEST_KERNEL if kernel else LONGEST_FUNCTION):
+                found.append(f"{name}:{node.name}")
+    return found
+
+
+def test_files_and_functions_can_be_read():
+    files = [path for room in ("kvb", "kernels", "benchmarks", "tests") for path in (ROOT / room).glob("**/*.py")]
+    found = {one for path in files if "data" not in path.parts for one in too_long(path)}
+    assert found <= TOO_LONG, f"too long: {', '.join(sorted(found - TOO_LONG))}"
+    assert found == TOO_LONG, f"no longer too long, take it off the list: {', '.join(sorted(TOO_LONG - found))}"

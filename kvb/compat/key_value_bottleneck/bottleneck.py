@@ -45,11 +45,13 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
 
     ``(values,)``, or with ``return_values_only=False`` ``(values, keys, indices, distances, counts)``:
     [b, C, T, n, V], [b, C, T, n, D], then [b, C, T, n, 1] each; T is ``topk`` with frozen keys, and 1 while they learn.
-    Distances are negative squared L2. Counts are those of the fetched pairs before this batch.
+    Distances are negative squared L2; a rank for which no pair is usable has -inf, and the value zero. Counts are those
+    of the fetched pairs before this batch.
 
     Keys that wait for data take the first batch, in every mode. Pairs without a hit are rescaled with their
-    statistics. A state_dict holds the six published names, and not whether keys are frozen. The rows that start k-means
-    and those that replace dead keys are drawn as published; with all of ``BUGS``, so are the numbers that follow.
+    statistics. A state_dict holds the six published names, all float32, and not whether keys are frozen. The rows that
+    start k-means and those that replace dead keys are drawn as published; with all of ``BUGS``, so are the numbers that
+    follow.
 
     Args:
         bugs: names of ``BUGS`` to have back; the others are those of ``kvb.KeyValueBottleneck``.
@@ -108,7 +110,10 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         indices, distances = self._search(queries, keys, packed)
         if self._learning:
             indices, distances = indices[..., :1], distances[..., :1]
-        output: tuple[Tensor, ...] = (self._ranked(self.values, indices),)
+        values = self._ranked(self.values, indices)
+        if (present := self._present()) is not None:  # no pair is usable for some ranks
+            values = torch.where(present[:, : indices.shape[-1], None, None], values, 0)
+        output: tuple[Tensor, ...] = (values,)
         if not self.return_values_only:
             counter = self._taken_quietly("cluster_size_counter")
             counts = self._ranked(counter.float()[..., None], indices)
@@ -202,6 +207,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in checkpoints.STATE_NAMES:
             destination.pop(prefix + name, None)
+        destination[prefix + "cluster_size_counter"] = self.cluster_size_counter.float()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also of a pickle of the published class."""
