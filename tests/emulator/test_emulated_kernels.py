@@ -175,6 +175,15 @@ def test_twins(target):
         require_the_nearest(*twins(N, C, K, D, dtype), None, topk, target)
 
 
+def test_threads_that_disagree_about_a_sum_are_noticed(monkeypatch):
+    """Contracted, ``x * x + shuffled(x * x)`` is rounded differently in the two threads that share it."""
+    monkeypatch.setattr(launch_scan, "SCAN", launch_scan.SCAN._replace(contract=True))
+    with emulating("sm_90") as emulation:
+        queries, keys = twins(17, 1, 60, 12, torch.float32)
+        launch.nearest(queries, keys, launch.pack_keys(keys), None, 12)
+    assert "race: threads store different numbers in one place of shared memory" in str(emulation.report)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("N", "C", "K", "D", "topk", "dtype"), TWINS)
 @pytest.mark.parametrize("target", TARGETS)
