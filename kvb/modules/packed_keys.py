@@ -52,11 +52,11 @@ class WatchedBuffers(dict[str, Any]):
 
     def items(self) -> Any:
         self._note()
-        return super().items()
+        return list(super().items())  # a view would let somebody read later, unnoticed
 
     def values(self) -> Any:
         self._note()
-        return super().values()
+        return list(super().values())
 
     def pop(self, *args: Any) -> Any:
         self._note()
@@ -93,6 +93,7 @@ class _Holders(NamedTuple):
     names: int
     weak: int
     tensors: int
+    storage_names: int
     storages: int
 
 
@@ -115,8 +116,9 @@ class _Kept(NamedTuple):
 
 def _holders(buffers: dict[str, Any], place: _Place) -> _Holders:
     keys = dict.__getitem__(buffers, "keys")
-    weak = weakref.getweakrefcount(keys)
-    return _Holders(sys.getrefcount(keys), weak, _torch.users_of(keys), _torch.users_of_storage(place.address))
+    weak = weakref.getweakrefcount(keys) + weakref.getweakrefcount(place.storage)
+    names, storage_names = sys.getrefcount(keys), sys.getrefcount(place.storage)
+    return _Holders(names, weak, _torch.users_of(keys), storage_names, _torch.users_of_storage(place.address))
 
 
 def _place(buffers: dict[str, Any]) -> _Place:
