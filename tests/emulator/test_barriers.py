@@ -76,13 +76,13 @@ def without(ptx: str, what: str, left_out: int) -> str:
     [
         # One that lies between copies to different buffers; one after a product of which the barrier before the next
         # product lets every warp know, too; one between a load and a store of the same thread.
-        ("search", 70, 600, 14, "sm_90", 3),
-        ("search", 70, 600, 14, "sm_80", 3),
-        ("resident", 140, 200, 32, "sm_90", 0),
-        pytest.param("search", 70, 300, 200, "sm_90", 0, marks=pytest.mark.slow),
-        pytest.param("search", 140, 600, 64, "sm_80", 3, marks=pytest.mark.slow),
-        pytest.param("search", 300, 1100, 32, "sm_90", 3, marks=pytest.mark.slow),
-        pytest.param("resident", 140, 256, 14, "sm_90", 0, marks=pytest.mark.slow),
+        ("kvb_nearest_filter", 70, 600, 14, "sm_90", 3),
+        ("kvb_nearest_filter", 70, 600, 14, "sm_80", 3),
+        ("kvb_nearest_resident", 140, 200, 32, "sm_90", 0),
+        pytest.param("kvb_nearest_filter", 70, 300, 200, "sm_90", 0, marks=pytest.mark.slow),
+        pytest.param("kvb_nearest_filter", 140, 600, 64, "sm_80", 3, marks=pytest.mark.slow),
+        pytest.param("kvb_nearest_filter", 300, 1100, 32, "sm_90", 3, marks=pytest.mark.slow),
+        pytest.param("kvb_nearest_resident", 140, 256, 14, "sm_90", 0, marks=pytest.mark.slow),
     ],
 )
 def test_every_barrier(name, N, K, D, target, spare, monkeypatch):
