@@ -64,6 +64,10 @@ class Emulation:
         machine.apart = self.apart
         machine.launch(size, programs, values, tensors, self.report)
 
+    def forget(self) -> None:
+        """Give back the memory that launches to come would have reused."""
+        self._machines.clear()
+
 
 def _cell(number: Any, kind: str) -> int:
     """A parameter's bits."""

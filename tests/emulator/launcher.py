@@ -52,4 +52,7 @@ def emulating(target: str, **options: Any) -> Iterator[Emulation]:
     emulation = Emulation(**options)
     with offline.compiling_for(target, functools.partial(_Driver, emulation)) as kernels:
         emulation.kernels = kernels
-        yield emulation
+        try:
+            yield emulation
+        finally:
+            emulation.forget()  # Triton keeps its launchers for ever, and they hold the emulation
