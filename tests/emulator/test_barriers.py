@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from emulator.emulation import Emulation
 from emulator.launcher import emulating
 from emulator.state import Fault, Report
-from kvb.kernels import launch, launch_search
+from kvb.kernels import launch, launch_filter
 
 
 class Launch:
@@ -43,18 +43,22 @@ def _storage(tensor: torch.Tensor) -> torch.Tensor:
 
 def launch_of(name: str, N: int, K: int, D: int, target: str, monkeypatch) -> Launch:
     """How a search launches this kernel; few programs, so that each of them takes several tiles."""
-    found, run = [], Emulation.launch
+    found, last, run = [], [], Emulation.launch
+
+    def note(kernel, ptx):
+        last.append(kernel)
+        return ptx
 
     def spy(self, ptx, grid, arguments, shared):
-        if f".entry {name}(" in ptx:
+        if last[-1] == name:
             found.append(Launch(ptx, grid, arguments, shared))
         run(self, ptx, grid, arguments, shared)
 
     monkeypatch.setattr(Emulation, "launch", spy)
-    monkeypatch.setattr(launch_search, "processors", lambda device: 1)
-    monkeypatch.setattr(launch_search, "RESIDENT_PROGRAMS", 1)
+    monkeypatch.setattr(launch_filter, "processors", lambda device: 1)
+    monkeypatch.setattr(launch_filter, "RESIDENT_PROGRAMS", 1)
     queries, keys = torch.randn(N, 1, 1, D), torch.randn(1, K, D)
-    with emulating(target) as emulation:
+    with emulating(target, rewrite=note) as emulation:
         launch.nearest(queries, keys, launch.pack_keys(keys), None, 1)
     assert not emulation.report, str(emulation.report)
     monkeypatch.setattr(Emulation, "launch", run)
@@ -72,13 +76,13 @@ def without(ptx: str, what: str, left_out: int) -> str:
     [
         # One that lies between copies to different buffers; one after a product of which the barrier before the next
         # product lets every warp know, too; one between a load and a store of the same thread.
-        ("search", 70, 600, 14, "sm_90", 3),
-        ("search", 70, 600, 14, "sm_80", 3),
-        ("resident", 140, 200, 32, "sm_90", 0),
-        pytest.param("search", 70, 300, 200, "sm_90", 0, marks=pytest.mark.slow),
-        pytest.param("search", 140, 600, 64, "sm_80", 3, marks=pytest.mark.slow),
-        pytest.param("search", 300, 1100, 32, "sm_90", 3, marks=pytest.mark.slow),
-        pytest.param("resident", 140, 256, 14, "sm_90", 0, marks=pytest.mark.slow),
+        ("kvb_nearest_filter", 70, 600, 14, "sm_90", 3),
+        ("kvb_nearest_filter", 70, 600, 14, "sm_80", 3),
+        ("kvb_nearest_resident", 140, 200, 32, "sm_90", 0),
+        pytest.param("kvb_nearest_filter", 70, 300, 200, "sm_90", 0, marks=pytest.mark.slow),
+        pytest.param("kvb_nearest_filter", 140, 600, 64, "sm_80", 3, marks=pytest.mark.slow),
+        pytest.param("kvb_nearest_filter", 300, 1100, 32, "sm_90", 3, marks=pytest.mark.slow),
+        pytest.param("kvb_nearest_resident", 140, 256, 14, "sm_90", 0, marks=pytest.mark.slow),
     ],
 )
 def test_every_barrier(name, N, K, D, target, spare, monkeypatch):

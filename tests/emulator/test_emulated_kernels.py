@@ -24,7 +24,19 @@ from search_data import GRID, OPEN
 from emulator import native
 from emulator.launcher import emulating
 from kvb import ops, reference
-from kvb.kernels import launch, launch_search, pack, resident, scan, scatter, search, update, values
+from kvb.kernels import (
+    launch,
+    launch_filter,
+    launch_scan,
+    launch_table,
+    pack,
+    resident,
+    scan,
+    scatter,
+    search,
+    update,
+    values,
+)
 from kvb.testing.cases import CASES, Case
 from kvb.testing.checks import Backend
 from kvb.testing.verdicts import attempt
@@ -63,7 +75,7 @@ def kernels_of(target: str) -> set[str]:
     for module in (pack, resident, scan, scatter, search, update, values):
         room = module.__name__.rsplit(".", 1)[1]
         found |= {name for name in vars(module) if re.search(rf"\b{room}\.{name}\b", source)}
-    return {name for name in found if launch_search.SEARCH[target].resident or name not in ("resident", "refine")}
+    return {name for name in found if launch_table.SEARCH[target].resident or name not in ("resident", "refine")}
 
 
 def require(operator: str, case: Case, target: str, **options) -> list[str]:
@@ -114,9 +126,10 @@ def require_the_nearest(queries, keys, mask, topk, target, seed=0):
 @pytest.fixture
 def one_processor(monkeypatch):
     """So that programs take several tiles, one after the other."""
-    monkeypatch.setattr(launch_search, "processors", lambda device: 1)
-    monkeypatch.setattr(launch_search, "RESIDENT_PROGRAMS", 1)
-    monkeypatch.setattr(launch_search, "RESCAN_PROGRAMS", 3)
+    for module in (launch_filter, launch_scan):
+        monkeypatch.setattr(module, "processors", lambda device: 1)
+    monkeypatch.setattr(launch_filter, "RESIDENT_PROGRAMS", 1)
+    monkeypatch.setattr(launch_scan, "RESCAN_PROGRAMS", 3)
 
 
 @pytest.mark.slow
@@ -160,6 +173,15 @@ def twins(N, C, K, D, dtype):
 def test_twins(target):
     for N, C, K, D, topk, dtype in TWINS[2:8:3]:
         require_the_nearest(*twins(N, C, K, D, dtype), None, topk, target)
+
+
+def test_threads_that_disagree_about_a_sum_are_noticed(monkeypatch):
+    """Contracted, ``x * x + shuffled(x * x)`` is rounded differently in the two threads that share it."""
+    monkeypatch.setattr(launch_scan, "SCAN", launch_scan.SCAN._replace(contract=True))
+    with emulating("sm_90") as emulation:
+        queries, keys = twins(17, 1, 60, 12, torch.float32)
+        launch.nearest(queries, keys, launch.pack_keys(keys), None, 12)
+    assert "race: threads store different numbers in one place of shared memory" in str(emulation.report)
 
 
 @pytest.mark.slow
