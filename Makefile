@@ -73,7 +73,7 @@ define sanitized
 endef
 
 sanitize: $(VENV)/.kvb-test ## search the extension for bad memory accesses, undefined behaviour and data races
-	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0,-m memory)
+	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1,-m memory)
 	$(call sanitized,thread,tsan,tsan,TSAN_OPTIONS=ignore_noninstrumented_modules=1,-m threads)
 
 # $(call on_triton,version,packages it needs): the kernels, interpreted and compiled by another version of Triton.

@@ -92,7 +92,7 @@ constexpr int64_t kAhead = 12; // rows between a fetch and its use
 inline void prefetch(const void* row, int64_t bytes) {
   const char* const begin = static_cast<const char*>(row);
   for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
-  __builtin_prefetch(begin + bytes - 1);
+  __builtin_prefetch(begin + std::max<int64_t>(bytes, 1) - 1);
   asm volatile(""); // else GCC sees a function without effects, and drops calls of it
 }
 

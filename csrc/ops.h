@@ -1,4 +1,4 @@
-// The operators of kvb/ops, as the CPU answers them. Each is documented by its reference in kvb/reference.py.
+// The operators of kvb/ops, as the CPU answers them. Each is documented by its reference in kvb/reference.
 #pragma once
 
 #include "common.h"
@@ -10,7 +10,8 @@ namespace kvb {
 // search/packing.cpp, search/search.cpp, search/capability.cpp
 Tensor pack_keys(Tensor keys);
 Tensor packed_matches(Tensor keys, Tensor packed);
-std::tuple<Tensor, Tensor> nearest(Tensor queries, Tensor keys, Tensor packed, std::optional<Tensor> mask, int64_t topk);
+std::tuple<Tensor, Tensor> nearest(
+    Tensor queries, Tensor keys, Tensor packed, std::optional<Tensor> mask, int64_t topk);
 std::tuple<Tensor, Tensor> lookup(
     Tensor queries, Tensor keys, Tensor packed, Tensor values, std::optional<Tensor> mask, std::string pool);
 

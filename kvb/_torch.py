@@ -66,7 +66,7 @@ trace: Callable[[], Any] = _private("torch._C._get_tracing_state")
 # The backward pass that this thread runs, or -1; and whether its graph is kept for another one.
 _backward_pass: Callable[[], int] = _private("torch._C._current_graph_task_id")
 graph_is_kept: Callable[[], bool] = _private("torch._C._autograd._get_current_graph_task_keep_graph")
-# What packs the tensors that autograd saves, or None.
+# What packs and unpacks the tensors that autograd saves, or None.
 _saving: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
 
 _private("torch.Tensor._version")
@@ -120,6 +120,7 @@ def in_backward() -> bool:
     return _backward_pass() != -1
 
 
-def saving_is_hooked() -> bool:
-    """Whether ``torch.autograd.graph.saved_tensors_hooks`` are active."""
-    return _saving(False) is not None
+def saving_hooks() -> tuple[Any, Any] | None:
+    """What packs and unpacks the tensors that autograd saves, where ``saved_tensors_hooks`` are active."""
+    hooks: tuple[Any, Any] | None = _saving(False)
+    return hooks

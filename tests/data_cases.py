@@ -109,6 +109,13 @@ def outliers(n, C, K, D):
     return queries * 10 ** torch.randint(-8, 9, (n, 1, C, 1)).float(), keys
 
 
+def magnitudes(n, C, K, D):
+    """Queries of all magnitudes and keys of one: 1e-300 to 1e300."""
+    queries, keys = normal(n, C, K, D)
+    scale = 10.0 ** torch.randint(-300, 301, (n, 1, C, 1)).to(queries.dtype)
+    return queries * scale, keys * float(10.0 ** torch.randint(-300, 301, ()).double())
+
+
 def scaled(factor):
     def make(n, C, K, D):
         return tuple(part * factor for part in normal(n, C, K, D))

@@ -29,7 +29,7 @@ struct Found {
   }
 };
 
-// The sum of squares of ``terms``, by halving as in kvb/reference.py: one order of summation everywhere.
+// The sum of squares of ``terms``, by halving as in kvb/reference: one order of summation everywhere.
 inline double sum_squares(double* terms, int64_t count) {
   for (int64_t d = 0; d < count; ++d) terms[d] *= terms[d];
   for (int64_t size = count; size > 1; size = size / 2 + size % 2) {

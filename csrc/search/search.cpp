@@ -110,7 +110,8 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
   over_positions(B * S, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
     kernels().search(search, c, begin, end);
   });
-  require(!stale, "packed keys do not fit the keys, which have changed since; pack the keys again with pack_keys(keys)");
+  require(
+      !stale, "packed keys do not fit the keys, which have changed since; pack the keys again with pack_keys(keys)");
 }
 
 } // namespace

@@ -301,8 +301,8 @@ inline Sizes places(const Source& source, int64_t books) {
   return {source.indices.size(1) * position, position, source.pooled ? 0 : width};
 }
 
-// List the rows of ``source`` that go to one range, in batch order: visit(data, rows, how many), with places in ``data``
-// and targets in the range.
+// List the rows of ``source`` that go to one range, in batch order: visit(data, rows, how many), with places in
+// ``data`` and targets in the range.
 template <class T, class F>
 void list_source(const Source& source, const RowRange& range, const F& visit) {
   using Sum = Accumulator<T>;

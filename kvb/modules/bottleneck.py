@@ -180,6 +180,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         """The values of cached indices: [B, C, *shape] -> [B, C, *shape, V], pooled over codebooks [B, *shape, V].
 
         Equivalent to ``values[arange(C), indices]`` and ``.mean(1)`` or ``.sum(1)``; differentiable for ``values``.
+        With topk above the pairs that a mask leaves, masked ones have the value zero, as in ``forward``.
 
         Raises:
             TypeError: not integers. ValueError: shape or pool. IndexError: an index outside [0, K).
@@ -190,7 +191,12 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         validation.same_device("indices", indices, "values", self.values)
         shape = indices.shape[2:]
         flat = indices.reshape(*indices.shape[:2], shape.numel()).transpose(1, 2)
-        out = self._gather(self.values, flat, pool, "bcsv")
+        usable = self._search_mask()
+        if self.topk > 1 and usable is not None and self._fewest < self.topk:
+            out = self._decode_usable(flat, usable)
+            out = out if pool == "none" else getattr(out, pool)(1)
+        else:
+            out = self._gather(self.values, flat, pool, "bcsv")
         return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), out.shape[-1])
 
     def _queries(self, x: Tensor) -> Tensor:
@@ -250,6 +256,13 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         fetched = self._fetch(self.values, torch.where(present, indices, indices[..., :1]), shape)
         fetched = torch.where(self._unfold(present.expand_as(indices), shape)[..., None], fetched, 0)
         return fetched if pool == "none" else getattr(fetched, pool)(1)
+
+    def _decode_usable(self, indices: Tensor, usable: Tensor) -> Tensor:
+        """Values [B, C, M, V] at indices [B, M, C]; a masked pair stands for a rank that found none, as in a search."""
+        present = torch.ops.kvb.gather(usable[..., None].float(), indices, "none", "bcsv") > 0
+        some = usable.to(torch.uint8).argmax(-1)
+        safe = torch.where(present[..., 0].transpose(1, 2), indices, some)
+        return torch.where(present, self._gather(self.values, safe, "none", "bcsv"), 0)
 
     def _fetch(self, table: Tensor, indices: Tensor, shape: Iterable[int], pool: str = "none") -> Tensor:
         """Rows of table [C, K, *] at indices [B, S, C, T], as [B, C, (T), *shape, *], or pooled over C."""

@@ -82,8 +82,10 @@ def spare_rows(
     if B * S == 0:
         return None, None
     # A random subset first: drawing K rows from 4*K is as random, and far cheaper than permuting all rows C times.
-    where = queries.device if generator is None else generator.device
-    some = torch.randperm(B * S, device=where, generator=generator)[: 4 * K].to(queries.device)
+    if generator is None:
+        some = torch.randperm(B * S, device=queries.device)[: 4 * K]
+    else:
+        some = torch.randperm(B * S, device=generator.device, generator=generator)[: 4 * K].to(queries.device)
     rows = queries[some // S, some % S].transpose(0, 1).to(dtype)
     priority = _draw(rows.shape[:2], rows, generator)
     priority = torch.where(rows.isfinite().all(-1), priority, -1)
@@ -180,7 +182,7 @@ def _rows(queries: Tensor) -> Tensor:
 
 def _draw(shape: Iterable[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform numbers on the device of ``like``, drawn where the generator lives."""
-    if generator is None:
+    if generator is None:  # not an argument that is None: no graph with sizes that vary takes that
         return torch.rand(tuple(shape), device=like.device)
     return torch.rand(tuple(shape), generator=generator, device=generator.device).to(like.device)
 

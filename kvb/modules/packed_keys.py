@@ -46,17 +46,21 @@ class WatchedBuffers(dict[str, Any]):
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()  # an iterator of its own makes dict(self) and {**self} come through __getitem__
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._note()
+        super().__setitem__(name, value)
+
     def get(self, name: str, default: Any = None) -> Any:
         self._note()
         return super().get(name, default)
 
     def items(self) -> Any:
         self._note()
-        return super().items()
+        return list(super().items())  # a view would let somebody read later, unnoticed
 
     def values(self) -> Any:
         self._note()
-        return super().values()
+        return list(super().values())
 
     def pop(self, *args: Any) -> Any:
         self._note()
@@ -87,15 +91,6 @@ class WatchedBuffers(dict[str, Any]):
         return WatchedBuffers, (dict(self),)
 
 
-class _Holders(NamedTuple):
-    """How many hold the keys and their storage, as Python and PyTorch count them."""
-
-    names: int
-    weak: int
-    tensors: int
-    storages: int
-
-
 class _Place(NamedTuple):
     """The keys as an object and as memory."""
 
@@ -104,19 +99,22 @@ class _Place(NamedTuple):
     storage: torch.UntypedStorage
     address: int  # of the storage
     private: bool  # the memory belongs to PyTorch, and to this process alone
+    cuda: bool
 
 
 class _Kept(NamedTuple):
     place: _Place
-    version: int
     alone: bool  # nobody else held the keys when this was packed or compared
     packed: Tensor | None
 
 
-def _holders(buffers: dict[str, Any], place: _Place) -> _Holders:
-    keys = dict.__getitem__(buffers, "keys")
-    weak = weakref.getweakrefcount(keys)
-    return _Holders(sys.getrefcount(keys), weak, _torch.users_of(keys), _torch.users_of_storage(place.address))
+def _holders(buffers: dict[str, Any], place: _Place) -> tuple[int, ...]:
+    """How many hold the keys and their storage, as Python and PyTorch count them."""
+    keys, storage = dict.__getitem__(buffers, "keys"), place.storage
+    return (
+        *(sys.getrefcount(keys), weakref.getweakrefcount(keys), _torch.users_of(keys)),
+        *(sys.getrefcount(storage), weakref.getweakrefcount(storage), _torch.users_of_storage(place.address)),
+    )
 
 
 def _place(buffers: dict[str, Any]) -> _Place:
@@ -124,7 +122,7 @@ def _place(buffers: dict[str, Any]) -> _Place:
     storage = keys.untyped_storage()
     # Memory of NumPy or of a file cannot be resized by PyTorch; others write to it without a trace.
     private = storage.resizable() and not storage.is_shared()
-    return _Place(keys, keys.detach(), storage, _torch.address_of(storage), private)
+    return _Place(keys, keys.detach(), storage, _torch.address_of(storage), private, keys.is_cuda)
 
 
 def _is_at(place: _Place, keys: Tensor) -> bool:
@@ -137,14 +135,10 @@ def _observed() -> bool:
     return _torch.dispatch_modes() > 0 or _torch.trace() is not None
 
 
-def _capturing(keys: Tensor) -> bool:
-    return keys.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _can_be_kept(keys: Any) -> bool:
-    """Whether versions and counts can be had, and mean what they should."""
+    """Whether the counts mean what they should, and nothing records this call."""
     plain = type(keys) is Tensor and not _torch.is_wrapped(keys) and not keys.is_inference()
-    return plain and not _observed() and not _capturing(keys)
+    return plain and not (_observed() or (keys.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def _matches(keys: Tensor, packed: Tensor) -> bool:
@@ -180,9 +174,7 @@ class PackedKeys:
             and kept.alone
             and not getattr(buffers, "taken", True)
             and _holders(buffers, kept.place) == _ALONE
-            and dict.__getitem__(buffers, "keys") is kept.place.keys
-            and kept.version == _torch.version_of(kept.place.keys)
-            and not (_observed() or _capturing(kept.place.keys))
+            and not (_observed() or (kept.place.cuda and torch.cuda.is_current_stream_capturing()))
         ):
             return kept.place.alias, kept.packed
         return self._look(buffers)
@@ -198,11 +190,10 @@ class PackedKeys:
         known = kept is not None and _is_at(kept.place, dict.__getitem__(buffers, "keys"))
         place = kept.place if kept is not None and known else _place(buffers)
         alone = place.private and _holders(buffers, place) == _ALONE
-        version = _torch.version_of(place.keys)
         packed = kept.packed if kept is not None and known else None
         if packed is None or not _matches(place.alias, packed):
             packed = torch.ops.kvb.pack_keys(place.alias)
-        self._kept = _Kept(place, version, alone, packed)
+        self._kept = _Kept(place, alone, packed)
         return place.alias, packed
 
     def keep(self, buffers: dict[str, Any], packed: Tensor) -> None:
@@ -212,12 +203,12 @@ class PackedKeys:
         if not _can_be_kept(dict.__getitem__(buffers, "keys")):
             return
         if kept is None or not _is_at(kept.place, dict.__getitem__(buffers, "keys")):
-            kept = _Kept(_place(buffers), 0, False, packed)
+            kept = _Kept(_place(buffers), False, packed)
         alone = kept.alone and not getattr(buffers, "taken", True) and _holders(buffers, kept.place) == _ALONE
-        self._kept = _Kept(kept.place, _torch.version_of(kept.place.keys), alone, packed)
+        self._kept = _Kept(kept.place, alone, packed)
 
 
-def _count_alone() -> _Holders:
+def _count_alone() -> tuple[int, ...]:
     """What ``_holders`` finds where nobody else holds the keys: versions of Python and PyTorch count differently."""
     buffers = WatchedBuffers({"keys": torch.empty(1, device="cpu")})
     return _holders(buffers, _place(buffers))

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+def _channels(backbone: backbones.Backbone, layer: int | str | None) -> int:
+    """How many channels the output has, of a layer where there are several to choose from."""
+    channels = backbone.channels
+    if not isinstance(channels, dict):
+        return channels
+    if layer not in channels:
+        raise ValueError(f"extracted_layer must be one of {list(channels)}, got {layer!r}")
+    return channels[layer]
+
+
 class PretrainedEncoder(BottleneckedEncoder):
     """What the named encoders share; channel-first, and by default chunked and concatenated.
 
@@ -62,11 +72,7 @@ class PretrainedEncoder(BottleneckedEncoder):
         validation.positive_int("num_codebooks", num_codebooks)
         backbone = validation.choice("backbone", backbone or next(iter(self.BACKBONES)), tuple(self.BACKBONES))
         chosen = self.BACKBONES[backbone]
-        channels = chosen.channels
-        if isinstance(channels, dict):
-            if extracted_layer not in channels:
-                raise ValueError(f"extracted_layer must be one of {list(channels)}, got {extracted_layer!r}")
-            channels = channels[extracted_layer]
+        channels = _channels(chosen, extracted_layer)
         if dim_keys is None and channels % num_codebooks:
             raise ValueError(
                 f"the {channels} channels of {backbone} must be divisible by num_codebooks ({num_codebooks}); or pass "

@@ -8,8 +8,8 @@ fingerprint of its queries, to the one that repeats it.
 from __future__ import annotations
 
 import sys
-from collections import deque
-from typing import NamedTuple
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class _Forward(NamedTuple):
     fingerprint: Tensor
     keys: Tensor
     packed: Tensor
+    graph: weakref.ref[Any] | None  # lives as long as something may run this forward again; None if nobody knows
 
 
 def in_backward() -> bool:
@@ -36,9 +37,7 @@ def in_backward() -> bool:
 
 def under_checkpoint() -> bool:
     """Whether a checkpoint may run this call again: it disables gradients, or hooks into what they save."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch.is_grad_enabled() and not _torch.saving_is_hooked():
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _torch.saving_hooks() is None):
         return False
     frame = sys._getframe(1)
     while frame.f_back is not None:
@@ -58,26 +57,40 @@ class Forwards:
     """The latest forwards under a checkpoint, and the keys that each of them searched."""
 
     def __init__(self) -> None:
-        self._latest: deque[_Forward] = deque(maxlen=FORWARDS)
+        self._latest: list[_Forward] = []
 
     def remember(self, queries: Tensor, keys: Tensor, packed: Tensor) -> None:
-        self._latest.append(_Forward(queries.shape, queries.dtype, _fingerprint(queries), keys.clone(), packed))
+        hooks = _torch.saving_hooks()
+        graph = None if hooks is None else weakref.ref(hooks[1])
+        new = _Forward(queries.shape, queries.dtype, _fingerprint(queries), keys.clone(), packed, graph)
+        self._latest = [*self._alive()[1 - FORWARDS :], new]
+
+    def _alive(self) -> list[_Forward]:
+        return [known for known in self._latest if known.graph is None or known.graph() is not None]
 
     def recall(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """The keys, and their packed form, that the same queries were searched with.
 
         Raises:
-            RuntimeError: no such forward is known.
+            RuntimeError: no such forward is known, or several that searched different keys.
         """
-        mine = _fingerprint(queries)
-        for known in reversed(self._latest):
-            same = known.shape == queries.shape and known.dtype == queries.dtype
-            if same and torch.equal(known.fingerprint, mine):
-                if not _torch.graph_is_kept():
-                    self._latest = deque((one for one in self._latest if one is not known), maxlen=FORWARDS)
-                return known.keys, known.packed
-        raise RuntimeError(
-            "a forward in training mode ran within a backward pass while keys learn, with queries that none of the "
-            f"last {FORWARDS} checkpointed forwards had, so that it cannot search the keys of then: call freeze_keys() "
-            "first, or leave the bottleneck out of the checkpoint"
-        )
+        mine, alive = _fingerprint(queries), self._alive()
+        shaped = [known for known in alive if known.shape == queries.shape and known.dtype == queries.dtype]
+        same = [known for known in shaped if torch.equal(known.fingerprint, mine)]
+        if not same:
+            raise RuntimeError(
+                "a forward in training mode ran within a backward pass while keys learn, with queries that none of "
+                f"the last {FORWARDS} checkpointed forwards had, so that it cannot search the keys of then: call "
+                "freeze_keys() first, or leave the bottleneck out of the checkpoint"
+            )
+        # Within one checkpoint forwards run again in their order.
+        first, graphs = same[0], {None if known.graph is None else known.graph() for known in same}
+        unclear = len(graphs) > 1 or (None in graphs and len(same) > 1)
+        if unclear and not all(torch.equal(known.keys, first.keys) for known in same):
+            raise RuntimeError(
+                f"{len(same)} checkpointed forwards with the same queries searched different keys, and nothing tells "
+                "which of them runs again: run the backward pass of each before the next, with use_reentrant=False"
+            )
+        others = [known for known in alive if known is not first]
+        self._latest = [*others, first] if _torch.graph_is_kept() else others
+        return first.keys, first.packed

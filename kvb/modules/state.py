@@ -6,6 +6,7 @@ follows, so that no forward waits for a device; it looks at a buffer again when 
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,38 +16,15 @@ from torch import Tensor, nn
 
 from kvb import _torch, validation
 from kvb.checkpoints import STATE_NAMES
+from kvb.modules import legacy
 from kvb.modules.packed_keys import PackedKeys, WatchedBuffers
 from kvb.modules.recomputation import Forwards
 
 VERSION = 2
 STATISTICS = ("keys", "keys_avg", "cluster_size")  # float32, or float64 after ``double()``
-_LEGACY, _FLAGS, _MASK = STATE_NAMES
-_LEGACY_VERSION = 1
-_LEGACY_HEADER = 8  # bytes before the mask bits: version, initialised, learning, counting, has a mask, 3 unused
+_, _FLAGS, _MASK = STATE_NAMES
+_LOOKED_AT = ("initted", _FLAGS, _MASK, "cluster_size_counter")
 _Self = TypeVar("_Self", bound="BottleneckState")
-
-
-class _Seen:
-    """A tensor as it was at the last look: who replaces or writes it, or comes to hold it, makes it differ.
-
-    On the CPU one that somebody holds always differs: collectives, say, write without a new version.
-    """
-
-    alone = 0  # what ``names`` is where nobody else holds the tensor
-
-    def __init__(self) -> None:
-        self.tensor: Tensor | None = None
-        self.version = self.names = 0
-
-    def differs(self, tensor: Tensor) -> bool:
-        same = tensor is self.tensor and not tensor.is_inference() and _torch.version_of(tensor) == self.version
-        names = sys.getrefcount(tensor)
-        return not same or names != self.names or (names > self.alone and tensor.is_cpu)
-
-    def note(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.version = 0 if tensor.is_inference() else _torch.version_of(tensor)
-        self.names = sys.getrefcount(tensor)
 
 
 class BottleneckState(nn.Module):
@@ -91,8 +69,10 @@ class BottleneckState(nn.Module):
         self._packed = PackedKeys()
         self._forwards = Forwards()
         self._strict = False  # whether names that are missing or left over keep a state_dict from being loaded
-        self._seen = {name: _Seen() for name in ("initted", _FLAGS, _MASK, "cluster_size_counter")}
-        self._restricted = False  # whether ``_usable`` leaves out pairs that were not counted
+        # The buffers at the last look, their versions, how many names they have, and whether others hold one of them.
+        self._seen: list[Tensor] = []
+        self._versions: list[int] = []
+        self._names, self._held = 0, True
 
     # --- sizes: those of the tensors, which may be exchanged for others -----------------------------------------------
 
@@ -186,6 +166,7 @@ class BottleneckState(nn.Module):
         else:
             with torch.no_grad():
                 buffer.copy_(value)
+            self._held = True  # by the caller, until the next look
 
     def _taken_quietly(self, name: str) -> Any:
         """A buffer, without the look at the keys that follows whenever somebody takes them."""
@@ -197,33 +178,33 @@ class BottleneckState(nn.Module):
         """Bring the host's copy up to date. A traced graph has that of the time when it was traced, and guards it."""
         if torch.compiler.is_compiling():
             return
-        buffers, seen = self.__dict__["_buffers"], self._seen
-        initted, flags, mask = map(self._taken_quietly, ("initted", _FLAGS, _MASK))
-        read = getattr(buffers, "read", True)
-        if read and isinstance(buffers, WatchedBuffers):
-            buffers.read = False
-        if read or seen["initted"].differs(initted) or seen[_FLAGS].differs(flags):
-            if not (initted.is_meta or flags.is_meta):
-                self._initialised = initted.item() > 0.5
-                _, learning, counting = flags.tolist()
-                self._learning, self._counting = learning > 0.5, counting > 0.5
-            seen["initted"].note(initted)
-            seen[_FLAGS].note(flags)
-        restricted = not (self._learning or self._counting)
-        counted = seen["cluster_size_counter"]
-        if (
-            read
-            or restricted != self._restricted
-            or seen[_MASK].differs(mask)
-            or (restricted and counted.differs(self._taken_quietly("cluster_size_counter")))
-        ):
-            self._find_usable(mask, restricted)
-            seen[_MASK].note(mask)
-            counted.note(self._taken_quietly("cluster_size_counter"))
+        buffers = self.__dict__["_buffers"]
+        if self._held or getattr(buffers, "read", True):
+            self._look_closely(buffers)
 
-    def _find_usable(self, mask: Tensor, restricted: bool) -> None:
-        """What the mask comes to; the host waits for the device here, once per change."""
-        counter = self._taken_quietly("cluster_size_counter")
+    def _look_closely(self, buffers: dict[str, Any]) -> None:
+        """Read the buffers: on the CPU, where others hold them, at every look; elsewhere when PyTorch tells of a write.
+
+        The host waits for another device here.
+        """
+        self._held = True  # other threads wait for nothing, but look themselves until this is done
+        if isinstance(buffers, WatchedBuffers):
+            buffers.read = False  # before all reading, as somebody may take a buffer meanwhile
+        tensors = [dict.__getitem__(buffers, name) for name in _LOOKED_AT]
+        versions = [-1 if tensor.is_inference() else _torch.version_of(tensor) for tensor in tensors]
+        same = versions == self._versions and all(map(operator.is_, tensors, self._seen)) and -1 not in versions
+        self._seen, self._versions = tensors, versions
+        self._names = sum(map(sys.getrefcount, tensors))
+        held = self._names > _ALONE
+        initted, flags, mask, counter = tensors
+        if same and not initted.is_cpu:
+            self._held = held
+            return
+        if not (initted.is_meta or flags.is_meta):
+            self._initialised = initted.item() > 0.5
+            _, learning, counting = flags.tolist()
+            self._learning, self._counting = learning > 0.5, counting > 0.5
+        restricted = not (self._learning or self._counting)
         if not (mask.is_meta or counter.is_meta):
             usable = mask & (counter > 0) if restricted else mask.detach()  # the mask itself would look held
             self._masked = not bool(mask.all())
@@ -231,7 +212,7 @@ class BottleneckState(nn.Module):
             self._usable = None if self._fewest == mask.shape[1] else usable
         elif self._usable is not None:
             self._usable = mask.detach()
-        self._restricted = restricted
+        self._held = held
 
     # --- packed keys --------------------------------------------------------------------------------------------------
 
@@ -286,7 +267,7 @@ class BottleneckState(nn.Module):
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = "_packed", "_forwards", "_seen", "_usable"
+        hidden = "_packed", "_forwards", "_seen", "_versions", "_usable"
         return {**self.__dict__, "_buffers": dict(self._buffers), **dict.fromkeys(hidden)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -351,11 +332,14 @@ class BottleneckState(nn.Module):
 
 def _count_alone() -> int:
     module = BottleneckState(1, 1, 1, initialised=True)
-    module._look()
-    return module._seen["initted"].names
+    for _ in range(2):
+        module._held = True
+        module._look()
+    return module._names
 
 
-_Seen.alone = _count_alone()
+_ALONE = 0  # how many names the buffers have where nobody else holds one: versions of Python count differently
+_ALONE = _count_alone()
 
 
 class _Refused(Exception):
@@ -373,12 +357,14 @@ def _admit(
     error_msgs: list[str],
 ) -> None:
     """Bring old entries up to date, and let nothing be copied if anything does not fit."""
-    legacy = state_dict.pop(prefix + _LEGACY, None)
-    if isinstance(legacy, Tensor) and (problem := _legacy_problem(legacy, module.cluster_size.numel())):
+    former = state_dict.pop(prefix + legacy.NAME, None)
+    if isinstance(former, Tensor) and (problem := legacy.problem(former, module.cluster_size.numel())):
         error_msgs.append(problem)
         raise _Refused
-    if isinstance(legacy, Tensor):
-        state_dict[prefix + _FLAGS], state_dict[prefix + _MASK] = _from_legacy(legacy, module.cluster_size.shape)
+    if isinstance(former, Tensor):
+        flags, mask = legacy.flags_and_mask(former, module.cluster_size.shape)
+        state_dict[prefix + _FLAGS] = torch.tensor([VERSION, *flags], dtype=torch.float32)
+        state_dict[prefix + _MASK] = mask
     tensors = {**module._parameters, **module._buffers}
     names = tensors.keys() - module._non_persistent_buffers_set
     own = {name: tensor for name, tensor in tensors.items() if name in names and tensor is not None}
@@ -434,29 +420,3 @@ def _problems(name: str, value: Any, current: Tensor) -> list[str]:
         if not (version > 0 and all(0 <= flag <= 1 for flag in flags)):
             return [f"{_FLAGS} is damaged: expected a version and flags from 0 to 1, got {value.tolist()}"]
     return []
-
-
-# --- files of kvb 0.1 -------------------------------------------------------------------------------------------------
-
-
-def _legacy_problem(state: Tensor, pairs: int) -> str | None:
-    if state.dtype != torch.uint8 or state.dim() != 1 or len(state) < _LEGACY_HEADER:
-        return f"expected {_LEGACY} of at least {_LEGACY_HEADER} bytes, got {state.dtype} {tuple(state.shape)}"
-    version, *flags = state[: _LEGACY_HEADER - 3].tolist()
-    if version != _LEGACY_VERSION:
-        return f"{_LEGACY} has version {version}, but this kvb reads version {_LEGACY_VERSION}: upgrade kvb"
-    want = _LEGACY_HEADER + (-(-pairs // 8) if flags[3] else 0)
-    if max(flags) > 1 or len(state) != want:
-        got = f"{flags} and {len(state)} bytes"
-        return f"{_LEGACY} is damaged: expected flags of 0 or 1 and {want} bytes, got {got}"
-    return None
-
-
-def _from_legacy(state: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Flags and mask of ``kvb_state``."""
-    _, _, learning, counting, masked = state[: _LEGACY_HEADER - 3].tolist()
-    flags = torch.tensor([VERSION, learning, counting], dtype=torch.float32)
-    if not masked:
-        return flags, torch.ones(shape, dtype=torch.bool)
-    bits = (state[_LEGACY_HEADER:, None].cpu() >> torch.arange(8, dtype=torch.uint8)) & 1
-    return flags, bits.flatten()[: shape.numel()].view(shape).bool()

@@ -38,8 +38,8 @@ class Machine(State):
 
     def __init__(self, program: Program, count: int, shared_bytes: int, random: np.random.Generator) -> None:
         super().__init__(program, count, Report(), random)
-        self.constants: list[np.ndarray] = []
-        self.number = np.zeros(self.lanes, np.int32)  # of its program in the launch, from 1
+        self.constants = []
+        self.number = np.zeros(self.lanes, np.int32)
         self.read = {name for at in program.code for name in at.registers[0]}
         self.memory = GlobalMemory([])
         self.shared = shared.SharedMemory(self, shared_bytes)

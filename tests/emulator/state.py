@@ -49,6 +49,16 @@ class Report(collections.Counter[Note]):
 class State:
     """Registers and parameters of ``count`` programs that run side by side, as arrays of one element a lane."""
 
+    # What a machine adds: memories, and what is under way.
+    memory: Any
+    shared: Any
+    local: Any
+    copies: Any
+    products: Any
+    number: np.ndarray  # of the program of each lane in its launch, from 1
+    read: set[str]  # registers that some instruction reads
+    constants: list[np.ndarray]  # that C code points to
+
     def __init__(self, program: Program, count: int, report: Report, random: np.random.Generator) -> None:
         self.program, self.count, self.report, self.random = program, count, report, random
         self.threads = program.threads

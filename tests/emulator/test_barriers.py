@@ -1,4 +1,4 @@
-"""Each barrier of ``search`` and ``resident`` is left out in turn: its loss is noticed, unless the others suffice."""
+"""Barriers and waits of ``search`` and ``resident`` are left out in turn: it is noticed, unless the others suffice."""
 
 from __future__ import annotations
 
@@ -43,10 +43,14 @@ def _storage(tensor: torch.Tensor) -> torch.Tensor:
 
 def launch_of(name: str, N: int, K: int, D: int, target: str, monkeypatch) -> Launch:
     """How a search launches this kernel; few programs, so that each of them takes several tiles."""
-    found, run = [], Emulation.launch
+    found, last, run = [], [], Emulation.launch
+
+    def note(kernel, ptx):
+        last.append(kernel)
+        return ptx
 
     def spy(self, ptx, grid, arguments, shared):
-        if f".entry {name}(" in ptx:
+        if last[-1] == name:
             found.append(Launch(ptx, grid, arguments, shared))
         run(self, ptx, grid, arguments, shared)
 
@@ -54,15 +58,16 @@ def launch_of(name: str, N: int, K: int, D: int, target: str, monkeypatch) -> La
     monkeypatch.setattr(launch_filter, "processors", lambda device: 1)
     monkeypatch.setattr(launch_filter, "RESIDENT_PROGRAMS", 1)
     queries, keys = torch.randn(N, 1, 1, D), torch.randn(1, K, D)
-    with emulating(target) as emulation:
+    with emulating(target, rewrite=note) as emulation:
         launch.nearest(queries, keys, launch.pack_keys(keys), None, 1)
     assert not emulation.report, str(emulation.report)
     monkeypatch.setattr(Emulation, "launch", run)
     return found[0]
 
 
-def without(ptx: str, left_out: int) -> str:
-    places = [place for place, line in enumerate(ptx.splitlines()) if "bar.sync" in line]
+def without(ptx: str, what: str, left_out: int) -> str:
+    """The PTX without the line that is number ``left_out`` of those with ``what`` in them."""
+    places = [place for place, line in enumerate(ptx.splitlines()) if what in line]
     return "\n".join(line for place, line in enumerate(ptx.splitlines()) if place != places[left_out])
 
 
@@ -86,11 +91,33 @@ def test_every_barrier(name, N, K, D, target, spare, monkeypatch):
     report, wanted = launched.again(launched.ptx)
     assert not report
     number = launched.ptx.count("bar.sync")
-    silent = [place for place in range(number) if not launched.again(without(launched.ptx, place))[0]]
+    silent = [place for place in range(number) if not launched.again(without(launched.ptx, "bar.sync", place))[0]]
     print(f"{name}, {target}, D={D}: {number - len(silent)} of {number} noticed, not {silent}")
     assert len(silent) <= spare
     for place in silent:
         for seed in range(3):
-            report, found = launched.again(without(launched.ptx, place), apart=True, seed=seed)
+            report, found = launched.again(without(launched.ptx, "bar.sync", place), apart=True, seed=seed)
             assert not report
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), f"barrier {place}"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_wait(target, monkeypatch):
+    """For copies, and for the last of the products that add to the same sums: the others may well be under way."""
+    launched = launch_of("search", 70, 600, 14, target, monkeypatch)
+    ptx = launched.ptx
+    waits = [("cp.async.wait_group", place) for place in range(ptx.count("cp.async.wait_group"))]
+    waits += [("wgmma.wait_group", ptx.count("wgmma.wait_group") - 1)] * (target == "sm_90")
+    assert len(waits) >= 2
+    for what, place in waits:
+        report, _ = launched.again(without(ptx, what, place))
+        assert "asynchronous" in str(report), f"{what}, number {place}"
+
+
+def test_proxy_fences(monkeypatch):
+    """The one before the loop covers what is written there, the one in the loop what copies bring."""
+    launched = launch_of("search", 70, 600, 14, "sm_90", monkeypatch)
+    report, _ = launched.again(launched.ptx.replace("fence.proxy.async.shared::cta;", ""))
+    assert "without a proxy fence" in str(report)
+    report, _ = launched.again(without(launched.ptx, "fence.proxy.async", 1))
+    assert "without a proxy fence" in str(report)

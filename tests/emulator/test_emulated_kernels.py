@@ -6,8 +6,8 @@ Nothing that the emulator notices is excused.
 
 from __future__ import annotations
 
-import inspect
 import os
+import re
 import types
 import zlib
 from pathlib import Path
@@ -74,7 +74,7 @@ def kernels_of(target: str) -> set[str]:
     found = set()
     for module in (pack, resident, scan, scatter, search, update, values):
         room = module.__name__.rsplit(".", 1)[1]
-        found |= {name for name in vars(module) if f"{room}.{name}" in source and not inspect.ismodule(name)}
+        found |= {name for name in vars(module) if re.search(rf"\b{room}\.{name}\b", source)}
     return {name for name in found if launch_table.SEARCH[target].resident or name not in ("resident", "refine")}
 
 
@@ -173,6 +173,15 @@ def twins(N, C, K, D, dtype):
 def test_twins(target):
     for N, C, K, D, topk, dtype in TWINS[2:8:3]:
         require_the_nearest(*twins(N, C, K, D, dtype), None, topk, target)
+
+
+def test_threads_that_disagree_about_a_sum_are_noticed(monkeypatch):
+    """Contracted, ``x * x + shuffled(x * x)`` is rounded differently in the two threads that share it."""
+    monkeypatch.setattr(launch_scan, "SCAN", launch_scan.SCAN._replace(contract=True))
+    with emulating("sm_90") as emulation:
+        queries, keys = twins(17, 1, 60, 12, torch.float32)
+        launch.nearest(queries, keys, launch.pack_keys(keys), None, 12)
+    assert "race: threads store different numbers in one place of shared memory" in str(emulation.report)
 
 
 @pytest.mark.slow

@@ -75,11 +75,7 @@ def lanes(code: str, inputs: list[tuple[str, list]], out: str, threads: int = 32
     return result
 
 
-def bits(number: float, kind: str = "f32") -> int:
-    return int(np.array([number], np.float32 if kind == "f32" else np.float64).view("i4" if kind == "f32" else "i8")[0])
-
-
-S = "%rs1"
+S, ONE = "%rs1", 1 + 2.0**-8
 BRANCH = """@!%p1 bra $L1; mov.b32 %o, 1; bra $L2;
 $L1:
 mov.b32 %o, 2;
@@ -120,8 +116,8 @@ TABLE = [
     ("cvt.rn.f32.f64 %o, %i0;", "f64", [[1 + 2.0**-24, 1 + 3 * 2.0**-24]], "f32", [1.0, 1 + 2.0**-22]),
     ("cvt.s64.s32 %o, %i0;", "s32", [[-5]], "s64", [-5]),
     ("cvt.u64.u32 %o, %i0;", "u32", [[-5]], "s64", [2**32 - 5]),
-    (f"cvt.rn.f16.f32 {S}, %i0; cvt.u32.u16 %o, {S};", "f32", [[1 + 2.0**-11, 1e6, NAN]], "b32", [0x3C00, 0x7C00, 0x7FFF]),
-    (f"cvt.rn.bf16.f32 {S}, %i0; cvt.f32.bf16 %o, {S};", "f32", [[1 + 2.0**-8, 1 + 3 * 2.0**-8]], "f32", [1.0, 1.015625]),
+    (f"cvt.rn.f16.f32 {S}, %i0; cvt.u32.u16 %o, {S};", "f32", [[1.00001, 1e6, NAN]], "b32", [0x3C00, 0x7C00, 0x7FFF]),
+    (f"cvt.rn.bf16.f32 {S}, %i0; cvt.f32.bf16 %o, {S};", "f32", [[ONE, ONE + 2.0**-7]], "f32", [1.0, 1.015625]),
     ("cvt.rn.f16x2.f32 %o, %i0, %i1;", "f32", [[1.0], [2.0]], "b32", [0x3C004000]),
     ("mov.b32 {%rs1, %rs2}, %i0; mov.b32 %o, {%rs2, %rs1};", "b32", [[0x12345678]], "b32", [0x56781234]),
     ("mov.b64 {_, %r5}, %i0; mov.b64 %o, {%r5, %r5};", "b64", [[7 << 32]], "b64", [(7 << 32) + 7]),

@@ -1,9 +1,9 @@
 """Registers that may be read before anything was written to them, and where what was in them ends up.
 
 A compiler may well let such a number through arithmetic whose result nobody uses: a sum over four lanes that all 32
-take part in. So unknown numbers are followed from register to register, and noted where they decide something: an address, a
-predicate, a branch, or what is stored. Followed are only registers that some path leaves unwritten, and what depends on
-them.
+take part in. So unknown numbers are followed from register to register, and noted where they decide something: an
+address, a predicate, a branch, or what is stored. Followed are only registers that some path leaves unwritten, and what
+depends on them.
 """
 
 from __future__ import annotations

@@ -318,7 +318,7 @@ print(",".join(names), "triton" in sys.modules, kvb.info()["backend on cuda"])
 
 def test_kernels_run_on_cuda_and_triton_waits_for_the_first_call():
     pytest.importorskip("triton", reason="no Triton for this platform")
-    fast = ",".join(name for name in kvb.ops.NAMES if name != "sample")
+    fast = ",".join(kvb.ops.NAMES)
     settings = {"KVB_CPU_CAPABILITY": "torch", "TRITON_INTERPRET": "0"}
     assert run(WITH_CUDA.format(before=""), **settings) == f"{fast} False triton"
 

@@ -181,73 +181,101 @@ def test_partial_states_load_when_not_strict():
 # --- packed keys ------------------------------------------------------------------------------------------------------
 
 
-def changes():
-    new = torch.randn(2, 9, 3)
-
-    def inference(module):
-        with torch.inference_mode():
-            module.keys.copy_(new)
-        return module
-
-    def assign(module):
-        module.keys = new.clone()
-        return module
-
-    def data(module):
-        module.keys.data.copy_(new)
-        return module.refresh_keys()
-
-    def loaded(module):
-        state = module.state_dict()
-        state["keys"] = new
-        module.load_state_dict(state)
-        return module
-
-    def loaded_by_assignment(module):
-        state = {**module.state_dict(), "keys": new.clone()}
-        module.load_state_dict(state, assign=True)
-        return module
-
-    def in_place(module):
-        module.keys.mul_(-1)
-        return module
-
-    def learned(module):
-        module.unfreeze_keys().train()(torch.randn(100, 2, 3) + 3)
-        return module.freeze_keys()
-
-    def initialised(module):
-        module.unfreeze_keys().init_keys(torch.randn(100, 2, 3), "kmeans", progress=False)
-        return module.freeze_keys()
-
-    def copied(module):
-        twin = copy.deepcopy(module)
-        twin.keys.mul_(-1)
-        return twin
-
-    def pickled(module):
-        return pickle.loads(pickle.dumps(module))
-
-    def half(module):
-        return module.half()
-
-    def double(module):
-        return module.double()
-
-    def moved(module):
-        return module.to("cpu", torch.float64).to(torch.float32)
-
-    def emptied(module):
-        module = module.to("meta").to_empty(device="cpu")
-        with torch.no_grad():
-            module.keys.copy_(new)
-        return module
-
-    here = locals()
-    return [value for value in here.values() if callable(value)]
+NEW = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("change", changes(), ids=lambda f: f.__name__)
+def by_inference(module):
+    with torch.inference_mode():
+        module.keys.copy_(NEW)
+    return module
+
+
+def by_assign(module):
+    module.keys = NEW.clone()
+    return module
+
+
+def by_data(module):
+    module.keys.data.copy_(NEW)
+    return module.refresh_keys()
+
+
+def by_loaded(module):
+    state = module.state_dict()
+    state["keys"] = NEW
+    module.load_state_dict(state)
+    return module
+
+
+def by_loaded_by_assignment(module):
+    state = {**module.state_dict(), "keys": NEW.clone()}
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def by_in_place(module):
+    module.keys.mul_(-1)
+    return module
+
+
+def by_learned(module):
+    module.unfreeze_keys().train()(torch.randn(100, 2, 3) + 3)
+    return module.freeze_keys()
+
+
+def by_initialised(module):
+    module.unfreeze_keys().init_keys(torch.randn(100, 2, 3), "kmeans", progress=False)
+    return module.freeze_keys()
+
+
+def by_copied(module):
+    twin = copy.deepcopy(module)
+    twin.keys.mul_(-1)
+    return twin
+
+
+def by_pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def by_half(module):
+    return module.half()
+
+
+def by_double(module):
+    return module.double()
+
+
+def by_moved(module):
+    return module.to("cpu", torch.float64).to(torch.float32)
+
+
+def by_emptied(module):
+    module = module.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        module.keys.copy_(NEW)
+    return module
+
+
+CHANGES = [
+    by_inference,
+    by_assign,
+    by_data,
+    by_loaded,
+    by_loaded_by_assignment,
+    by_in_place,
+    by_learned,
+    by_initialised,
+    by_copied,
+    by_pickled,
+    by_half,
+    by_double,
+    by_moved,
+    by_emptied,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_packed_keys_are_never_stale(change):
     module = make().freeze_keys().eval()
     x = torch.randn(200, 2, 3)

@@ -18,6 +18,7 @@ from data_cases import (
     broken_queries,
     duplicates,
     lattice,
+    magnitudes,
     near_duplicates,
     normal,
     offset,
@@ -63,6 +64,10 @@ CASES = [
     ("float64", bisectors, (1, 32, 6), torch.float64, 2, 2),
     ("float64 offset", offset, (1, 32, 6), torch.float64, 1, 2),
     ("float64 1e100", scaled(1e100), (1, 32, 6), torch.float64, 1, 2),
+    ("float64 1e-300", scaled(1e-300), (1, 32, 6), torch.float64, 2, 2),
+    ("float64 1e-160", scaled(1e-160), (1, 32, 6), torch.float64, 1, 2),
+    ("float64 1e300", scaled(1e300), (1, 32, 6), torch.float64, 2, 2),
+    ("float64 1e-300 to 1e300", magnitudes, (1, 32, 6), torch.float64, 2, 2),
 ]
 SHARES = sum(case[-1] for case in CASES)
 
@@ -86,20 +91,22 @@ def violations(queries, keys, indices, distances, topk) -> int:
     good_key = keys.isfinite().all(-1).numpy()
     got, d = indices[:, 0].numpy(), distances[:, 0].numpy()
 
-    safe = np.where(good_key[..., None], keys.double().numpy(), 0)
+    safe = np.where(good_key[..., None], keys.double().numpy(), 0).astype(exact.dtype)
     centre = safe.sum(1) / np.maximum(good_key.sum(1, keepdims=True), 1)
-    with np.errstate(invalid="ignore"):
-        reach = np.linalg.norm(queries[:, 0].double().numpy() - centre, axis=-1)
-    radius = np.where(good_key, np.linalg.norm(safe - centre[:, None], axis=-1), 0).max(1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        reach = np.sqrt(((queries[:, 0].double().numpy() - centre) ** 2).sum(-1))
+    radius = np.where(good_key, np.sqrt(((safe - centre[:, None]) ** 2).sum(-1)), 0).max(1)
     bound = (8 * unit * (reach + radius) ** 2)[..., None]
 
     exact = np.where(good_key, exact, np.inf)
     order = np.sort(exact, -1)[..., :topk]
     chosen = np.take_along_axis(exact, got, -1)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         regret_ok = (chosen <= order + bound) | (np.isinf(chosen) & np.isinf(order))
         roundings = 1 if unit > 2.0**-53 else 3 + np.ceil(np.log2(keys.shape[-1]))
-        rounded_ok = (np.abs(d - chosen) <= roundings * unit * chosen + np.finfo(d.dtype).tiny) | (d == chosen)
+        rounded_ok = (np.abs(d - chosen) <= roundings * unit * chosen + np.finfo(d.dtype).tiny) | (
+            d == chosen.astype(d.dtype)
+        )
     # A twin with a lower index must have been chosen at an earlier rank.
     distinct_ok = np.array([len(set(row)) == topk for row in got.reshape(-1, topk)]).reshape(got.shape[:2])[..., None]
     ok = regret_ok & rounded_ok & distinct_ok

@@ -324,12 +324,6 @@ TOO_LONG = {
     "kernels/scan.py:scan",
     "kernels/search.py:search",
     "kernels/update.py:update",
-    "kvb/modules/pretrained.py:__init__",
-    "kvb/modules/state.py",
-    "tests/kernels/test_kernels.py",
-    "tests/modules/test_bottleneck.py",
-    "tests/modules/test_encoders.py",
-    "tests/modules/test_state.py:changes",
 }
 ROOT = PACKAGE.parent
 
