@@ -324,7 +324,6 @@ TOO_LONG = {
     "kernels/scan.py:scan",
     "kernels/search.py:search",
     "kernels/update.py:update",
-    "tests/modules/test_stale_keys.py",
 }
 ROOT = PACKAGE.parent
 
