@@ -31,6 +31,7 @@ MOST_SPLITS = 64
 LEAST_TILES = 4  # of a part of a codebook
 BOOKS = 8  # codebooks searched side by side: their packed keys share the cache
 PREPARE_ROWS = 64
+RADII = 1024  # largest norms of tiles at a time
 PREPARE_REGISTERS = 168  # three programs of 128 threads share the 65536 of a multiprocessor
 SETTLE_ROWS, SETTLE_COLUMNS = 128, 2  # one thread a row: more would repeat its addresses
 SETTLE = Options(registers=255)
@@ -94,7 +95,7 @@ def _resident(rows: Rows, packed: Tensor, layout: Layout, workers: int, K: int, 
         DP=layout.DP,
         DEPTH=layout.depth,
         MATRIX=matrix_units(packed.device),
-        RADII_WIDTH=power_of_two(layout.TILES),
+        RADII_WIDTH=min(RADII, power_of_two(layout.TILES)),
         P0=P0,
         P1=P1,
         P2=P2,
@@ -176,7 +177,7 @@ def _prepare(rows: Rows, layout: Layout, count: Tensor, shared: dict[str, Any]) 
         RADII=layout.RADII,
         DEPTH=layout.depth,
         MATRIX=matrix_units(count.device),
-        RADII_WIDTH=power_of_two(layout.TILES),
+        RADII_WIDTH=min(RADII, power_of_two(layout.TILES)),
         BR=PREPARE_ROWS,
         BD=min(PIECE, layout.DP),
     )

@@ -62,13 +62,16 @@ def key_columns(column, D: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
-def largest(packed, tiles, WIDTH: tl.constexpr):
+def largest(radii, TILES: tl.constexpr, WIDTH: tl.constexpr):
     """The norm that no scaled key exceeds: the packing left the square of the largest of every tile.
 
     1.0001 is for rounding that square, and for square roots, which are approximate on a GPU.
     """
     tile = tl.arange(0, WIDTH)
-    return tl.sqrt(tl.max(tl.load(packed + tile, mask=tile < tiles, other=0.0), 0)) * 1.0001
+    most = tl.load(radii + tile, mask=tile < TILES, other=0.0)
+    for first in range(WIDTH, TILES, WIDTH):
+        most = tl.maximum(most, tl.load(radii + first + tile, mask=first + tile < TILES, other=0.0))
+    return tl.sqrt(tl.max(most, 0)) * 1.0001
 
 
 @triton.jit

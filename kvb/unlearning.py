@@ -149,12 +149,16 @@ def _batches(owner: str, data: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _encoded(bottleneck: KeyValueBottleneck, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [B, C, (T), *shape] of inputs, and which of them count, [B, C, M]: finite inputs do."""
+    """Codes [B, C, (T), *shape] of inputs, and which of them count, [B, C, M]: finite inputs that found a pair do."""
     codes = bottleneck.encode(x)
-    finite = x.isfinite().all(-1)
+    counted = x.isfinite().all(-1)
     if bottleneck.topk > 1:
-        finite = finite.unsqueeze(2)
-    return codes, finite.expand(codes.shape).flatten(2) if codes.dim() > 2 else finite[..., None]
+        counted = counted.unsqueeze(2)
+    counted = counted.expand(codes.shape)
+    if (present := bottleneck._present()) is not None:
+        ranks = present if bottleneck.topk > 1 else present[:, 0]
+        counted = counted & ranks.view(*ranks.shape, *[1] * (codes.dim() - 1 - ranks.dim()))
+    return codes, counted.flatten(2) if codes.dim() > 2 else counted[..., None]
 
 
 def _given(owner: str, bottleneck: KeyValueBottleneck, codes: Tensor) -> Tensor:

@@ -148,10 +148,12 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         shape = x.shape[2:-1]
         if values_only and self._in_one_pass(pool, shape):
             values, codes = ops.lookup(queries, keys, packed, self.values, self._usable, pool)
+            del packed  # its memory is that of the keys' next packed form
             if self.training:
                 self._observe(queries, codes[..., None])
             return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), values.shape[-1])
         indices, distances = self._search(queries.detach() if values_only else queries, keys, packed)
+        del packed
         output: Tensor | BottleneckOutput
         output = values = self._fetch_values(indices, shape, pool)
         if not values_only:

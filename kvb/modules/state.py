@@ -33,7 +33,7 @@ class BottleneckState(nn.Module):
     State:
         initted [1], cluster_size [C, K], keys_avg [C, K, D], keys [C, K, D] float32, cluster_size_counter [C, K] int64:
         the published names; kvb_flags [3] float32: version, 1 while keys learn, 1 while hits are counted; kvb_mask
-        [C, K] bool: True where a pair may be fetched. A state_dict without the last two loads too, and leaves both as
+        [C, K] float32: 1 where a pair may be fetched. A state_dict without the last two loads too, and leaves both as
         they are.
     """
 
@@ -55,7 +55,7 @@ class BottleneckState(nn.Module):
         self.register_buffer("keys_avg", fresh.clone())
         self.register_buffer("keys", fresh)
         self.register_buffer(_FLAGS, torch.tensor([VERSION, 1, 1], dtype=float32))
-        self.register_buffer(_MASK, torch.ones(C, K, dtype=torch.bool))
+        self.register_buffer(_MASK, torch.ones(C, K, dtype=float32))  # as no recipe that averages takes bools
         # The host's copy of the flags, and what the mask comes to.
         self._learning = self._counting = True
         self._initialised, self._masked = initialised, False
@@ -133,13 +133,13 @@ class BottleneckState(nn.Module):
     def pair_mask(self) -> Tensor | None:
         """The mask [C, K] of ``mask_pairs``, or None where every pair may be fetched."""
         self._look()
-        return self.kvb_mask if self._masked else None
+        return self._taken_quietly(_MASK) > 0.5 if self._masked else None
 
     def mask_pairs(self: _Self, mask: Tensor | None) -> _Self:
         """Restrict the search to pairs where ``mask`` [C, K] (bool) is True; None lifts it. Saved with the module."""
         if mask is not None:
             validation.mask("mask_pairs", mask, self.num_codebooks, self.key_value_pairs_per_codebook)
-        self.kvb_mask = torch.ones_like(self.kvb_mask) if mask is None else mask.to(self.kvb_mask.device, copy=True)
+        self._write(_MASK, torch.ones(()) if mask is None else mask)
         self._look()
         return self
 
@@ -206,12 +206,13 @@ class BottleneckState(nn.Module):
             self._learning, self._counting = learning > 0.5, counting > 0.5
         restricted = not (self._learning or self._counting)
         if not (mask.is_meta or counter.is_meta):
-            usable = mask & (counter > 0) if restricted else mask.detach()  # the mask itself would look held
-            self._masked = not bool(mask.all())
+            allowed = mask > 0.5
+            usable = allowed & (counter > 0) if restricted else allowed
+            self._masked = not bool(allowed.all())
             self._fewest = int(usable.sum(-1).min())
             self._usable = None if self._fewest == mask.shape[1] else usable
         elif self._usable is not None:
-            self._usable = mask.detach()
+            self._usable = mask > 0.5
         self._held = held
 
     # --- packed keys --------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ class BottleneckState(nn.Module):
         self._write("initted", torch.tensor([float(self._initialised)]))
         self._write_flags()
         if not self._masked:
-            self._write(_MASK, torch.ones((), dtype=torch.bool))
+            self._write(_MASK, torch.ones(()))
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: BottleneckState = super()._replicate_for_data_parallel()
@@ -284,7 +285,7 @@ class BottleneckState(nn.Module):
         self._learning, self._counting = own.pop("update_keys"), own.pop("count_cluster_size")
         flags = torch.tensor([VERSION, self._learning, self._counting], dtype=torch.float32)
         self.register_buffer(_FLAGS, flags.to(self.keys.device))
-        self.register_buffer(_MASK, torch.ones_like(self.cluster_size, dtype=torch.bool) if mask is None else mask)
+        self.register_buffer(_MASK, torch.ones_like(self.cluster_size) if mask is None else mask.to(self.cluster_size))
         self.cluster_size_counter = self.cluster_size_counter.to(torch.int64)
 
     # --- state_dict ---------------------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def _admit(
         missing_keys.extend(missing)
         unexpected_keys.extend(surplus)
         raise _Refused
-    for name in own.keys() & given.keys() & (_WIDE | {"cluster_size_counter", _MASK}):
+    for name in own.keys() & given.keys() & (_WIDE | {"cluster_size_counter"}):
         state_dict[prefix + name] = _widened(name, given[name])
 
 
@@ -388,14 +389,14 @@ def _is_surplus(name: str, own: dict[str, Any], module: nn.Module) -> bool:
     return child not in module._modules if dot else name not in own and name != "_extra_state"
 
 
-_WIDE = {*STATISTICS, "initted", _FLAGS}
+_WIDE = {*STATISTICS, "initted", _FLAGS, _MASK}
 
 
 def _widened(name: str, value: Tensor) -> Tensor:
     """In the dtype that the buffer must have where it becomes the buffer itself (``assign=True``)."""
     if name in _WIDE:
         return value if value.dtype in (torch.float32, torch.float64) else value.to(torch.float32)
-    return value.to(torch.bool if name == _MASK else torch.int64)
+    return value.to(torch.int64)
 
 
 def _problems(name: str, value: Any, current: Tensor) -> list[str]:

@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not part of the package
 
@@ -128,7 +129,7 @@ def assembled(code):
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(code)
         file.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 

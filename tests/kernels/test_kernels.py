@@ -207,6 +207,16 @@ def test_programs_share_a_large_codebook(launched):
     assert search.grid[1] == search.arguments["splits"] == 2
 
 
+def test_more_tiles_of_keys_than_are_read_at_once(monkeypatch):
+    """The largest key, which bounds the error of all scores, lies in the last of five tiles."""
+    monkeypatch.setattr(launch_filter, "RADII", 2)
+    queries, keys = normal(20, 2, 300, 14)
+    keys[:, -1] *= 1000
+    keys[:, 1:101] = keys[:, :100] + 1e-4 * torch.randn(2, 100, 14)
+    queries[:, 0] = keys[:, :20].transpose(0, 1) + 1e-5
+    require_the_nearest(queries, keys)
+
+
 def test_a_mask_packs_the_keys_anew(launched):
     queries, keys = normal(20, 2, 300, 7)
     packed = op.pack_keys(keys)

@@ -114,6 +114,18 @@ def test_what_was_forgotten_votes_no_more():
     assert module(torch.randn(50, 2, 3)).abs().max() < 100
 
 
+@pytest.mark.parametrize("topk", [1, 3])
+@pytest.mark.parametrize("shape", [(), (6,)])
+def test_histograms_leave_out_what_was_not_found(topk, shape):
+    module, x = make(topk).eval(), torch.randn(7, 2, *shape, 3)
+    positions = x[0, 0, ..., 0].numel() * 7
+    found = unlearning.hits(module, x)
+    assert found.sum(1).tolist() == ([2 * positions, positions] if topk > 1 else [positions] * 2)
+    assert (found[~MASK] == 0).all()
+    module.mask_pairs(MASK & torch.tensor([[True], [False]]))
+    assert unlearning.hits(module, x)[1].sum() == 0
+
+
 def test_in_a_compiled_graph():
     module, x = make().freeze_keys().eval(), torch.randn(7, 2, 3)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

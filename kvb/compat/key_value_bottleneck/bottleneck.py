@@ -108,6 +108,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         observes = self.training or "learns_in_eval" in self.bugs
         keys, packed = self._keys_for(queries, learns=observes and self._learning)
         indices, distances = self._search(queries, keys, packed)
+        del packed  # its memory is that of the keys' next packed form
         if self._learning:
             indices, distances = indices[..., :1], distances[..., :1]
         values = self._ranked(self.values, indices)
