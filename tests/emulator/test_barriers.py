@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
@@ -46,11 +47,11 @@ def launch_of(name: str, N: int, K: int, D: int, target: str, monkeypatch) -> La
     found, last, run = [], [], Emulation.launch
 
     def note(kernel, ptx):
-        last.append(kernel)
+        last.append(re.search(r"\.entry (\w+)", ptx)[1])
         return ptx
 
     def spy(self, ptx, grid, arguments, shared):
-        if last[-1] in (name, FUNCTIONS[name]):
+        if last[-1] == name:
             found.append(Launch(ptx, grid, arguments, shared))
         run(self, ptx, grid, arguments, shared)
 
@@ -64,9 +65,6 @@ def launch_of(name: str, N: int, K: int, D: int, target: str, monkeypatch) -> La
     monkeypatch.setattr(Emulation, "launch", run)
     assert found, f"no launch of {name}, but of {sorted(set(last))}"
     return found[0]
-
-
-FUNCTIONS = {"kvb_nearest_filter": "search", "kvb_nearest_resident": "resident"}  # by their profiler names
 
 
 def without(ptx: str, what: str, left_out: int) -> str:
@@ -108,7 +106,7 @@ def test_every_barrier(name, N, K, D, target, spare, monkeypatch):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_every_wait(target, monkeypatch):
     """For copies, and for the last of the products that add to the same sums: the others may well be under way."""
-    launched = launch_of("search", 70, 600, 14, target, monkeypatch)
+    launched = launch_of("kvb_nearest_filter", 70, 600, 14, target, monkeypatch)
     ptx = launched.ptx
     waits = [("cp.async.wait_group", place) for place in range(ptx.count("cp.async.wait_group"))]
     waits += [("wgmma.wait_group", ptx.count("wgmma.wait_group") - 1)] * (target == "sm_90")
@@ -120,7 +118,7 @@ def test_every_wait(target, monkeypatch):
 
 def test_proxy_fences(monkeypatch):
     """The one before the loop covers what is written there, the one in the loop what copies bring."""
-    launched = launch_of("search", 70, 600, 14, "sm_90", monkeypatch)
+    launched = launch_of("kvb_nearest_filter", 70, 600, 14, "sm_90", monkeypatch)
     report, _ = launched.again(launched.ptx.replace("fence.proxy.async.shared::cta;", ""))
     assert "without a proxy fence" in str(report)
     report, _ = launched.again(without(launched.ptx, "fence.proxy.async", 1))
