@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvb import __main__, ops, reference, testing
+from kvb.ops import backends
 from kvb.testing import expectations, runner
 
 CPU = torch.device("cpu")
@@ -311,10 +312,13 @@ def test_any_order_of_float64_additions_passes(seed):
 
 
 def test_an_operator_without_a_kernel_runs_in_plain_pytorch(monkeypatch):
-    monkeypatch.setattr(ops, "_kernels", lambda: types.SimpleNamespace(count=lambda *_: "the kernel's"))
+    monkeypatch.setattr(backends, "_kernels", lambda: types.SimpleNamespace(count=lambda *_: "the kernel's"))
+    registered = {}
+    library = types.SimpleNamespace(impl=lambda name, run, key: registered.setdefault(name, run))
+    monkeypatch.setattr(backends, "_backends", {"cpu": ("triton", "")})
+    backends.register_kernels(library, {name: getattr(reference, name) for name in ops.NAMES})
     values, indices = torch.randn(2, 5, 3), torch.randint(5, (4, 1, 2))
-    found = ops._launcher("gather")(values, indices, "none", "bscv")
+    found = registered["gather"](values, indices, "none", "bscv")
     assert torch.equal(found, reference.gather(values, indices, "none", "bscv"))
-    assert ops._launcher("count")() == "the kernel's"
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
-    assert ops.operators("cuda") == ("count",)
+    assert registered["count"]() == "the kernel's"
+    assert backends.among(ops.NAMES, "cpu") == ("count",)
