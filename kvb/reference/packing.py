@@ -85,7 +85,7 @@ def unpack(packed: Tensor, layout: Layout) -> Packed:
 def require_keys(keys: Tensor) -> None:
     require_tensors(keys=keys)
     require_floating(keys=keys)
-    require_shape("keys", keys, None, None, None)
+    require_shape("keys", keys, "C", "K", "D")
     require(keys.numel() > 0, f"expected keys [C, K, D], none of them 0, got {tuple(keys.shape)}")
 
 

@@ -51,7 +51,7 @@ def _begin(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None) -
     require_tensors(queries=queries, keys=keys, packed=packed, mask=mask)
     require_floating(queries=queries)
     C, K, D = keys.shape
-    require_shape("queries", queries, None, None, C, D)
+    require_shape("queries", queries, "B", "S", C, D)
     layout = layout_of(K, D, keys.dtype)
     require_packed(packed, layout, C)
     view = unpack(packed, layout)

@@ -69,12 +69,12 @@ def require_floating(**tensors: Tensor) -> None:
         )
 
 
-def require_shape(name: str, tensor: Tensor, *sizes: int | None) -> None:
-    """``None`` allows any size."""
+def require_shape(name: str, tensor: Tensor, *sizes: int | str) -> None:
+    """A letter in place of a size allows any."""
     fits = tensor.dim() == len(sizes) and all(
-        want is None or want == got for want, got in zip(sizes, tensor.shape, strict=True)
+        isinstance(want, str) or want == got for want, got in zip(sizes, tensor.shape, strict=True)
     )
-    want = ", ".join("*" if size is None else str(size) for size in sizes)
+    want = ", ".join(str(size) for size in sizes)
     require(fits, f"expected {name} [{want}], got {tuple(tensor.shape)}")
 
 

@@ -24,7 +24,7 @@ from kvb.reference.shared import (
 def _require_queries(queries: Tensor, indices: Tensor, K: int) -> None:
     require_tensors(queries=queries, indices=indices)
     require_floating(queries=queries)
-    require_shape("queries", queries, None, None, None, None)
+    require_shape("queries", queries, "B", "S", "C", "D")
     require_codes(indices, queries.shape[2], K)
     require_shape("indices", indices, *queries.shape[:3])
 
@@ -126,7 +126,7 @@ def _require_statistics(
     }
     require((spare is None) == (usable is None), "expected spare rows and how many are usable, or neither")
     if spare is not None and usable is not None:
-        require_shape("spare", spare, C, None, D)
+        require_shape("spare", spare, C, "R", D)
         require_shape("usable", usable, C)
         require(spare.shape[1] > 0, "expected at least one spare row for each codebook")
         # Elsewhere the host would have to wait; ``update_keys_`` clamps.

@@ -31,7 +31,7 @@ def gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
     require_floating(values=values)
     _require_pool(pool)
     require(layout in ("bscv", "bcsv"), f"expected layout 'bscv' or 'bcsv', got {layout!r}")
-    require_shape("values", values, None, None, None)
+    require_shape("values", values, "C", "K", "V")
     C, K, V = values.shape
     require_codes(indices, C, K)
     B, S, _ = indices.shape
@@ -63,9 +63,9 @@ def _require_grad(grad: Tensor, indices: Tensor, K: int, pool: str) -> None:
     require_tensors(grad=grad, indices=indices)
     require_floating(grad=grad)
     _require_pool(pool)
-    require_shape("indices", indices, None, None, None)
+    require_shape("indices", indices, "B", "S", "C")
     B, S, C = indices.shape
-    require_shape("grad", grad, *((B, S, C, None) if pool == "none" else (B, S, None)))
+    require_shape("grad", grad, *((B, S, C, "V") if pool == "none" else (B, S, "V")))
     require_codes(indices, C, K)
 
 
@@ -110,7 +110,7 @@ def sgd_step_(
     """
     require_tensors(values=values, indices=indices, targets=targets)
     require_floating(values=values)
-    require_shape("values", values, None, None, None)
+    require_shape("values", values, "C", "K", "V")
     require(values.is_contiguous(), f"expected contiguous values, got strides {values.stride()}")
     require_apart({"values": values}, indices=indices, targets=targets)
     C, K, V = values.shape
