@@ -41,6 +41,7 @@ def sgd_step_(
     rows, grads, _ = gather_backward_rows(grad[:, None].expand(B, S, V), indices, values.shape[1], "mean")
     norm = grads.double().square().sum().sqrt()
     step = lr * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    rows = torch.where(norm.isfinite(), rows, -1)  # a gradient that is not finite moves nothing
     if rows.numel():
         columns = min(_COLUMNS, power_of_two(V))
         size = min(_MOST_ROWS, _ELEMENTS // columns)
