@@ -77,20 +77,23 @@ def test_searching_and_decoding_agree(capsys):
 
 def test_training_moves_fetched_rows_alone_and_a_class_is_forgotten():
     names: dict = {}
-    fused, rows = (block for block in blocks(GUIDE) if "sgd_step" in block or "RowwiseAdam" in block)
-    exec(blocks(GUIDE)[0], names)
-    exec(fused, names)
-    learned = names["bottleneck"].values.detach().clone()
-    assert names["data"].codes.dtype == torch.int16
-    assert learned.any()
+    guide = blocks(GUIDE)
+    autograd, codes, fused, forgetting = (
+        next(block for block in guide if sign in block)
+        for sign in ("RowwiseAdam", "data = bottleneck.encode_dataset", "sgd_step", "unlearning")
+    )
+    exec(guide[0], names)
+    before = names["bottleneck"].values.detach().clone()
     with pytest.warns(UserWarning, match="moves a row by 0.51 of what it learned"):
-        exec(rows, names)
-    moved = (names["bottleneck"].values != learned).any(-1)
-    touched = torch.zeros_like(moved)
-    touched[torch.arange(64), names["data"].codes[:256].long()] = True
-    assert torch.equal(moved, touched)
-    (block,) = (block for block in blocks(GUIDE) if "unlearning" in block)
-    exec(block, names)
+        exec(autograd, names)
+    exec(codes, names)
+    assert names["data"].codes.dtype == torch.int16
+    touched = torch.zeros(64, 256, dtype=torch.bool)
+    touched[torch.arange(64), names["data"].codes.long()] = True
+    assert torch.equal((names["bottleneck"].values != before).any(-1), touched)
+    exec(fused, names)
+    assert torch.equal(names["bottleneck"].values.detach().any(-1), touched)
+    exec(forgetting, names)
     fetched = names["per_class"][3] > 0
     assert not names["mask"][fetched].all()
     assert names["mask"][~fetched].all()
@@ -115,6 +118,8 @@ def test_the_shapes_of_embeddings(tmp_path, monkeypatch):
     assert names["each"].shape == (2, 4, 64, 128)
     torch.testing.assert_close(names["each"].mean(1), names["output"])
     assert names["quantized"].shape == (2, 64, 512)
+    (block,) = (block for block in blocks(GUIDE) if "kvb.save(" in block)
+    exec(block, names)
     assert [path.name for path in tmp_path.iterdir()] == ["memory.pt"]
 
 
