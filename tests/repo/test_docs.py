@@ -49,6 +49,8 @@ def test_every_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(target.read_text()), link
     for name in re.findall(r"(?:^|[\s`])((?:kvb|tests|benchmarks|kernels|csrc|docs)/[\w./-]*\w)", text):
         assert list(ROOT.glob(name)) or "*" in name, f"{page.name} names {name}"
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{page.name} names {test}"
 
 
 def test_the_readme_is_short_and_starts_with_use():
