@@ -53,6 +53,14 @@ def test_every_link_leads_somewhere(page):
         assert f"def {test}(" in (ROOT / file).read_text(), f"{page.name} names {test}"
 
 
+def test_the_map_shows_every_room_and_file():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = [path.parent.relative_to(ROOT) for path in (ROOT / "kvb").glob("*/__init__.py")]
+    files = [path.relative_to(ROOT) for path in (ROOT / "kvb").glob("*.py")]
+    shown = set(re.findall(r"`((?:kvb|csrc|kernels|benchmarks|tests)/[\w/.]*)`", text))
+    assert {f"{room}/" for room in rooms} | {str(file) for file in files} <= shown
+
+
 def test_the_readme_is_short_and_starts_with_use():
     lines = README.splitlines()
     assert len(lines) <= 140
