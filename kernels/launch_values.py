@@ -23,9 +23,9 @@ class _Block(NamedTuple):
     columns: int
 
 
-_MOST_ROWS = 256  # two a thread: each has its indices, divisions and pointers
-_GATHER = _Block(2048, 256)  # 16 elements a thread: four 128-bit loads in flight
-_POOLED = _Block(1024, 64)  # 8 sums a thread, and the loads of _POOLED_BOOKS codebooks in flight for each
+_MOST_ROWS = 256  # two per thread: each has its indices, divisions and pointers
+_GATHER = _Block(2048, 256)  # 16 elements per thread: four 128-bit loads in flight
+_POOLED = _Block(1024, 64)  # 8 sums per thread, and the loads of _POOLED_BOOKS codebooks in flight for each
 _POOLED_BOOKS = 4
 _ATOMICS = _Block(2048, 128)
 _COUNT = _Block(2048, 128)

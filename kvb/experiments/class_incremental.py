@@ -108,7 +108,7 @@ class Result:
 
 
 class _Area(NamedTuple):
-    """A head, the classes that it answers for, and which output stands for each."""
+    """A head, the classes that it predicts, and which output stands for each."""
 
     head: Head
     classes: Tensor

@@ -45,7 +45,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         concat_values_from_all_codebooks: join the codebooks' values in one axis of C·V.
         sample_codebook_temperature: as for ``KeyValueBottleneck``.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
-        topk: fetch so many nearest pairs; > 1 adds an axis after C, or after B with concatenated values.
+        topk: how many nearest pairs to fetch; > 1 adds an axis after C, or after B with concatenated values.
         outputs_extractor: takes the features out of what the encoder returns, where it is neither of the two.
         sparse_grad, check_finite: as for ``KeyValueBottleneck``.
     Methods:

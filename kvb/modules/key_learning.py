@@ -51,7 +51,7 @@ class KeyReport(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.method}: {self.rows} rows a codebook ({self.skipped} skipped), inertia {self.inertia:.6g}, "
+            f"{self.method}: {self.rows} rows per codebook ({self.skipped} skipped), inertia {self.inertia:.6g}, "
             f"{self.dead_codes} of {self.pairs} codes dead"
         )
 
@@ -188,7 +188,7 @@ def _draw(shape: Iterable[int], like: Tensor, generator: torch.Generator | None)
 
 
 class Reservoir:
-    """A weighted random sample of ``size`` rows a codebook, without replacement, in one pass.
+    """A weighted random sample of ``size`` rows per codebook, without replacement, in one pass.
 
     Every row gets the priority log(u) / weight; the highest stay (Efraimidis and Spirakis, Weighted random sampling
     with a reservoir, Information Processing Letters 97, 2006). Rows of weight 0 are never taken.
@@ -217,7 +217,7 @@ class Reservoir:
 
 
 def _fill(reservoir: Reservoir, K: int, generator: torch.Generator | None) -> Tensor:
-    """K rows a codebook; where data was short, rows drawn again and moved a little. Warns with numbers."""
+    """K rows per codebook; where data was short, rows drawn again and moved a little. Warns with numbers."""
     rows, filled = reservoir.rows[:, :K], reservoir.filled[:, :K]
     found = filled.sum(-1, keepdim=True)
     fewest = int(found.min())

@@ -189,7 +189,7 @@ def problem(case: Case, device: torch.device) -> Problem:
         queries, keys = DATA[case.data](case)
         values = _random(case.C, case.K, case.V)
         mask = torch.rand(case.C, case.K) >= case.masked if case.masked else None
-        # Half of the indices meet in one pair: sums of many rows beside sums of few.
+        # Half of the indices meet in one pair: sums of many rows next to sums of few.
         indices = torch.randint(case.K, (case.B, case.S, case.C)) * (torch.rand(case.B, case.S, case.C) < 0.5)
         grads = {pool: _random(case.B, case.S, *([case.C] if pool == "none" else []), case.V) for pool in POOLS}
     if mask is not None and case.masked < 1:

@@ -66,7 +66,7 @@ def test_the_full_run_tiles_and_counts_its_steps(command, capsys):
     assert record["seen"][-1] > 0.8
     printed = capsys.readouterr().out
     assert printed.count("After task") == 5
-    assert "ms a step" in printed
+    assert "ms per step" in printed
 
 
 def test_tiling_repeats_examples_in_their_order():

@@ -30,7 +30,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore:.*moves a row by")
+@pytest.mark.filterwarnings("ignore:this optimizer moves rows")
 def test_every_block_runs_in_its_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -82,7 +82,7 @@ def test_searching_and_decoding_agree(capsys):
     torch.testing.assert_close(names["logits"], searched)
     names["logits"].sum().backward()
     assert names["bottleneck"].values.grad.abs().sum() > 0
-    assert "kmeans: 1000 rows a codebook (0 skipped)" in capsys.readouterr().out
+    assert "kmeans: 1000 rows per codebook (0 skipped)" in capsys.readouterr().out
 
 
 def test_training_moves_fetched_rows_alone_and_a_class_is_forgotten():
