@@ -39,6 +39,11 @@ def test_the_command_compares(command, capsys):
     assert (out / "protocol-digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_figure_shows_every_head():
+    plots = pytest.importorskip("kvb.experiments.plots", exc_type=ModuleNotFoundError)
+    assert len(set(plots.STYLES)) >= len(protocol.HEADS)
+
+
 def test_the_command_takes_one_scenario_and_stops_on_a_plateau(command, capsys):
     out = command("--seeds", "1", "--scenario", "iid", "--epochs", "30", "--patience", "1")
     record = json.loads((out / "protocol-digits.json").read_text())

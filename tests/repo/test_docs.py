@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import kvb
+from kvb.experiments import protocol
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,6 +61,15 @@ def test_the_map_shows_every_room_and_file():
     files = [path.relative_to(ROOT) for path in (ROOT / "kvb").glob("*.py")]
     shown = set(re.findall(r"`((?:kvb|csrc|kernels|benchmarks|tests)/[\w/.]*)`", text))
     assert {f"{room}/" for room in rooms} | {str(file) for file in files} <= shown
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist", "20ng"])
+def test_the_experiments_are_those_of_the_files(data):
+    report = pytest.importorskip("kvb.experiments.report", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
+    record = json.loads((ROOT / "docs" / f"protocol-{data}.json").read_text())
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    assert report.markdown(protocol.from_json(record)[1]) in page
+    assert all(version in page for version in record["versions"].values())
 
 
 def test_the_readme_is_short_and_starts_with_use():
