@@ -41,6 +41,7 @@ FLOORS = {
     "testing.checks": 2,
     "testing.expectations": 1,
     "testing.cases": 0,
+    "testing.data": -1,
     "ops": 1,
     "checkpoints": 1,
     "items": 1,
