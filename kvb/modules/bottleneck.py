@@ -118,7 +118,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
 
     @property
     def dim_values(self) -> int:
-        """V: that of the tensor, which may be exchanged for another."""
+        """V: the size of the tensor, which may be replaced."""
         return self.values.shape[2]
 
     # --- lookup -------------------------------------------------------------------------------------------------------

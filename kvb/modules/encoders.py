@@ -24,8 +24,8 @@ _Self = TypeVar("_Self", bound="BottleneckedEncoder")
 class BottleneckedEncoder(BottleneckWrapper):
     """An encoder whose features are split over C codebooks and replaced by the values of their nearest keys.
 
-    Equivalent to ``bottleneck(splitter(encoder(x)))``, with the channels of the encoder's output moved last before it,
-    and back after it.
+    Equivalent to ``bottleneck(splitter(encoder(x)))``, with channels moved last before the splitter, and back at the
+    end.
 
     The encoder is put into eval mode here and by every ``train()``, so that its features depend on nothing but its
     input. With ``return_values_only`` no gradient could reach it or the splitter, and none is recorded.
@@ -46,7 +46,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         sample_codebook_temperature: as for ``KeyValueBottleneck``.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
         topk: how many nearest pairs to fetch; > 1 adds an axis after C, or after B with concatenated values.
-        outputs_extractor: takes the features out of what the encoder returns, where it is neither of the two.
+        outputs_extractor: takes the features out of what the encoder returns, if it is neither of the two.
         sparse_grad, check_finite: as for ``KeyValueBottleneck``.
     Methods:
         those of ``KeyValueBottleneck``, which take what ``forward`` takes.
@@ -103,7 +103,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         self.dim_values = dim_values
         self.init_mode = init_mode
         self.kmeans_iters = kmeans_iters
-        self.__dict__["splitting_mode"] = splitting_mode  # a module among the children it is only as the splitter
+        self.__dict__["splitting_mode"] = splitting_mode  # a module becomes a child only as the splitter
         self.decay = decay
         self.eps = eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
@@ -173,7 +173,7 @@ class BottleneckedEncoder(BottleneckWrapper):
                 output = self.encoder(x, **encoder_options)
         features = self._picked(output)
         if not torch.compiler.is_compiling() and features.is_inference() and torch.is_grad_enabled():
-            features = features.clone()  # autograd refuses what an encoder made in inference mode
+            features = features.clone()  # autograd refuses tensors that an encoder created in inference mode
         first = not self.encoder_is_channel_last
         if features.dim() < 2 or features.shape[1 if first else -1] != self.num_channels:
             letters, sizes = (
@@ -245,7 +245,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         generator: torch.Generator | None = None,
         progress: bool = True,
     ) -> _Self:
-        """The published name of ``init_keys``; its report is in ``key_report``. Reads nothing for no epoch of "random".
+        """The published name of ``init_keys``; its report is in ``key_report``. Zero epochs of "random" read nothing.
 
         Args:
             loader: the ``data`` of ``init_keys``; the others are those of ``init_keys``.

@@ -38,7 +38,7 @@ class Rates(NamedTuple):
 class KeyReport(NamedTuple):
     """What ``init_keys`` did, measured on its last pass over the data.
 
-    rows: queries of one codebook seen in that pass; skipped: how many (query, codebook) held NaN or Inf;
+    rows: queries per codebook in that pass; skipped: (query, codebook) pairs with NaN or Inf;
     inertia: mean squared distance of a finite query to its key; dead_codes: pairs that no query hit, of C*K.
     """
 
@@ -166,7 +166,7 @@ def replace_dead(
     threshold: float,
     start: float | None = None,
 ) -> None:
-    """What ``update`` does to dead pairs, without statistics of a batch that could move the others."""
+    """Replace dead pairs as ``update`` does, without moving any other key."""
     hits, sums = torch.zeros_like(cluster_size), torch.zeros_like(keys)
     state = keys, keys_avg, cluster_size
     update(*state, hits, sums, queries, decay=1.0, eps=1.0, threshold=threshold, start=start)
@@ -182,7 +182,7 @@ def _rows(queries: Tensor) -> Tensor:
 
 def _draw(shape: Iterable[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform numbers on the device of ``like``, drawn where the generator lives."""
-    if generator is None:  # not an argument that is None: no graph with sizes that vary takes that
+    if generator is None:  # without the argument: graphs with dynamic sizes do not accept generator=None
         return torch.rand(tuple(shape), device=like.device)
     return torch.rand(tuple(shape), generator=generator, device=generator.device).to(like.device)
 
@@ -217,7 +217,7 @@ class Reservoir:
 
 
 def _fill(reservoir: Reservoir, K: int, generator: torch.Generator | None) -> Tensor:
-    """K rows per codebook; where data was short, rows drawn again and moved a little. Warns with numbers."""
+    """K rows per codebook; where there are too few, repeats rows with jitter. Warns with numbers."""
     rows, filled = reservoir.rows[:, :K], reservoir.filled[:, :K]
     found = filled.sum(-1, keepdim=True)
     fewest = int(found.min())
@@ -345,7 +345,7 @@ def initialise(
     rates: Rates,
     generator: torch.Generator | None,
 ) -> KeyReport:
-    """Find keys in the data, and let them learn; all in place.
+    """Initialise keys from the data, and let them learn; all in place.
 
     Args:
         moving: keys, keys_avg, cluster_size. fresh: there are no keys yet. mask: [C, K], pairs that may be hit.

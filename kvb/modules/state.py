@@ -1,7 +1,7 @@
 """The state of a bottleneck: buffers with published names, flags and a mask; how it is written, copied and loaded.
 
-The buffers are the truth: whoever copies, averages or replaces them changes the module. The host's copy of the flags
-follows, so that no forward waits for a device; it looks at a buffer again when that was written or replaced.
+The buffers are authoritative: whoever copies, averages or replaces them changes the module. The host's copy of the
+flags follows, so that no forward waits for a device; it looks at a buffer again when that was written or replaced.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class BottleneckState(nn.Module):
         self.register_buffer("keys_avg", fresh.clone())
         self.register_buffer("keys", fresh)
         self.register_buffer(_FLAGS, torch.tensor([VERSION, 1, 1], dtype=float32))
-        self.register_buffer(_MASK, torch.ones(C, K, dtype=float32))  # as no recipe that averages takes bools
+        self.register_buffer(_MASK, torch.ones(C, K, dtype=float32))  # because averaging recipes cannot take bools
         # The host's copy of the flags, and what the mask comes to.
         self._learning = self._counting = True
         self._initialised, self._masked = initialised, False
@@ -74,7 +74,7 @@ class BottleneckState(nn.Module):
         self._versions: list[int] = []
         self._names, self._held = 0, True
 
-    # --- sizes: those of the tensors, which may be exchanged for others -----------------------------------------------
+    # --- sizes: those of the tensors, which may be replaced -----------------------------------------------------------
 
     @property
     def num_codebooks(self) -> int:
@@ -159,7 +159,7 @@ class BottleneckState(nn.Module):
         self._write(_FLAGS, torch.tensor([VERSION, self._learning, self._counting], dtype=torch.float32))
 
     def _write(self, name: str, value: Tensor) -> None:
-        """Into the buffer, or in its place where PyTorch allows no writing."""
+        """Write into the buffer, or replace it where PyTorch forbids writing."""
         buffer = self._taken_quietly(name)
         if buffer.is_inference() and not torch.is_inference_mode_enabled():
             setattr(self, name, value.to(buffer))

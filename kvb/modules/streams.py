@@ -61,7 +61,7 @@ class Stream:
         self._begun = 0
 
     def queries(self, label: str, limit: int | None = None) -> Iterator[Tensor]:
-        """One pass; ``limit`` stops it after so many rows of one codebook, rounded up to whole samples."""
+        """One pass; ``limit`` is the number of rows per codebook that end it, rounded up to whole samples."""
         replayed = self.replay and limit is not None
         kept: list[Tensor] = []
         rows = 0

@@ -85,7 +85,7 @@ class Program:
         self.parameters = {name: (place, kind) for place, (kind, name) in enumerate(PARAMETER.findall(head[2]))}
         threads = re.search(r"\.reqntid (\d+)", head[3])
         if threads is None:
-            raise Unsupported(f"{self.name}: expected .reqntid, how many threads per program has")
+            raise Unsupported(f"{self.name}: expected .reqntid, the number of threads of a program")
         self.threads = int(threads[1])
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
