@@ -78,7 +78,7 @@ def update_keys_(
     Given spare rows [C, R, D], of which the first ``usable`` [C] may be taken, pairs whose cluster size is now below
     ``threshold`` take one each, in turn: ``keys = row, cluster_size = start, keys_avg = row * start``.
     """
-    exact = _require_statistics(keys, keys_avg, cluster_size, hits, sums, spare, usable)
+    exact = require_statistics(keys, keys_avg, cluster_size, hits, sums, spare, usable)
     keep = hits.new_full((), decay).masked_fill_(~hits.any(), 1.0)
     size = torch.lerp(hits, cluster_size.to(exact), keep)
     average = torch.lerp(sums, keys_avg.to(exact), keep)
@@ -101,7 +101,7 @@ def update_keys_(
     return packed
 
 
-def _require_statistics(
+def require_statistics(
     keys: Tensor,
     keys_avg: Tensor,
     cluster_size: Tensor,

@@ -62,7 +62,8 @@ FLOORS = {
 }
 ROOMS = ("kvb.compat", "kvb.experiments", "kvb.ops", "kvb.reference", "kvb.testing")
 FILES = sorted(path for path in PACKAGE.glob("**/*.py") if "kernels" not in path.parts)
-# The same for the kernels, which import nothing else of kvb.
+# The same for the kernels, which import little else of kvb: private parts of PyTorch, and a check of many tensors.
+BELOW_KERNELS = {"kvb._torch", "kvb.reference.statistics"}
 KERNEL_FLOORS = {
     "launch": 8,
     "launch_search": 7,
@@ -154,10 +155,6 @@ def test_imports_inside_a_room_make_no_circle():
         below = {name: targets for name, targets in below.items() if name not in lowest}
 
 
-# Private names that are still used where they stand; the list only gets shorter.
-PRIVATE_ELSEWHERE = {"kernels/launch_training.py": {"_assert_async"}}
-
-
 def private_names(source: str) -> set[str]:
     """Attributes of PyTorch, of tensors and of modules of PyTorch that are none of its public interface."""
     found = set()
@@ -184,8 +181,7 @@ PRIVATE_OF_TENSORS = {name for name in dir(torch.Tensor) if re.match(r"_[^_]", n
 
 @pytest.mark.parametrize("path", [*FILES, *KERNELS], ids=lambda path: ".".join(path.parts[-2:]))
 def test_private_names_of_torch_are_in_one_file(path):
-    expected = next((names for end, names in PRIVATE_ELSEWHERE.items() if str(path).endswith(end)), set())
-    assert path.name == "_torch.py" or private_names(path.read_text()) == expected
+    assert path.name == "_torch.py" or not private_names(path.read_text())
 
 
 def test_private_names_are_seen():
@@ -208,9 +204,9 @@ def test_every_file_has_a_floor_and_a_first_sentence():
 
 
 def kernel_imports(path: Path) -> set[str]:
-    """The modules of kvb.kernels that one of them imports; any other module of kvb fails."""
+    """The modules of kvb.kernels that one of them imports; a module of kvb beyond those BELOW_KERNELS fails."""
     found = set()
-    for target in imports(path):
+    for target in imports(path) - BELOW_KERNELS:
         assert re.match(r"kvb\.kernels\b", target), f"{path.name} imports {target}"
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "kvb.kernels":
@@ -251,7 +247,6 @@ def kernel_functions(path: Path) -> list[ast.FunctionDef]:
 def test_kernels_say_what_their_pointers_lead_to(path):
     lines = path.read_text().splitlines()
     for function in kernel_functions(path):
-        assert function.end_lineno - function.lineno < 100, function.name
         for argument in function.args.args:
             number = argument.annotation is not None or argument.arg in NUMBERS
             said = re.search(r"#.*\[.*\]", lines[argument.lineno - 1])
@@ -319,15 +314,6 @@ def test_every_public_name_is_documented():
 
 
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL = 450, 60, 100
-# What is still longer; the list only gets shorter.
-TOO_LONG = {
-    "kernels/pack.py:pack",
-    "kernels/resident.py:refine",
-    "kernels/resident.py:resident",
-    "kernels/scan.py:scan",
-    "kernels/search.py:search",
-    "kernels/update.py:update",
-}
 ROOT = PACKAGE.parent
 
 
@@ -337,7 +323,8 @@ def too_long(path: Path) -> list[str]:
     found = [name] if source.count("\n") > LONGEST_FILE else []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            kernel = any("triton.jit" in ast.unparse(one) for one in node.decorator_list)
+            marks = [ast.unparse(one) for one in node.decorator_list]
+            kernel = any(mark.startswith(("triton.jit", "kernel(")) for mark in marks)
             first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
             if node.end_lineno - first + 1 > (LONGEST_KERNEL if kernel else LONGEST_FUNCTION):
                 found.append(f"{name}:{node.name}")
@@ -347,5 +334,4 @@ def too_long(path: Path) -> list[str]:
 def test_files_and_functions_can_be_read():
     files = [path for room in ("kvb", "kernels", "benchmarks", "tests") for path in (ROOT / room).glob("**/*.py")]
     found = {one for path in files if "data" not in path.parts for one in too_long(path)}
-    assert found <= TOO_LONG, f"too long: {', '.join(sorted(found - TOO_LONG))}"
-    assert found == TOO_LONG, f"no longer too long, take it off the list: {', '.join(sorted(TOO_LONG - found))}"
+    assert not found, f"too long: {', '.join(sorted(found))}"
