@@ -13,11 +13,11 @@ from torch import Tensor
 from kvb.kernels import update
 from kvb.kernels.device import ceil_div, power_of_two
 from kvb.kernels.launch_pack import COLUMNS, Packing, slicing, unpacked
-from kvb.kernels.launcher import Options, run
+from kvb.kernels.launcher import MOST_REGISTERS, Options, run
 from kvb.kernels.layout import TILE
 from kvb.reference.statistics import require_statistics
 
-UPDATE = Options(registers=255)
+UPDATE = Options(registers=MOST_REGISTERS)
 
 
 def update_keys_(

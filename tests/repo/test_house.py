@@ -317,9 +317,8 @@ LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL = 450, 60, 100
 ROOT = PACKAGE.parent
 
 
-def too_long(path: Path) -> list[str]:
+def too_long(name: str, source: str) -> list[str]:
     """The file, and functions of it, that are longer than they may be."""
-    name, source = str(path.relative_to(ROOT)), path.read_text()
     found = [name] if source.count("\n") > LONGEST_FILE else []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -333,5 +332,19 @@ def too_long(path: Path) -> list[str]:
 
 def test_files_and_functions_can_be_read():
     files = [path for room in ("kvb", "kernels", "benchmarks", "tests") for path in (ROOT / room).glob("**/*.py")]
-    found = {one for path in files if "data" not in path.parts for one in too_long(path)}
+    found = {
+        one
+        for path in files
+        if "data" not in path.parts
+        for one in too_long(str(path.relative_to(ROOT)), path.read_text())
+    }
     assert not found, f"too long: {', '.join(sorted(found))}"
+
+
+def test_what_is_too_long_is_seen():
+    for mark, longest in (("", 60), ("@triton.jit\n", 100), ('@kernel("kvb_copy")\n', 100)):
+        lines = "    pass\n" * (longest - 1 - mark.count("\n"))
+        assert not too_long("a.py", f"{mark}def copy():\n{lines}")
+        assert too_long("a.py", f"{mark}def copy():\n{lines}    pass\n") == ["a.py:copy"]
+    assert not too_long("a.py", "\n" * 450)
+    assert too_long("a.py", "\n" * 451) == ["a.py"]
