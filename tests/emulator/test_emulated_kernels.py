@@ -35,6 +35,7 @@ from kvb.kernels import (
     scan,
     scatter,
     search,
+    statistics,
     update,
     values,
 )
@@ -80,7 +81,7 @@ def kernels_of(target: str) -> set[str]:
     """All that the launch files name; small codebooks stay on the chip of sm_90 only."""
     source = "".join(path.read_text() for path in Path(launch.__file__).parent.glob("launch_*.py"))
     found = set()
-    for module in (pack, resident, scan, scatter, search, update, values):
+    for module in (pack, resident, scan, scatter, search, statistics, update, values):
         room = module.__name__.rsplit(".", 1)[1]
         found |= {name for name in vars(module) if re.search(rf"\b{room}\.{name}\b", source)}
     return {name for name in found if launch_table.SEARCH[target].resident or name not in ("resident", "refine")}
