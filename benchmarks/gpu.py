@@ -142,9 +142,9 @@ HEAD = COLUMNS.format("row", "who", "N", "time", "GB/s", "copy", "TFLOP/s", "mat
 
 def _outcome(attempt: Attempt, who: str) -> dict[str, str]:
     """What stopped a row: a missing peer or device feature, a failure of kvb, or one of a peer."""
-    if not attempt.why:
-        return {}
-    return {"wrong" if who == KVB and not attempt.absent else "absent": attempt.why}
+    if who == KVB and attempt.error and not attempt.absent:
+        return {"wrong": attempt.error_line}
+    return {"absent": attempt.why} if attempt.error else {}
 
 
 def _timed(contestant: Contestant, work: Work, session: Session, limits: dict[str, float]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def measure(row: Row, session: Session, limits: dict[str, float]) -> Iterator[di
         contestant = work.kvb if row.who == KVB else peers.offers(work.suite)[row.who](work.given)
         facts |= _timed(contestant, work, session, limits)
     yield facts | _outcome(attempt, row.who)
-    if contestant is None or row.who != KVB or attempt.why or not session.bound_by_host(facts["seconds"]):
+    if contestant is None or row.who != KVB or attempt.error or not session.bound_by_host(facts["seconds"]):
         return
     with Attempt() as attempt:
         facts |= {"who": GRAPH, **_timed(graphed(contestant), work, session, limits)}
