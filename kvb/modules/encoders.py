@@ -67,7 +67,7 @@ class BottleneckedEncoder(BottleneckWrapper):
     """
 
     encoder: nn.Module
-    splitting_mode: str | nn.Module
+    splitting_mode: splitters.Mode | nn.Module
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         dim_values: int,
         init_mode: str = "random",
         kmeans_iters: int = 10,
-        splitting_mode: str | nn.Module = "random_projection",
+        splitting_mode: splitters.Mode | nn.Module = "random_projection",
         decay: float = 0.95,
         eps: float = 1e-5,
         threshold_ema_dead_code: float = 0.0,

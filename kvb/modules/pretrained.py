@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from kvb import validation
+from kvb import splitters, validation
 from kvb.modules import backbones
 from kvb.modules.encoders import BottleneckedEncoder
 from kvb.modules.wrapping import KvbOptions
@@ -58,7 +58,7 @@ class PretrainedEncoder(BottleneckedEncoder):
         backbone: str | None = None,
         extracted_layer: int = 3,
         pool_embedding: bool = True,
-        splitting_mode: str | nn.Module = "chunk",
+        splitting_mode: splitters.Mode | nn.Module = "chunk",
         decay: float = 0.95,
         eps: float = 1e-5,
         threshold_ema_dead_code: float = 0.0,
