@@ -6,14 +6,18 @@ Source of all: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from kvb import ops, validation
 from kvb._torch import assert_async
 
-POOLS = ("none", "mean", "sum")
-LAYOUTS = ("bscv", "bcsv")
+Pool = Literal["none", "mean", "sum"]
+Layout = Literal["bscv", "bcsv"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 def _check_search(owner: str, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
@@ -138,7 +142,7 @@ def sample(
 
 
 def gather(
-    values: Tensor, indices: Tensor, *, pool: str = "none", layout: str = "bscv", sparse_grad: bool = False
+    values: Tensor, indices: Tensor, *, pool: Pool = "none", layout: Layout = "bscv", sparse_grad: bool = False
 ) -> Tensor:
     """Fetch the values that indices name, and pool them over codebooks if asked.
 
@@ -174,7 +178,7 @@ def lookup(
     *,
     packed: Tensor | None = None,
     mask: Tensor | None = None,
-    pool: str = "none",
+    pool: Pool = "none",
 ) -> tuple[Tensor, Tensor]:
     """For every query and codebook, fetch the value of the nearest key.
 

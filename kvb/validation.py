@@ -130,6 +130,22 @@ def mask(owner: str, value: Any, C: int, K: int, name: str = "mask") -> Tensor:
     return value
 
 
+def positions(owner: str, value: Any, sizes: Sequence[int], letters: str = "B, *shape") -> Tensor:
+    """A mask of positions."""
+    if tensor(owner, "mask", value).dtype != torch.bool:
+        raise TypeError(
+            f"{owner}(): mask must be torch.bool, True where a position counts; got {value.dtype}; pass mask != 0"
+        )
+    if value.shape != torch.Size(sizes):
+        raise ValueError(f"expected mask of shape ({letters}) = {tuple(sizes)}, got {tuple(value.shape)}")
+    return value
+
+
+def mask_of_samples(value: Any, N: int) -> None:
+    """A mask of positions [N, *shape], where the shape is not known yet."""
+    positions("mask", value, (N, *tensor("mask", "mask", value).shape[1:]), "N, *shape")
+
+
 def code_dtype(dtype: torch.dtype | str, K: int) -> torch.dtype:
     """The storage of indices below K: "auto" is the smallest of int16 and int32 that holds them."""
     if dtype == "auto":

@@ -158,34 +158,49 @@ def _in_order(ctx: Any, grad: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """``gather`` with a row-sparse gradient: merged rows from the kernel, never a dense [C, K, V]."""
+    """``gather`` with a row-sparse gradient: merged rows from the kernel, never a dense [C, K, V].
 
-    forward = _Gather.forward
-    setup_context = _Gather.setup_context
+    Rows that only positions outside ``counted`` [B, S] fetch are not among them.
+    """
+
+    @staticmethod
+    def forward(values: Tensor, indices: Tensor, pool: str, layout: str, counted: Tensor | None) -> Tensor:
+        return _Gather.forward(values, indices, pool, layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Gather.setup_context(ctx, inputs[:-1], output)
+        ctx.counted = inputs[-1]
+
     jvp = _Gather.jvp
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _require_no_tangents("gather_backward_rows", grads[0])
-        (indices,), K = ctx.saved_tensors, ctx.shape[1]
-        rows, merged, count = torch.ops.kvb.gather_backward_rows(_in_order(ctx, grads[0]), indices, K, ctx.pool)
+        (indices,), K, grad = ctx.saved_tensors, ctx.shape[1], _in_order(ctx, grads[0])
+        if ctx.counted is not None:
+            grad, indices = grad[ctx.counted][None], indices[ctx.counted][None]
+        rows, merged, count = torch.ops.kvb.gather_backward_rows(grad, indices, K, ctx.pool)
         n = int(count)  # on another device the host waits here: a sparse tensor knows its size
         rows = rows[:n]
         places = torch.stack([rows // K, rows % K])
         sparse = torch.sparse_coo_tensor(places, merged[:n], ctx.shape, check_invariants=False, is_coalesced=True)
-        return sparse, None, None, None
+        return sparse, None, None, None, None
 
 
-def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
+def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str, counted: Tensor | None = None) -> Tensor:
     """``torch.ops.kvb.gather`` whose gradient for ``values`` is a coalesced sparse tensor, C and K its sparse axes.
 
     Sparse tensors cannot be traced: under ``torch.compile`` this breaks the graph once.
+
+    Args:
+        counted: bool [B, S]; elsewhere the gradient is zero, and names no rows. None where all positions count.
     """
     if not _learns(values):
         return torch.ops.kvb.gather(values, indices, pool, layout)
     apply = torch.compiler.disable(_GatherRows.apply) if torch.compiler.is_compiling() else _GatherRows.apply
-    return apply(values, indices, pool, layout)
+    return apply(values, indices, pool, layout, counted)
 
 
 class _GatherBackward(torch.autograd.Function):

@@ -128,9 +128,9 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         """Rows of table [C, K, *] at indices [b, n, C, T], as [b, C, T, n, *]."""
         b, n, C, T = indices.shape
         positions = indices.permute(0, 3, 1, 2).reshape(b, T * n, C)
-        return self._gather(table, positions, "none", "bcsv").view(b, C, T, n, table.shape[-1])
+        return self._gather(table, positions, "none").view(b, C, T, n, table.shape[-1])
 
-    def _learn(self, queries: Tensor, indices: Tensor) -> None:
+    def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
         self._packed.forget()
         statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
         key_learning.update(
@@ -160,7 +160,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
             self.keys_avg.copy_(torch.where(dead[..., None], fresh * start, self.keys_avg))
 
     @torch.no_grad()
-    def _initialise_from(self, batch: Tensor) -> None:
+    def _initialise_from(self, batch: Tensor, mask: Tensor | None = None) -> None:
         if batch.numel() == 0:
             return
         if self.init_mode == "kmeans":
