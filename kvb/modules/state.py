@@ -54,7 +54,7 @@ class BottleneckState(nn.Module):
         self.register_buffer("keys_avg", fresh.clone())
         self.register_buffer("keys", fresh)
         self.register_buffer(FLAGS, torch.tensor([VERSION, 1, 1], dtype=float32))
-        self.register_buffer(MASK, torch.ones(C, K, dtype=float32))  # as no recipe that averages takes bools
+        self.register_buffer(MASK, torch.ones(C, K, dtype=float32))  # AveragedModel subtracts buffers, and no bools
         # The host's copy of the flags, and what the mask comes to.
         self._learning = self._counting = True
         self._initialised, self._masked = initialised, False
