@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+_Choice = TypeVar("_Choice", bound=str)
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -39,10 +41,11 @@ def number(name: str, value: Any, low: float, high: float, *, open_low: bool = F
     return float(value)
 
 
-def choice(name: str, value: Any, options: Sequence[str]) -> str:
+def choice(name: str, value: Any, options: Sequence[_Choice]) -> _Choice:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
-    return str(value)
+    chosen: _Choice = value
+    return chosen
 
 
 def topk(value: Any, pairs: int) -> int:
@@ -146,7 +149,7 @@ def mask_of_samples(value: Any, N: int) -> None:
     positions("mask", value, (N, *tensor("mask", "mask", value).shape[1:]), "N, *shape")
 
 
-def code_dtype(dtype: torch.dtype | str, K: int) -> torch.dtype:
+def code_dtype(dtype: torch.dtype | Literal["auto"], K: int) -> torch.dtype:
     """The storage of indices below K: "auto" is the smallest of int16 and int32 that holds them."""
     if dtype == "auto":
         return torch.int16 if K <= 1 << 15 else torch.int32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class KeyValueBottleneck(ReadsData, Modes):
         key_value_pairs_per_codebook: int,
         dim_keys: int,
         dim_values: int,
-        init_mode: str = "random",
+        init_mode: key_learning.Method = "random",
         kmeans_iters: int = 10,
         decay: float = 0.95,
         eps: float = 1e-5,
@@ -173,7 +173,9 @@ class KeyValueBottleneck(ReadsData, Modes):
             self._observe(queries, indices, counted)
         return output
 
-    def encode(self, x: Tensor, *, mask: Tensor | None = None, dtype: torch.dtype | str = torch.int64) -> Tensor:
+    def encode(
+        self, x: Tensor, *, mask: Tensor | None = None, dtype: torch.dtype | Literal["auto"] = torch.int64
+    ) -> Tensor:
         """The indices that ``forward`` would fetch: x [B, C, *shape, D] -> [B, C, *shape] (topk axis after C).
 
         Neither keys nor counts change. Train on the result with ``decode``: no search at all.
@@ -377,7 +379,7 @@ class KeyValueBottleneck(ReadsData, Modes):
 
     @torch.no_grad()
     def _initialise(
-        self, stream: Stream, method: str, epochs: int, generator: torch.Generator | None
+        self, stream: Stream, method: key_learning.Method, epochs: int, generator: torch.Generator | None
     ) -> key_learning.KeyReport:
         """``init_keys`` on copies, which become the state when all went well."""
         keys, keys_avg, cluster_size = (part.clone() for part in self._moving())

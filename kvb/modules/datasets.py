@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class ReadsData:
     def init_keys(
         self,
         data: Tensor | Iterable[Any],
-        method: str | None = None,
+        method: key_learning.Method | None = None,
         *,
         epochs: int = 1,
         inputs_extractor: Callable[[Any], Any] | None = None,
@@ -115,7 +115,7 @@ class ReadsData:
         self,
         data: Tensor | Iterable[Any],
         *,
-        dtype: torch.dtype | str = "auto",
+        dtype: torch.dtype | Literal["auto"] = "auto",
         out: str | os.PathLike[str] | None = None,
         inputs_extractor: Callable[[Any], Any] | None = None,
         mask: Tensor | None = None,

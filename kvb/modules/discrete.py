@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kvb import splitters, validation
 from kvb._torch import register_namedtuple
 from kvb.functional import Pool
+from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
@@ -43,7 +44,7 @@ class DiscreteKeyValueBottleneckConfig:
     encoder: nn.Module | None = None
     codebook_dim: int | None = None
     splitter: nn.Module | None = None
-    init_mode: str = "random"
+    init_mode: key_learning.Method = "random"
     kmeans_iters: int = 10
     decay: float = 0.8
     eps: float = 1e-5

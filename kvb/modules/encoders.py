@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class BottleneckedEncoder(BottleneckWrapper):
     """
 
     encoder: nn.Module
-    splitting_mode: str | nn.Module
+    splitting_mode: splitters.Mode | nn.Module
 
     def __init__(
         self,
@@ -80,9 +80,9 @@ class BottleneckedEncoder(BottleneckWrapper):
         key_value_pairs_per_codebook: int,
         dim_keys: int,
         dim_values: int,
-        init_mode: str = "random",
+        init_mode: key_learning.Method = "random",
         kmeans_iters: int = 10,
-        splitting_mode: str | nn.Module = "random_projection",
+        splitting_mode: splitters.Mode | nn.Module = "random_projection",
         decay: float = 0.95,
         eps: float = 1e-5,
         threshold_ema_dead_code: float = 0.0,
@@ -276,26 +276,23 @@ class BottleneckedEncoder(BottleneckWrapper):
 
     def freeze_encoder(self: _Self) -> _Self:
         """The encoder gets no gradients."""
-        self.frozen_encoder = True
-        self.encoder.requires_grad_(False)
-        return self
+        return self._hold("encoder", True)
 
     def unfreeze_encoder(self: _Self) -> _Self:
         """All parameters of the encoder can learn again, from the distances; it stays in eval mode."""
-        self.frozen_encoder = False
-        self.encoder.requires_grad_(True)
-        return self
+        return self._hold("encoder", False)
 
     def freeze_splitter(self: _Self) -> _Self:
         """A learned projection gets no gradients."""
-        self.frozen_splitter = True
-        self.splitter.requires_grad_(False)
-        return self
+        return self._hold("splitter", True)
 
     def unfreeze_splitter(self: _Self) -> _Self:
         """A learned projection can learn again, from the distances."""
-        self.frozen_splitter = False
-        self.splitter.requires_grad_(True)
+        return self._hold("splitter", False)
+
+    def _hold(self: _Self, part: Literal["encoder", "splitter"], frozen: bool) -> _Self:
+        setattr(self, f"frozen_{part}", frozen)
+        getattr(self, part).requires_grad_(not frozen)
         return self
 
     # --- files --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,8 @@ from kvb.modules.streams import BATCH, Stream
 ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
 SEEDS_PER_KEY = 8  # k-means++ chooses K seeds from a sample of 8*K rows
 JITTER = 1e-3  # of the data's spread: keeps keys apart that were filled from the same row
-METHODS = ("random", "sample", "kmeans", "kmeans++")
+Method = Literal["random", "sample", "kmeans", "kmeans++"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class Rates(NamedTuple):
@@ -365,7 +366,7 @@ def kmeans(
     return keys
 
 
-def passes_needed(method: str, iters: int, epochs: int, *, replay: bool = False) -> int:
+def passes_needed(method: Method, iters: int, epochs: int, *, replay: bool = False) -> int:
     """How often ``init_keys`` reads the data: seeding, iterations, then epochs or one measuring pass.
 
     Args:
@@ -380,7 +381,7 @@ def passes_needed(method: str, iters: int, epochs: int, *, replay: bool = False)
 def initialise(
     moving: tuple[Tensor, Tensor, Tensor],
     stream: Stream,
-    method: str,
+    method: Method,
     *,
     fresh: bool,
     kmeans_iters: int,

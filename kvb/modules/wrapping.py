@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kvb.functional import Pool
-from kvb.modules import positions
+from kvb.modules import key_learning, positions
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.datasets import ReadsData
 from kvb.modules.streams import Part, cut
@@ -28,7 +28,7 @@ class KvbOptions(TypedDict, total=False):
 class BottleneckOptions(KvbOptions, total=False):
     """The options of ``KeyValueBottleneck``, all but its sizes."""
 
-    init_mode: str
+    init_mode: key_learning.Method
     kmeans_iters: int
     decay: float
     eps: float
@@ -112,7 +112,7 @@ class BottleneckWrapper(ReadsData, nn.Module):
         x: Any,
         *,
         mask: Tensor | None = None,
-        dtype: torch.dtype | str = torch.int64,
+        dtype: torch.dtype | Literal["auto"] = torch.int64,
         **encoder_options: Any,
     ) -> Tensor:
         """The indices [B, C, *shape] that ``forward`` would fetch; see ``KeyValueBottleneck.encode``.
