@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import files
+from kvb.modules import legacy
 
 VERSION = 1
 _PIECE = 1 << 20  # bytes copied at a time
@@ -34,7 +35,8 @@ _SHOWN = 10  # problems named in one message
 _LONG = 200  # characters of what a file holds in one message
 _VERSION, _DIGEST, _STATE = "kvb_checkpoint", "sha256", "state_dict"
 # Flags and mask of a bottleneck, which may be absent: together in one tensor of varying length in kvb 0.1, then apart.
-STATE_NAMES = ("kvb_state", "kvb_flags", "kvb_mask")
+FLAGS, MASK = "kvb_flags", "kvb_mask"
+STATE_NAMES = (legacy.NAME, FLAGS, MASK)
 _Module = TypeVar("_Module", bound=nn.Module)
 
 # What torch, zipfile, pickle and json raise on damaged files.

@@ -48,14 +48,16 @@ class CodebookVoting(nn.Module):
             self.register_buffer("weights", torch.tensor(weights or [1] * topk, dtype=torch.float32))
         self.dropout = validation.number("dropout", dropout, 0.0, 1.0)
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """values -> logits [B, V].
 
         With ``channel_last`` values are [B, C, *shape, V] (any axes between the first and the last), and for ``topk``
         > 1 [B, C, T, *shape, V]; without, [B, C, V, *shape] and [B, C, T, V, *shape].
 
+        Args:
+            mask: bool [B, *shape], True where a position votes; a sample without any gets zeros.
         Raises:
-            TypeError: not a floating-point tensor. ValueError: a shape that does not fit.
+            TypeError: not a floating-point tensor, or a mask that is not bool. ValueError: a shape that does not fit.
         """
         validation.floating("CodebookVoting", "values", values)
         ranks = self.topk > 1
@@ -77,10 +79,18 @@ class CodebookVoting(nn.Module):
         votes = values.movedim(axis, -1)
         if ranks:
             votes = torch.tensordot(votes, self.weights.to(values.dtype), ([2], [0]))
-        votes = votes.flatten(1, -2)
+        if mask is not None:
+            validation.positions("CodebookVoting", mask, (votes.shape[0], *votes.shape[2:-1]))
+            validation.same_device("mask", mask, "values", values)
+            votes = torch.where(mask[:, None, ..., None], votes, 0)
+        flat = votes.flatten(1, -2)
         if self.training and self.dropout:
-            votes = nn.functional.dropout1d(votes, self.dropout)
-        return votes.mean(1)
+            flat = nn.functional.dropout1d(flat, self.dropout)
+        if mask is None:
+            return flat.mean(1)
+        return flat.sum(1) / (
+            mask.reshape(len(mask), mask.shape[1:].numel()).sum(1, keepdim=True) * votes.shape[1]
+        ).clamp(min=1)
 
     def extra_repr(self) -> str:
         return f"{self.num_classes} classes" + (f", topk={self.topk}" if self.topk > 1 else "")

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kvb import ops, validation
 from kvb._torch import assert_async
-
-POOLS = ("none", "mean", "sum")
-LAYOUTS = ("bscv", "bcsv")
+from kvb.reference.values import LAYOUTS as LAYOUTS
+from kvb.reference.values import POOLS as POOLS
+from kvb.reference.values import Layout as Layout
+from kvb.reference.values import Pool as Pool
 
 
 def _check_search(owner: str, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
@@ -138,7 +139,7 @@ def sample(
 
 
 def gather(
-    values: Tensor, indices: Tensor, *, pool: str = "none", layout: str = "bscv", sparse_grad: bool = False
+    values: Tensor, indices: Tensor, *, pool: Pool = "none", layout: Layout = "bscv", sparse_grad: bool = False
 ) -> Tensor:
     """Fetch the values at ``indices``, optionally pooled over codebooks.
 
@@ -174,7 +175,7 @@ def lookup(
     *,
     packed: Tensor | None = None,
     mask: Tensor | None = None,
-    pool: str = "none",
+    pool: Pool = "none",
 ) -> tuple[Tensor, Tensor]:
     """For every query and codebook, fetch the value of the nearest key.
 

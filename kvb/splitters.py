@@ -5,15 +5,18 @@ Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 3.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 
 from kvb import validation
 
-MODES = ("chunk", "random_projection", "sparse_projection", "learned_projection")
+Mode = Literal["chunk", "random_projection", "sparse_projection", "learned_projection"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
-def make(mode: str | nn.Module, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.Module:
+def make(mode: Mode | nn.Module, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.Module:
     """The splitter for a published ``splitting_mode``; a module is returned as it is.
 
     Raises:

@@ -32,10 +32,11 @@ from kvb.experiments.seeding import seeded
 from kvb.experiments.studies import Study
 from kvb.experiments.versions import versions
 from kvb.modules.bottleneck import KeyValueBottleneck
+from kvb.modules.key_learning import Method
 from kvb.splitters import RandomProjection
 
 VALIDATION_SHARE = 0.25  # of the training examples
-INIT_MODE = "sample"
+INIT_MODE: Method = "sample"
 HIDDEN = 128
 BUDGET = Budget(epochs=3, batch_size=32, label_smoothing=0.1, clip_norm=1.0)
 

@@ -15,8 +15,7 @@ from kvb.reference.shared import (
     accumulator,
     finite_rows,
     require,
-    require_floating,
-    require_shape,
+    require_keys,
     require_tensors,
 )
 
@@ -80,13 +79,6 @@ def unpack(packed: Tensor, layout: Layout) -> Packed:
         packed[:, a:b].view(layout.dtype),
         packed[:, b:c].view(layout.dtype),
     )
-
-
-def require_keys(keys: Tensor) -> None:
-    require_tensors(keys=keys)
-    require_floating(keys=keys)
-    require_shape("keys", keys, "C", "K", "D")
-    require(keys.numel() > 0, f"expected keys [C, K, D], none of them 0, got {tuple(keys.shape)}")
 
 
 def pack_keys(keys: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from kvb.reference import shared
 from kvb.reference.arithmetic import Parts, exponent, scaled, squared_distances, value, widest
-from kvb.reference.packing import LANES, Packed, layout_of, pack_keys, require_keys, require_packed, unpack
+from kvb.reference.packing import LANES, Packed, layout_of, pack_keys, require_packed, unpack
 from kvb.reference.shared import (
     Tile,
     accumulator,
     finite_rows,
     require,
     require_floating,
+    require_keys,
     require_shape,
     require_tensors,
     tiles,

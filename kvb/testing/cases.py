@@ -11,9 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+from kvb.reference.values import POOLS
 from kvb.testing.data import DATA, MEMORY
-
-POOLS = ("none", "mean", "sum")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from starts import from_zero
 from torch import nn
 
 from kvb import __main__
@@ -206,18 +207,6 @@ def test_another_version_is_refused(monkeypatch):
 
 
 # --- the demos on real data -------------------------------------------------------------------------------------------
-
-
-def from_zero(build):
-    """The most favourable start for the other heads that we know of."""
-
-    def built(study, features):
-        head = build(study, features)
-        for parameter in list(head.parameters())[-2:]:
-            nn.init.zeros_(parameter)
-        return head
-
-    return built
 
 
 def check(module, folder, bar, monkeypatch):
