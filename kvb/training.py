@@ -50,8 +50,7 @@ def sgd_step(
         values: [C, K, V], ``bottleneck.values`` say: contiguous float16, bfloat16, float32 or float64; V classes.
         codes: [B, C, *shape] of any integer dtype, from ``encode`` or a ``CodeDataset``; same device.
         targets: [B] int64 in [0, V).
-        mask: bool [B, *shape], True where a position votes, of a ``CodeDataset`` say; in several operators then. A
-            sample without any has logits of zero, and teaches nothing.
+        mask: bool [B, *shape], True where a position votes; a sample without any teaches nothing.
         lr: the learning rate, >= 0.
         max_norm: the largest norm of the gradient, > 0; None does not clip.
         label_smoothing: in [0, 1].
@@ -71,7 +70,9 @@ def sgd_step(
     validation.codes(codes, values.shape[0])
     validation.integer("sgd_step", "targets", targets)
     validation.shape("targets", targets, "B", (codes.shape[0],))
-    for name, tensor in (("codes", codes), ("targets", targets)):
+    if mask is not None:
+        validation.positions("sgd_step", mask, (codes.shape[0], *codes.shape[2:]))
+    for name, tensor in (("codes", codes), ("targets", targets), ("mask", codes if mask is None else mask)):
         validation.same_device(name, tensor, "values", values)
     infinity = float("inf")
     validation.number("lr", lr, 0.0, infinity)
@@ -82,8 +83,6 @@ def sgd_step(
     targets = targets.to(torch.int64)
     if mask is None:
         return SGDStep(*torch.ops.kvb.sgd_step_(values, flat, targets, lr, limit, label_smoothing))
-    validation.positions("sgd_step", mask, (codes.shape[0], *codes.shape[2:]))
-    validation.same_device("mask", mask, "values", values)
     return _step(values, flat, targets, mask.reshape(flat.shape[:2]), lr, limit, label_smoothing)
 
 
