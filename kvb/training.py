@@ -6,6 +6,7 @@ authors' experiments: mean vote of the codebooks, label smoothing, clipped SGD w
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -74,10 +75,9 @@ def sgd_step(
         validation.positions("sgd_step", mask, (codes.shape[0], *codes.shape[2:]))
     for name, tensor in (("codes", codes), ("targets", targets), ("mask", codes if mask is None else mask)):
         validation.same_device(name, tensor, "values", values)
-    infinity = float("inf")
-    validation.number("lr", lr, 0.0, infinity)
-    limit = infinity if max_norm is None else validation.number("max_norm", max_norm, 0.0, infinity, open_low=True)
-    if validation.number("label_smoothing", label_smoothing, 0.0, infinity) > 1:
+    validation.number("lr", lr, 0.0, math.inf)
+    limit = math.inf if max_norm is None else validation.number("max_norm", max_norm, 0.0, math.inf, open_low=True)
+    if validation.number("label_smoothing", label_smoothing, 0.0, math.inf) > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
     targets = targets.to(torch.int64)
