@@ -1,4 +1,4 @@
-"""Every private part of PyTorch that kvb uses, each named once: what it does, and what says so when it is gone."""
+"""Every private part of PyTorch that kvb uses, each named once: what it does, and the error when it is gone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ has_kernel: Callable[[str, str], bool] = _private("torch._C._dispatch_has_kernel
 # Lets a named tuple pass through torch.export.
 register_namedtuple: Callable[..., None] = _private("torch.utils._pytree._register_namedtuple")
 
-# How often a tensor was written, as far as PyTorch was told.
+# How often a tensor was written, as far as PyTorch knows.
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 # How many tensors of Python and C++ are this one, and how many share the storage at an address.
 users_of: Callable[[Tensor], int] = _private("torch.Tensor._use_count")

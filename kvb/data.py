@@ -47,7 +47,7 @@ class CodeDataset(Dataset[Any]):
     An item is ``codes[i]``, or a tuple of it, ``labels[i]`` and ``mask[i]``, as far as there are any, in this order.
 
     Made by ``encode_dataset``; ``decode(batch, pool="mean")`` or ``kvb.training.sgd_step`` trains on it. Workers of a
-    DataLoader map its file, if it has one, instead of getting a copy. ``torch.load(path, weights_only=True)`` loads
+    DataLoader map its file, if it has one, instead of receiving a copy. ``torch.load(path, weights_only=True)`` loads
     what ``torch.save`` wrote.
 
     Equivalent to ``torch.utils.data.TensorDataset(codes, labels)``, with whole batches for a DataLoader in one read,
@@ -92,7 +92,7 @@ class CodeDataset(Dataset[Any]):
 
         Args:
             path: the .npy file.
-            labels: [N, ...] instead of those of the file.
+            labels: [N, ...], instead of the labels in the file.
         Raises:
             ValueError: the file is no .npy of int16, int32 or int64 in C order, or is damaged; labels that do not fit.
             OSError: it cannot be read.
@@ -106,7 +106,7 @@ class CodeDataset(Dataset[Any]):
         return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A worker that is being started finds the file by its path; anything else gets the numbers."""
+        """A worker that starts gets the path of the file; anything else gets the numbers."""
         file = self._file
         if file is None or multiprocessing.context.get_spawning_popen() is None or not file.is_there():
             return super().__reduce_ex__(protocol)
@@ -133,7 +133,7 @@ class CodeDataset(Dataset[Any]):
         return parts if len(parts) > 1 else parts[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """What a DataLoader calls for a batch: one read for all its samples."""
+        """What a DataLoader calls for a batch: reads all its samples at once."""
         found = self._rows(torch.as_tensor(indices, device=self.codes.device))
         if isinstance(found, Tensor):
             return list(found.unbind())
@@ -151,7 +151,7 @@ class CodeDataset(Dataset[Any]):
 
         Args:
             batch_size: B.
-            shuffle: in an order drawn anew for this pass.
+            shuffle: in a new random order for this pass.
             drop_last: leave out a last batch that is smaller.
             generator: makes the order reproducible.
         Raises:
@@ -185,10 +185,10 @@ class CodeDataset(Dataset[Any]):
 def _remapped(
     kind: type[CodeDataset], path: str, identity: tuple[int, ...], mapped: list[str], others: dict[str, Any]
 ) -> CodeDataset:
-    """What ``CodeDataset`` pickles for a worker, put together there."""
+    """Puts together in a worker what ``CodeDataset`` pickles for it."""
     file = _File.open(path)
     if file.mapped.identity != identity:
-        raise ValueError(f"{path!r} was written anew while a worker was about to open it: open the data set again")
+        raise ValueError(f"{path!r} was replaced while a worker was about to open it: open the data set again")
     found = kind.__new__(kind)
     vars(found).update(others, _file=file, **{name: getattr(file.mapped, name) for name in mapped})
     return found
@@ -227,8 +227,8 @@ def encode(
         labels_extractor: takes the labels out of an item.
     Raises:
         TypeError: data is neither; labels that are no numbers. ValueError: no samples; shapes that change; labels or
-        masks in some items only; labels one too many, or that may be in several places. OSError: the file cannot be
-        written. Whatever is raised, an old file is as it was.
+        masks in some items only; labels not one per sample, or in one of several places. OSError: the file cannot be
+        written. After any error, an old file is as it was.
     """
     kept = items.Labels(labels, inputs_extractor, labels_extractor)
     masks: list[Tensor] = []

@@ -66,7 +66,7 @@ def taken_apart(
 
 
 def inputs_of(item: Any, extractor: Callable[[Any], Any] | None = None) -> Any:
-    """The inputs in an item: what the extractor takes, its first element, a mapping without labels, or itself."""
+    """The inputs in an item: what the extractor returns, its first element, a mapping without labels, or the item."""
     if extractor is not None:
         return extractor(item)
     if isinstance(item, Mapping):
@@ -102,9 +102,9 @@ def labels_of(item: Any, inputs: Any, *, extracted: bool = False) -> Any:
 
 
 def label_tensor(found: Any, advice: str = "") -> Tensor:
-    """Labels on the host as one tensor: of a tensor, an array, numbers in lists, or one of these in a mapping.
+    """Labels as one tensor on the host, from a tensor, an array, numbers in lists, or one of these in a mapping.
 
-    ``advice`` ends what is raised.
+    ``advice`` ends the error message.
 
     Raises:
         TypeError: torch cannot make a tensor of them.
@@ -161,7 +161,7 @@ class Labels:
         return labels_of(item, inputs, extracted=self.inputs_extracted)
 
     def add(self, found: Any, samples: int) -> None:
-        """Keep what ``find`` found in an item of so many samples.
+        """Keep what ``find`` found in an item of ``samples`` samples.
 
         Raises:
             TypeError: labels that are no numbers. ValueError: another number than samples, another dtype or shape than

@@ -22,7 +22,7 @@ from kvb import files
 
 _MAGIC = b"\x93NUMPY\x01\x00"  # of version 1.0; two bytes with the header's length follow
 _ALIGNED = 64  # bytes that the numbers of an array start at a multiple of
-_MANY = 10**18  # more samples than there can be: the codes' header has room for so many
+_MANY = 10**18  # an upper bound of samples: the codes' header has room for it
 _CODES = {"i2": torch.int16, "i4": torch.int32, "i8": torch.int64}
 _LABELS = {
     **_CODES,
@@ -83,7 +83,7 @@ def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor], mas
 
 
 def read(file: BinaryIO, path: str) -> Mapped:
-    """Map a file, which may be closed afterwards; ``path`` is its name in messages.
+    """Map a file, which may be closed afterwards; messages call it ``path``.
 
     Raises:
         ValueError: it is not exactly what ``write`` or ``numpy.save`` writes.
@@ -124,7 +124,7 @@ def _read(file: BinaryIO) -> Mapped:
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:
-    """What no other file has, nor this one with other content."""
+    """Identifies a file with its present content."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""Every argument error message, once: what was expected, what came, and how to mend it.
+"""Every argument error message, once: what was expected, what came, and how to fix it.
 
 ``TypeError`` for types and dtypes, ``ValueError`` for values and shapes, ``RuntimeError`` for state and devices.
 """

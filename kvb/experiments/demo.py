@@ -241,7 +241,7 @@ def _header(study: Study, seed: int, problem: Problem) -> list[str]:
         "  others    linear, and an MLP with one hidden layer of "
         f"{HIDDEN} (ReLU); both start as PyTorch initialises them",
         "            (with output layers that start at zero they forget less, and still end below the bottleneck)",
-        f"  budget    each head: {BUDGET.epochs} epochs a task, the same batches of {BUDGET.batch_size} in the same "
+        f"  budget    each head: {BUDGET.epochs} epochs per task, the same batches of {BUDGET.batch_size} in the same "
         "order, SGD without momentum,",
         f"            gradients clipped to norm {BUDGET.clip_norm:g}, label smoothing {BUDGET.label_smoothing:g}",
         "",

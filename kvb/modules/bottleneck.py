@@ -54,7 +54,7 @@ class KeyValueBottleneck(ReadsData, Modes):
         sample_codebook_temperature: > 0 draws ``topk`` keys from softmax(-distance / temperature), without replacement,
             instead of the nearest.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
-        topk: fetch so many nearest pairs; > 1 adds an axis after C.
+        topk: how many nearest pairs to fetch; > 1 adds an axis after C.
         sparse_grad: give ``values`` a sparse gradient: the rows fetched, merged, never a dense [C, K, V]. For the
             optimizers and ``clip_grad_norm_`` of ``kvb.optim``, ``torch.optim.SGD`` and ``SparseAdam``; one graph break
             under ``torch.compile``.
@@ -98,7 +98,7 @@ class KeyValueBottleneck(ReadsData, Modes):
         D = validation.positive_int("dim_keys", dim_keys)
         V = validation.positive_int("dim_values", dim_values)
         validation.choice("init_mode", init_mode, key_learning.METHODS)
-        with torch.inference_mode(False):  # tensors made in inference mode could never learn
+        with torch.inference_mode(False):  # tensors created in inference mode cannot learn
             super().__init__(C, K, D, initialised=init_mode == "random")
             self.values = nn.Parameter(torch.randn(C, K, V))
         self.init_mode = init_mode
@@ -117,7 +117,7 @@ class KeyValueBottleneck(ReadsData, Modes):
 
     @property
     def dim_values(self) -> int:
-        """V: that of the tensor, which may be exchanged for another."""
+        """V: the size of the tensor, which may be replaced."""
         return self.values.shape[2]
 
     # --- lookup -------------------------------------------------------------------------------------------------------

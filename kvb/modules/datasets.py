@@ -132,7 +132,7 @@ class ReadsData:
         Args:
             data: a tensor such as ``forward`` takes, or an iterable (a DataLoader, say), read once: of inputs, of
                 (inputs, labels, ...) items, or of mappings (Hugging Face) whose labels are called "labels", "label",
-                "targets" or "y", the first of these that is there, and whose other entries are the inputs.
+                "targets" or "y", whichever comes first in this list, and whose other entries are the inputs.
             dtype: as for ``encode``; "auto" is int16 up to K = 32768, int32 above.
             out: a file (.npy) to write the codes to as they come, and then the labels; the result is a map of it, and
                 ``CodeDataset.open`` maps it again. None keeps them in memory.

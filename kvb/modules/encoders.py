@@ -26,8 +26,8 @@ _Self = TypeVar("_Self", bound="BottleneckedEncoder")
 class BottleneckedEncoder(BottleneckWrapper):
     """An encoder whose features are split over C codebooks and replaced by the values of their nearest keys.
 
-    Equivalent to ``bottleneck(splitter(encoder(x)))``, with the channels of the encoder's output moved last before it,
-    and back after it.
+    Equivalent to ``bottleneck(splitter(encoder(x)))``, with channels moved last before the splitter, and back at the
+    end.
 
     The encoder is put into eval mode here and by every ``train()``, so that its features depend on nothing but its
     input. With ``return_values_only`` no gradient could reach it or the splitter, and none is recorded.
@@ -47,8 +47,8 @@ class BottleneckedEncoder(BottleneckWrapper):
         concat_values_from_all_codebooks: join the codebooks' values in one axis of C·V.
         sample_codebook_temperature: as for ``KeyValueBottleneck``.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
-        topk: fetch so many nearest pairs; > 1 adds an axis after C, or after B with concatenated values.
-        outputs_extractor: takes the features out of what the encoder returns, where it is neither of the two. If it
+        topk: how many nearest pairs to fetch; > 1 adds an axis after C, or after B with concatenated values.
+        outputs_extractor: takes the features out of what the encoder returns, if it is neither of the two. If it
             needs two arguments, the second is the encoder's input: for a mean over its attention mask, say.
         sparse_grad, check_finite: as for ``KeyValueBottleneck``.
     Methods:
@@ -106,7 +106,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         self.dim_values = dim_values
         self.init_mode = init_mode
         self.kmeans_iters = kmeans_iters
-        self.__dict__["splitting_mode"] = splitting_mode  # a module among the children it is only as the splitter
+        self.__dict__["splitting_mode"] = splitting_mode  # a module becomes a child only as the splitter
         self.decay = decay
         self.eps = eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
@@ -185,7 +185,7 @@ class BottleneckedEncoder(BottleneckWrapper):
                 output = self.encoder(x, **encoder_options)
         features = self._picked(output, {**x, **encoder_options} if isinstance(x, Mapping) else x)
         if not torch.compiler.is_compiling() and features.is_inference() and torch.is_grad_enabled():
-            features = features.clone()  # autograd refuses what an encoder made in inference mode
+            features = features.clone()  # autograd refuses tensors that an encoder created in inference mode
         first = not self.encoder_is_channel_last
         if features.dim() < 2 or features.shape[1 if first else -1] != self.num_channels:
             letters, sizes = (
@@ -258,7 +258,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         generator: torch.Generator | None = None,
         progress: bool = True,
     ) -> _Self:
-        """The published name of ``init_keys``; its report is in ``key_report``. Reads nothing for no epoch of "random".
+        """The published name of ``init_keys``; its report is in ``key_report``. Zero epochs of "random" read nothing.
 
         Args:
             loader: the ``data`` of ``init_keys``; the others are those of ``init_keys``.

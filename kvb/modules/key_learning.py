@@ -39,7 +39,7 @@ class Rates(NamedTuple):
 class KeyReport(NamedTuple):
     """What ``init_keys`` did, measured on its last pass over the data.
 
-    rows: queries of one codebook seen in that pass; skipped: how many (query, codebook) held NaN or Inf;
+    rows: queries per codebook in that pass; skipped: (query, codebook) pairs with NaN or Inf;
     inertia: mean squared distance of a finite query to its key; dead_codes: pairs that no query hit, of C*K.
     """
 
@@ -52,7 +52,7 @@ class KeyReport(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.method}: {self.rows} rows a codebook ({self.skipped} skipped), inertia {self.inertia:.6g}, "
+            f"{self.method}: {self.rows} rows per codebook ({self.skipped} skipped), inertia {self.inertia:.6g}, "
             f"{self.dead_codes} of {self.pairs} codes dead"
         )
 
@@ -201,7 +201,7 @@ def replace_dead(
     threshold: float,
     start: float | None = None,
 ) -> None:
-    """What ``update`` does to dead pairs, without statistics of a batch that could move the others."""
+    """Replace dead pairs as ``update`` does, without moving any other key."""
     update(
         keys=keys,
         keys_avg=keys_avg,
@@ -226,13 +226,13 @@ def _rows(queries: Tensor) -> Tensor:
 
 def _draw(shape: Iterable[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform numbers on the device of ``like``, drawn where the generator lives."""
-    if generator is None:  # not an argument that is None: no graph with sizes that vary takes that
+    if generator is None:  # without the argument: graphs with dynamic sizes do not accept generator=None
         return torch.rand(tuple(shape), device=like.device)
     return torch.rand(tuple(shape), generator=generator, device=generator.device).to(like.device)
 
 
 class Reservoir:
-    """A weighted random sample of ``size`` rows a codebook, without replacement, in one pass.
+    """A weighted random sample of ``size`` rows per codebook, without replacement, in one pass.
 
     Every row gets the priority log(u) / weight; the highest stay (Efraimidis and Spirakis, Weighted random sampling
     with a reservoir, Information Processing Letters 97, 2006). Rows of weight 0 are never taken.
@@ -261,7 +261,7 @@ class Reservoir:
 
 
 def _fill(reservoir: Reservoir, K: int, generator: torch.Generator | None) -> Tensor:
-    """K rows a codebook; where data was short, rows drawn again and moved a little. Warns with numbers."""
+    """K rows per codebook; where there are too few, repeats rows with jitter. Warns with numbers."""
     rows, filled = reservoir.rows[:, :K], reservoir.filled[:, :K]
     found = filled.sum(-1, keepdim=True)
     fewest = int(found.min())
@@ -390,7 +390,7 @@ def initialise(
     rates: Rates,
     generator: torch.Generator | None,
 ) -> KeyReport:
-    """Find keys in the data, and let them learn; all in place.
+    """Initialise keys from the data, and let them learn; all in place.
 
     Args:
         moving: keys, keys_avg, cluster_size. fresh: there are no keys yet. mask: [C, K], pairs that may be hit.

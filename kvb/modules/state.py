@@ -1,7 +1,7 @@
 """The state of a bottleneck: buffers with published names, flags and a mask; how it is written, copied and loaded.
 
-The buffers are the truth: whoever copies, averages or replaces them changes the module. The host's copy of the flags
-follows, so that no forward waits for a device; it looks at a buffer again when that was written or replaced.
+The buffers are authoritative: whoever copies, averages or replaces them changes the module. The host's copy of the
+flags follows, so that no forward waits for a device; it looks at a buffer again when that was written or replaced.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class BottleneckState(nn.Module):
         self._versions: list[int] = []
         self._names, self._held = 0, True
 
-    # --- sizes: those of the tensors, which may be exchanged for others -----------------------------------------------
+    # --- sizes: those of the tensors, which may be replaced -----------------------------------------------------------
 
     @property
     def num_codebooks(self) -> int:
@@ -158,7 +158,7 @@ class BottleneckState(nn.Module):
         self._write(FLAGS, torch.tensor([VERSION, self._learning, self._counting], dtype=torch.float32))
 
     def _write(self, name: str, value: Tensor) -> None:
-        """Into the buffer, or in its place where PyTorch allows no writing."""
+        """Write into the buffer, or replace it where PyTorch forbids writing."""
         buffer = self._taken_quietly(name)
         if buffer.is_inference() and not torch.is_inference_mode_enabled():
             setattr(self, name, value.to(buffer))

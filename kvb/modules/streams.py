@@ -1,6 +1,6 @@
 """Data as batches of queries: tensors are cut, loaders are read once per pass.
 
-Everything here works on items of a loader; what a query is, and what an encoder makes of an item, the caller says.
+Everything here works on items of a loader; the caller says what a query is, and what an encoder makes of an item.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Stream:
         queries: makes queries [B, S, C, D] of features and mask: of the positions that count.
         replay: keep the features of the first limited pass on the host, and make all limited passes from them, so that
             an encoder sees them once.
-        passes: how often ``batches`` will be read, ``progress`` says.
+        passes: how often ``batches`` will be read; shown by ``progress``.
     Raises:
         TypeError: batches that cannot be iterated. ValueError: a one-shot iterator, and more than one pass.
     """
@@ -68,7 +68,7 @@ class Stream:
         self._begun = 0
 
     def queries(self, label: str, limit: int | None = None) -> Iterator[Tensor]:
-        """One pass; ``limit`` stops it after so many rows of one codebook, rounded up to whole samples."""
+        """One pass; ``limit`` is the number of rows per codebook that end it, rounded up to whole samples."""
         replayed = self.replay and limit is not None
         kept: list[Part] = []
         rows = 0

@@ -1,4 +1,4 @@
-"""What every module around a bottleneck offers: one set of methods under the names of ``KeyValueBottleneck``."""
+"""What every module around a bottleneck offers: the methods of ``KeyValueBottleneck`` under the same names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BottleneckOptions(KvbOptions, total=False):
 
 
 class BottleneckWrapper(ReadsData, nn.Module):
-    """An encoder (or None), a splitter and a bottleneck. A subclass says how they come to be, and what goes in and out.
+    """An encoder (or None), a splitter and a bottleneck. A subclass says how they are built, and what goes in and out.
 
     Its inputs are whatever the encoder takes, the features themselves where there is none. Everything that is not
     described here is as in ``KeyValueBottleneck``.

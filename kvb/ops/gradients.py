@@ -1,4 +1,4 @@
-"""Derivatives of the operators, in reverse and forward mode; what autograd is told of those that write.
+"""Derivatives of the operators, in reverse and forward mode; what autograd learns about those that write.
 
 Values learn; queries learn through the distance to the key that was chosen; keys never learn by gradient.
 """
@@ -44,14 +44,14 @@ def _learns(tensor: Tensor) -> bool:
 
 
 def _save(ctx: Any, *tensors: Tensor) -> None:
-    """For ``backward``, and while tangents are about for ``jvp`` as well."""
+    """For ``backward``, and while forward-mode tangents exist for ``jvp`` as well."""
     ctx.save_for_backward(*tensors)
     if tangents_possible():
         ctx.save_for_forward(*tensors)
 
 
 def _saveable(indices: Tensor) -> Tensor:
-    """Indices made under inference_mode, by a frozen encoder say, may be trained on later."""
+    """Indices from inference_mode (of a frozen encoder, say) may be trained on later."""
     return indices.clone() if indices.is_inference() else indices
 
 
@@ -335,7 +335,7 @@ def lookup(
 
 
 def _differentiate(name: str, function: type[torch.autograd.Function], learns: int) -> None:
-    """Let ``function`` answer where argument ``learns`` requires a gradient, or tangents are about."""
+    """Let ``function`` run where argument ``learns`` requires a gradient, or while forward-mode tangents exist."""
     operator = getattr(torch.ops.kvb, name).default
     record = record_of(function)
 

@@ -84,7 +84,7 @@ def test_linear_and_mlp_see_all_values(shape):
     assert bare.linear.bias is None
     assert MLP(24, 3).hidden.out_features == 128
     for decoder in (linear, mlp):
-        with pytest.raises(ValueError, match=r"num_features = 24 numbers a sample, got \(2, 5, 5\)"):
+        with pytest.raises(ValueError, match=r"num_features = 24 numbers per sample, got \(2, 5, 5\)"):
             decoder(torch.randn(2, 5, 5))
         with pytest.raises(TypeError, match="expected a floating-point values"):
             decoder(torch.ones(2, 24, dtype=torch.int64))
