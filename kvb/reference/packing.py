@@ -19,7 +19,7 @@ from kvb.reference.shared import (
     require_tensors,
 )
 
-LANES = 16  # keys a group: the filter looks at group minima first, which is 16 times less to scan
+LANES = 16  # keys per group: the filter looks at group minima first, which is 16 times less to scan
 
 _HEADER = 64  # bytes of the layout id, and the alignment of a packed codebook
 

@@ -243,7 +243,7 @@ def _draw(scores: Tensor, noise: Tensor, fraction: float, power: Tensor, topk: i
 def sample(
     queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor, topk: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """``topk`` keys a query, drawn from softmax(-distance / temperature) without replacement; both [B, S, C, T].
+    """``topk`` keys per query, drawn from softmax(-distance / temperature) without replacement; both [B, S, C, T].
 
     By the Gumbel trick, with one noise for all draws of a query: the first is what ``topk=1`` draws.
 

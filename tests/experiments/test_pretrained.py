@@ -202,7 +202,7 @@ def test_missing_data_is_named_without_a_traceback(data, package, tmp_path, monk
 
 def test_another_version_is_refused(monkeypatch):
     monkeypatch.setitem(packages.VERSIONS, "torch", "0.0.1")
-    with pytest.raises(packages.MissingPackageError, match=r"torch 0\.0\.1 is needed, but is there in version"):
+    with pytest.raises(packages.MissingPackageError, match=r"torch 0\.0\.1 is needed, but is installed in version"):
         packages.find("torch", "METADATA")
 
 

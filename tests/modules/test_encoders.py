@@ -254,7 +254,7 @@ def test_keys_keep_learning_after_kmeans():
     again = copy.deepcopy(model)
     again.initialize_keys(data, epochs=2, generator=torch.Generator().manual_seed(0), progress=False)
     assert (again.bottleneck.keys - first).abs().max() > 1e-4
-    assert (again.bottleneck.keys - first).abs().max() < 1  # moved, not drawn anew
+    assert (again.bottleneck.keys - first).abs().max() < 1  # moved, not drawn again
     assert again.key_report.method == "kmeans"
 
 
