@@ -22,7 +22,7 @@ from kvb.kernels.rows import Rows
 RESIDENT_K = 256  # codebooks up to here may stay on the chip
 RESIDENT_ROWS = 64  # of a tile: their scores against all keys stay in registers
 RESIDENT_PROGRAMS = 8  # for each processor: they take turns at memory and arithmetic
-REFINE_ROWS, REFINE_COLUMNS = 32, 4  # one thread a row: more would repeat its addresses
+REFINE_ROWS, REFINE_COLUMNS = 32, 4  # one thread per row: more would repeat its addresses
 REFINE_PROGRAMS = 4  # for each program of ``resident``
 REFINE = Options(warps=1)
 
@@ -33,7 +33,7 @@ BOOKS = 8  # codebooks searched side by side: their packed keys share the cache
 PREPARE_ROWS = 64  # of a program: 64 columns of each fill 32 registers of 128 threads
 RADII = 1024  # largest norms of tiles at a time
 PREPARE_REGISTERS = 168  # three programs of 128 threads share the 65536 of a multiprocessor
-SETTLE_ROWS, SETTLE_COLUMNS = 128, 2  # one thread a row: more would repeat its addresses
+SETTLE_ROWS, SETTLE_COLUMNS = 128, 2  # one thread per row: more would repeat its addresses
 SETTLE = Options(registers=MOST_REGISTERS)
 
 

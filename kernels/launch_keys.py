@@ -15,7 +15,7 @@ from kvb.kernels.device import ceil_div, power_of_two
 from kvb.kernels.launch_pack import COLUMNS, Packing, slicing, unpacked
 from kvb.kernels.launcher import MOST_REGISTERS, Options, run
 from kvb.kernels.layout import TILE
-from kvb.reference.statistics import require_statistics
+from kvb.reference.shared import require_statistics
 
 UPDATE = Options(registers=MOST_REGISTERS)
 

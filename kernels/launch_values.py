@@ -24,8 +24,8 @@ from kvb.kernels.launch_shared import (
 )
 from kvb.kernels.launcher import MOST_REGISTERS, Options, run
 
-_GATHER = Block(2048, 256)  # 16 elements a thread: four 128-bit loads in flight
-_POOLED = Block(1024, 64)  # 8 sums a thread, and the loads of _POOLED_BOOKS codebooks in flight for each
+_GATHER = Block(2048, 256)  # 16 elements per thread: four 128-bit loads in flight
+_POOLED = Block(1024, 64)  # 8 sums per thread, and the loads of _POOLED_BOOKS codebooks in flight for each
 _POOLED_BOOKS = 4
 _ATOMICS = Block(2048, 128)
 

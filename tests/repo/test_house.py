@@ -26,6 +26,7 @@ FLOORS = {
     "modules.wrapping": 7,
     "modules.bottleneck": 6,
     "modules.datasets": 5,
+    "modules.modes": 4,
     "data": 4,
     "modules.key_learning": 4,
     "splitters": 4,
@@ -34,6 +35,7 @@ FLOORS = {
     "modules.state": 3,
     "about": 2,
     "modules.packed_keys": 2,
+    "modules.positions": 1,
     "testing.__main__": 6,
     "testing": 5,
     "testing.runner": 4,
@@ -49,6 +51,7 @@ FLOORS = {
     "files": 0,
     "modules": 0,
     "modules.backbones": 0,
+    "modules.legacy": 0,
     "modules.recomputation": 0,
     "modules.streams": 0,
     "validation": 0,
@@ -64,7 +67,7 @@ FLOORS = {
 ROOMS = ("kvb.compat", "kvb.experiments", "kvb.ops", "kvb.reference", "kvb.testing")
 FILES = sorted(path for path in PACKAGE.glob("**/*.py") if "kernels" not in path.parts)
 # The same for the kernels, which import little else of kvb: private parts of PyTorch, and a check of many tensors.
-BELOW_KERNELS = {"kvb._torch", "kvb.reference.statistics"}
+BELOW_KERNELS = {"kvb._torch", "kvb.reference.shared"}
 KERNEL_FLOORS = {
     "launch": 8,
     "launch_search": 7,
@@ -284,12 +287,36 @@ def test_each_kind_of_line_lives_in_its_room():
         r"register_buffer|nn\.Parameter": {"modules", "splitters", "decoders", "compat"},
         r"\btl\.": set(),
         r"perf_counter|time\.time|time\.monotonic": {"experiments", "testing"},
+        r"torch\.manual_seed": {"experiments", "testing"},
     }
     for path in FILES:
         room = name_of(path).split(".")[1]
         for pattern, allowed in rooms.items():
             if re.search(pattern, path.read_text()):
                 assert room in allowed, f"{path.name} holds {pattern}"
+
+
+# What the tree does in one place, and the only files that may.
+ONCE = {
+    r"\b(?:perf_counter|process_time|monotonic|enable_timing)\b": ("benchmarks", ["timing.py"]),
+    r"except Exception\b|issubclass\(kind, Exception\)|isinstance\(error, Exception\)": ("benchmarks", ["timing.py"]),
+    r"torch\.manual_seed|fork_rng": ("kvb/experiments", ["seeding.py"]),
+}
+
+
+@pytest.mark.parametrize("pattern", ONCE)
+def test_one_timer_one_attempt_one_way_to_seed(pattern):
+    folder, files = ONCE[pattern]
+    found = [path.name for path in (PACKAGE.parent / folder).glob("**/*.py") if re.search(pattern, path.read_text())]
+    assert sorted(found) == files
+
+
+def test_kinds_of_data_are_defined_once():
+    from kvb.testing import DATA, MEMORY
+
+    for path in (PACKAGE.parent / "tests").glob("**/*.py"):
+        for node in ast.parse(path.read_text()).body:
+            assert not isinstance(node, ast.FunctionDef) or node.name not in DATA | MEMORY, f"{path.name}: {node.name}"
 
 
 def test_every_operator_has_a_reference_a_fake_and_a_schema():
