@@ -31,6 +31,7 @@ FLOORS = {
     "testing": 2,
     "ops": 1,
     "checkpoints": 0,
+    "collectives": 0,
     "modules": 0,
     "modules.backbones": 0,
     "validation": 0,
