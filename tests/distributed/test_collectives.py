@@ -58,7 +58,8 @@ def test_loaders_of_unequal_length_end_together(processes):
 
 
 def _seed():
-    return collectives.shared_seed(), collectives.shared_seed(generator=torch.Generator().manual_seed(7 + dist.get_rank()))
+    own = torch.Generator().manual_seed(7 + dist.get_rank())
+    return collectives.shared_seed(), collectives.shared_seed(generator=own)
 
 
 def test_a_seed_is_the_same_everywhere(processes):
