@@ -73,8 +73,8 @@ define sanitized
 endef
 
 sanitize: $(VENV)/.kvb-test ## search the extension for bad memory accesses, undefined behaviour and data races
-	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0,-m memory)
-	$(call sanitized,thread,tsan,tsan,TSAN_OPTIONS=ignore_noninstrumented_modules=1,-m threads)
+	$(call sanitized,1,asan,asan ubsan,ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=8192,-m "memory and not slow")
+	$(call sanitized,thread,tsan,tsan,TSAN_OPTIONS=ignore_noninstrumented_modules=1,-m "threads and not slow")
 
 # $(call on_triton,version,packages it needs): the kernels, interpreted and compiled by another version of Triton.
 define on_triton
@@ -126,7 +126,7 @@ $(VENV)/.kvb-bench: $(VENV)/.kvb-test
 	@touch $@
 
 # Both share one kvb: installing for the demo, with or without an extension, means installing anew for the tests.
-$(VENV)/.kvb-demo $(VENV)/.kvb-test: $(VENV)/.kvb-%: $(SETUP) pyproject.toml setup.py Makefile $(wildcard csrc/*)
+$(VENV)/.kvb-demo $(VENV)/.kvb-test: $(VENV)/.kvb-%: $(SETUP) pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/*)
 	@echo "Installing kvb[$*]"
 	@rm -f $(VENV)/.kvb-demo $(VENV)/.kvb-test
 	@KVB_BUILD_EXT=$(EXT_$*) $(PIP) install -q --no-build-isolation -e '.[$*]'

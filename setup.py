@@ -9,6 +9,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 # KVB_BUILD_EXT: build the extension where that is possible, or fail where it is not, or never build it.
 CHOICES = ("auto", "1", "0")
@@ -19,6 +20,11 @@ SANITIZERS = {
     "1": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
+# These follow the user's own flags, among which -ffast-math would make every bound on rounding wrong.
+EXACT_MATH = [
+    *("-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-associative-math", "-fno-reciprocal-math"),
+    *("-fno-finite-math-only", "-fsigned-zeros"),
+]
 
 
 def setting(name, default, allowed):
@@ -30,10 +36,21 @@ def setting(name, default, allowed):
 
 choice = setting("KVB_BUILD_EXT", "auto", CHOICES)
 sanitize = setting("KVB_SANITIZE", "", SANITIZERS)
-sources = sorted(glob("csrc/*.cpp"))
+sources = sorted(glob("csrc/**/*.cpp", recursive=True))
 # kvb/kernels is a symlink to kernels/, which has no __init__.py: so no top-level `kernels` is ever
 # installed, and another package of that name is never shadowed.
 arguments = {"packages": [*find_packages(include=["kvb", "kvb.*"]), "kvb.kernels"]}
+
+
+class BuildPython(build_py):
+    """Takes the kernels from kernels/ where kvb/kernels is no link: Windows, core.symlinks=false, some archives."""
+
+    def get_package_dir(self, package):
+        folder = super().get_package_dir(package)
+        return folder if package != "kvb.kernels" or Path(folder).is_dir() else "kernels"
+
+
+arguments["cmdclass"] = {"build_py": BuildPython}
 
 
 def readme():
@@ -97,19 +114,19 @@ def with_extension():
     extension = CppExtension(
         "kvb._C",
         sources,
-        depends=glob("csrc/*.h") + glob("csrc/*.inc"),
+        depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True),
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=[
-            *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
+            *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden", *EXACT_MATH),
             *(flags and [*flags, "-fno-omit-frame-pointer", "-g", "-O1"]),
         ],
-        extra_link_args=flags,
+        extra_link_args=[*EXACT_MATH, *flags],  # at link time -ffast-math would make the process flush subnormals
         py_limited_api=True,
     )
     extension.libraries = ["c10", "torch_cpu"]  # all that it calls
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": Build},
+        "cmdclass": arguments["cmdclass"] | {"build_ext": Build},
         "options": {
             "bdist_wheel": {"py_limited_api": "cp310"},
             "build": {"build_base": f"build/{sanitize and 'sanitize-' + sanitize}"},

@@ -11,10 +11,11 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks import cpu, overhead, suites, training
-from benchmarks.cpu import Measured, Row
+from benchmarks import cpu, overhead, peers, suites, table, training
 from benchmarks.shapes import SHAPES
 from benchmarks.suites import KVB
+from benchmarks.suites.measuring import Outcome, measure
+from benchmarks.table import Measured, Row, against_best
 from benchmarks.timing import Absent, Effort, Ratio
 
 FULL, QUICK = Effort(rounds=5, seconds=3.0, patience=5.0), Effort(rounds=2, seconds=0.3, patience=1.0)
@@ -22,8 +23,8 @@ PUBLISHED = "dkvb-pytorch"
 
 
 @functools.cache
-def _measured(suite: str, shape: str, quick: bool, only: Callable[[str], bool]) -> suites.Outcome:
-    return suites.measure(suite, SHAPES[shape], QUICK if quick else FULL, only, limits=False)
+def _measured(suite: str, shape: str, quick: bool, only: Callable[[str], bool]) -> Outcome:
+    return measure(suite, SHAPES[shape], QUICK if quick else FULL, only, limits=False)
 
 
 def _everyone(peer: str) -> bool:
@@ -31,7 +32,7 @@ def _everyone(peer: str) -> bool:
 
 
 def _quick(peer: str) -> bool:
-    return peer not in suites.SLOW_PEERS
+    return peers.known()[peer].quick
 
 
 def _plain(peer: str) -> bool:
@@ -44,7 +45,7 @@ def _published(peer: str) -> bool:
 
 def _faster(suite: str, shape: str, quick: bool, only: Callable[[str], bool]) -> Measured:
     """kvb against the best of the chosen peers."""
-    return cpu.against_best(_measured(suite, shape, quick, only))
+    return against_best(_measured(suite, shape, quick, only))
 
 
 def search(shape: str, quick: bool) -> Measured:
@@ -77,9 +78,9 @@ def call(with_gradient: bool, quick: bool) -> Measured:
     return Measured(*seconds, "s", overhead.PEER, race.ratio(overhead.KVB, overhead.PEER))
 
 
-def _at(measure: Callable[..., Measured], *arguments: object) -> Callable[[bool], Measured]:
-    """``measure`` with its first arguments, to be called with ``quick``."""
-    return functools.partial(measure, *arguments)
+def _at(take: Callable[..., Measured], *arguments: object) -> Callable[[bool], Measured]:
+    """``take`` with its first arguments, to be called with ``quick``."""
+    return functools.partial(take, *arguments)
 
 
 def _versus(suite: str, shape: str, only: Callable[[str], bool]) -> Callable[[bool], Measured]:
@@ -101,7 +102,7 @@ ROWS = tuple(row for row in (*OWN, *cpu.ROWS, *training.ROWS) if row.must is not
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return cpu.run(ROWS, "benchmarks.bars", __doc__, arguments, held=True)
+    return table.run(ROWS, "benchmarks.bars", __doc__, arguments, held=True)
 
 
 if __name__ == "__main__":

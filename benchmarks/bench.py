@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import machine, peers, results
 from benchmarks.peers import need
-from benchmarks.shapes import SHAPES
-from benchmarks.suites import FEW, KVB, SLOW_PEERS, SUITES, measure, shapes
+from benchmarks.shapes import FEW, SHAPES
+from benchmarks.suites import KVB, SUITES, shapes
+from benchmarks.suites.measuring import measure
 from benchmarks.timing import Absent, Effort, WrongResult
 
 
@@ -32,7 +33,7 @@ COLUMNS = ("suite:shape", "kvb", "best peer", "time", "faster", "ceiling", "memo
 WIDTHS = (28, 9, 16, 9, 7, 7, 8, 8, 0)
 BUSY = 0.5  # a load beyond which the machine is not ours alone
 LEGEND = """\
-kvb, time      median seconds of a call; every result was verified first
+kvb, time      median seconds per call; every result was verified first
 faster         the best peer's time divided by kvb's
 ceiling        kvb's share of the most this machine does: float32 multiply-adds, or bytes copied, in the same race
 memory, its    peak memory of the first call beyond what was there before, kvb's and the best peer's"""
@@ -58,6 +59,12 @@ def times(value: float) -> str:
     return f"{value:.3g}x" if value < 1000 else f"{value:.0f}x"
 
 
+def wrong(row: dict[str, Any], peer: str) -> str:
+    """What has to be said of a peer that chose other keys than the nearest."""
+    share = row["contestants"][peer].get("share_wrong", 0.0)
+    return f" ({share:.2%} wrong)" if share else ""
+
+
 def cells(suite: str, row: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table."""
     ours, ranked, share = row["contestants"][KVB], results.peers(row), results.share(row)
@@ -66,18 +73,18 @@ def cells(suite: str, row: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"{suite}:{row['shape']}",
         seconds(ours["median"]),
-        best or "none here",
+        f"{best}{wrong(row, best)}" if best else "none here",
         seconds(theirs["median"]) if theirs else "",
         times(results.ratio(row, best)) if best else "",
         "" if share is None else f"{share:.0%}",
         size(ours["peak_bytes"]),
         size(theirs["peak_bytes"]) if theirs else "",
-        ", ".join(f"{name} {times(results.ratio(row, name))}" for name in ranked[1:]),
+        ", ".join(f"{name} {times(results.ratio(row, name))}{wrong(row, name)}" for name in ranked[1:]),
     )
 
 
 class Screen(NamedTuple):
-    """Where the table grows: what takes its lines, and what is told which of them is being measured."""
+    """Where the table grows: what takes its lines, and what takes the name of the line that is being measured."""
 
     show: Callable[[tuple[str, ...]], None]
     doing: Callable[[str], None]
@@ -117,7 +124,7 @@ def run(plan: Plan) -> tuple[list[dict[str, Any]], list[str]]:
     made, wrong, absent, load = [], [], {}, machine.load()
 
     def takes_part(peer: str) -> bool:
-        return plan.slow_peers or peer not in SLOW_PEERS
+        return plan.slow_peers or peers.known()[peer].quick
 
     with screen() as on_screen:
         for suite in plan.suites:
@@ -163,12 +170,13 @@ def main(full: bool, only_peers: bool, target: Path | None, plots: Path | None) 
     for name, fact in machine.facts().items():
         print(f"{name:<20} {fact}")
     if machine.load() > BUSY:
-        print(f"{'note':<20} others compute on this machine (load {machine.load():.1f}): come back when it is quiet")
+        print(f"{'note':<20} this machine is busy (load {machine.load():.1f}): come back when it is quiet")
     made, wrong = run(FULL if full else QUICK)
     print(LEGEND)
     for found in made:
-        if found["suite"] == "search":
-            print(f"search, geometric mean over the best peers: {times(results.mean_ratio(found['rows']))} faster")
+        mean = results.mean_ratio(found["rows"])
+        if found["suite"] == "search" and mean is not None:
+            print(f"search, geometric mean over the best peers: {times(mean)} faster")
     if not full:
         print("more suites, shapes and peers: python -m kvb bench --full; who is missing: python -m kvb bench --peers")
     if target:

@@ -69,7 +69,7 @@ def _library() -> ctypes.CDLL:
 
 
 def multiply_add(threads: int) -> tuple[Contestant, float]:
-    """A register-only loop on so many threads, and how many floating-point operations one run of it does."""
+    """A register-only loop on so many threads, and how many floating-point operations one run of it performs."""
     library = _library()
     pool = ThreadPoolExecutor(threads)
 
@@ -93,7 +93,7 @@ def copy(threads: int | None = None, new_memory: bool = False) -> tuple[Contesta
 
 
 def _rates(ceiling: Callable[[int], tuple[Contestant, float]], threads: int, effort: Effort) -> list[float]:
-    """Units a second on one thread and on ``threads``."""
+    """Units per second on one thread and on ``threads``."""
     pairs = {str(n): ceiling(n) for n in (1, threads)}
     result = race({name: contestant for name, (contestant, _) in pairs.items()}, effort)
     return [amount / result.seconds(name) for name, (_, amount) in pairs.items()]

@@ -6,8 +6,6 @@ when a result is wrong, and 0 otherwise, whatever the ratios; what is missing he
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import functools
 import itertools
 import json
@@ -15,74 +13,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import ceilings, machine, memory, suites, verify
+from benchmarks import ceilings, memory, table, verify
 from benchmarks.peers import faiss
 from benchmarks.shapes import KMEANS, KMEANS_SCALED, PAPER, SEARCH, SEED_B, Module, Search
-from benchmarks.timing import Absent, Contestant, Effort, Race, Ratio, WrongResult, kept_memory, race
+from benchmarks.suites.measuring import measure
+from benchmarks.table import THREADS, Measured, Row, against, against_best, effort
+from benchmarks.timing import Absent, Contestant, Ratio, WrongResult, kept_memory, race
 from kvb import functional, ops
-
-THREADS = 2
-FULL, QUICK = Effort(rounds=7, seconds=5.0), Effort(rounds=3, seconds=0.6)
-SCALES = {"s": (1e3, "ms"), "GF/s": (1e-9, "GF/s"), "GB/s": (1e-9, "GB/s"), "B": (1e-6, "MB")}
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One row's numbers: kvb's figure, its peer's in the same unit, and the ratio that the bar is about."""
-
-    kvb: float
-    peer: float
-    unit: str
-    peer_name: str
-    ratio: Ratio
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table; ``must`` and ``aim`` are lower bounds of the ratio, or upper ones with ``at_most``."""
-
-    name: str
-    measure: Callable[[bool], Measured]  # takes ``quick``
-    must: float | None = None
-    aim: float | None = None
-    at_most: bool = False
-
-    def verdict(self, ratio: float) -> str:
-        if self.must is None:
-            return ""
-        if self.at_most:
-            return "ok" if ratio <= self.must else "above must"
-        return "ok" if ratio >= self.must else "below must"
-
-
-def _effort(quick: bool) -> Effort:
-    return QUICK if quick else FULL
-
-
-def _seconds(result: Race, ours: str, peer: str, peer_name: str) -> Measured:
-    """How many times faster ``ours`` is than ``peer``."""
-    return Measured(result.seconds(ours), result.seconds(peer), "s", peer_name, result.ratio(peer, ours))
-
-
-def against_best(found: suites.Outcome) -> Measured:
-    """kvb against the quickest peer of a suite.
-
-    Raises:
-        Absent: no peer took part.
-    """
-    if not found.peers:
-        raise Absent("; ".join(found.absent.values()) or "no such peer")
-    best = found.peers[0]
-    return _seconds(found.race, suites.KVB, best, best)
-
 
 # --- search -----------------------------------------------------------------------------------------------------------
 
@@ -107,13 +51,13 @@ def _searcher(queries: Tensor, keys: Tensor, threads: int | None = None) -> Cont
 def nearest(shape: Search, quick: bool) -> Measured:
     """The search against one faiss index per codebook."""
     whole = Module(shape.N, shape.C, shape.K, shape.D, V=1, positions=())
-    return against_best(suites.measure("search", whole, _effort(quick), lambda peer: peer == "faiss", limits=False))
+    return against_best(measure("search", whole, effort(quick), lambda peer: peer == "faiss", limits=False))
 
 
 def peak(shape: Search, quick: bool) -> Measured:
-    """Useful operations a second of the search against the multiply-add loop."""
+    """Useful operations per second of the search against the multiply-add loop."""
     loop, flops = ceilings.multiply_add(torch.get_num_threads())
-    result = race({"kvb": _searcher(*_problem(shape)), "peak": loop}, _effort(quick))
+    result = race({"kvb": _searcher(*_problem(shape)), "peak": loop}, effort(quick))
     return Measured(
         shape.flops / result.seconds("kvb"),
         flops / result.seconds("peak"),
@@ -150,18 +94,18 @@ def threads(shape: Search, quick: bool) -> Measured:
     queries, keys = _problem(shape)
     contestants = {str(n): _searcher(queries, keys, n) for n in (1, THREADS)}
     try:
-        result = race(contestants, _effort(quick))
+        result = race(contestants, effort(quick))
     finally:
         torch.set_num_threads(THREADS)
     one, two = contestants
-    return _seconds(result, two, one, "one thread")
+    return against(result, two, one, "one thread")
 
 
 def large_k(quick: bool) -> Measured:
     """K = 65536 against K = 4096: 16 times the work, in how many times the time."""
     N = 4096 if quick else SEARCH["k65536-d16"].N
     large, small = (_searcher(*_problem(SEARCH[name]._replace(N=N))) for name in ("k65536-d16", "k4096-d16"))
-    result = race({"large": large, "small": small}, _effort(quick))
+    result = race({"large": large, "small": small}, effort(quick))
     return Measured(
         result.seconds("large"), result.seconds("small"), "s", "K=4096 of kvb", result.ratio("large", "small")
     )
@@ -173,9 +117,7 @@ def large_k(quick: bool) -> Measured:
 def forward(shape: Module, quick: bool) -> Measured:
     """A frozen module's forward against the lookup in plain PyTorch, in the best of three chunk sizes."""
     fewer = shape._replace(B=shape.B // 4) if quick and shape.S > 1 else shape
-    return against_best(
-        suites.measure("forward", fewer, _effort(quick), lambda peer: peer == "torch baddbmm", limits=False)
-    )
+    return against_best(measure("forward", fewer, effort(quick), lambda peer: peer == "torch baddbmm", limits=False))
 
 
 def peak_memory(quick: bool) -> Measured:
@@ -196,7 +138,7 @@ def packed_size(quick: bool) -> Measured:
 
 def _bandwidth(ours: Contestant, nbytes: int, quick: bool, new_memory: bool = False) -> Measured:
     peer, copied = ceilings.copy(new_memory=new_memory)
-    result = race({"kvb": ours, "copy": peer}, _effort(quick))
+    result = race({"kvb": ours, "copy": peer}, effort(quick))
     return Measured(
         nbytes / result.seconds("kvb"),
         copied / result.seconds("copy"),
@@ -216,7 +158,7 @@ def _seen_from(layout: Tensor) -> Tensor:
 
 
 def gather(quick: bool, new_memory: bool = False) -> Measured:
-    """Bytes written a second. The result is large: in memory new to the process, page faults outweigh everything."""
+    """Bytes written per second. The result is large: in memory new to the process, page faults outweigh everything."""
     shape = SEED_B
     values, codes = torch.randn(shape.C, shape.K, shape.V), _codes(shape)
     ours = Contestant(
@@ -231,7 +173,7 @@ def gather(quick: bool, new_memory: bool = False) -> Measured:
 
 
 def gather_backward(quick: bool) -> Measured:
-    """Bytes of gradient read a second."""
+    """Bytes of gradient read per second."""
     shape = SEED_B
     codes, grad = _codes(shape), _seen_from(torch.randn(shape.B, shape.C, shape.S, shape.V))
     ours = Contestant(
@@ -242,7 +184,7 @@ def gather_backward(quick: bool) -> Measured:
 
 
 def accumulate(quick: bool) -> Measured:
-    """Bytes of queries read a second."""
+    """Bytes of queries read per second."""
     shape = SEED_B
     codes, queries = _codes(shape), _seen_from(torch.randn(shape.B, shape.C, shape.S, shape.D))
     ours = Contestant(
@@ -271,8 +213,8 @@ def gather_mean(quick: bool) -> Measured:
         "kvb": Contestant(ours, lambda out: verify.fetched(values, sets[0], out, "mean", "bscv")),
         "peer": Contestant(theirs, lambda out: verify.fetched(values, sets[0], out[:, None], "mean", "bscv")),
     }
-    result = race(contestants, _effort(quick))
-    return _seconds(result, "kvb", "peer", "F.embedding_bag(mean)")
+    result = race(contestants, effort(quick))
+    return against(result, "kvb", "peer", "F.embedding_bag(mean)")
 
 
 def kmeans(quick: bool) -> Measured:
@@ -305,8 +247,8 @@ def kmeans(quick: bool) -> Measured:
             raise WrongResult(f"{moved:.2%} of faiss' means differ from kvb's")
 
     theirs = Contestant(faiss.faiss_kmeans(queries, keys), check_peer)
-    result = race({"kvb": Contestant(iterate, check), "faiss": theirs}, _effort(quick))
-    return _seconds(result, "kvb", "faiss", f"faiss Kmeans, {shape.N} x {shape.C} x {shape.D}")
+    result = race({"kvb": Contestant(iterate, check), "faiss": theirs}, effort(quick))
+    return against(result, "kvb", "faiss", f"faiss Kmeans, {shape.N} x {shape.C} x {shape.D}")
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -320,11 +262,9 @@ NEAREST = {
     "k1024-d128": (1.7, 2.2),
     "paper": (1.7, 2.5),
     "one-sample": (1.5, 3),
-    "smoke": (None, None),
 }
 PEAKS = ("k4096-d16", "k1024-d64")
 ON_THREADS = ("k4096-d16", "paper", "one-codebook", "one-sample")
-HIDDEN = "nearest:smoke"  # runs only when asked for
 
 ROWS = (
     *(Row(f"nearest:{n}", functools.partial(nearest, SEARCH[n]), *bars) for n, bars in NEAREST.items()),
@@ -343,102 +283,12 @@ ROWS = (
     Row("gather-mean:paper", gather_mean, 1.0, 1.5),
     Row("kmeans:paper", kmeans, 1.5),
     Row("large-k", large_k, 16.5, at_most=True),
+    Row("nearest:smoke", functools.partial(nearest, SEARCH["smoke"]), hidden=True),
 )
 
 
-def _figure(value: float, unit: str) -> str:
-    scale, name = SCALES[unit]
-    return f"{value * scale:.4g} {name}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-COLUMNS = "{:<23} {:>11} {:>11} {:>7} {:>15} {:>6} {:>5}  {:<11} {}"
-HEAD = COLUMNS.format("row", "kvb", "peer", "ratio", "quartiles", "must", "aim", "", "peer")
-
-
-def _line(row: Row, m: Measured) -> str:
-    return COLUMNS.format(
-        row.name,
-        _figure(m.kvb, m.unit),
-        _figure(m.peer, m.unit),
-        _number(m.ratio.value),
-        f"{m.ratio.low:.3g} to {m.ratio.high:.3g}",
-        ("<= " if row.at_most else "") + _number(row.must),
-        _number(row.aim),
-        row.verdict(m.ratio.value),
-        m.peer_name,
-    ).rstrip()
-
-
-def _measure(row: Row, quick: bool) -> dict[str, Any]:
-    """Measure a row and print its line; what the JSON report says of it."""
-    try:
-        measured = row.measure(quick)
-    except Absent as absent:
-        print(f"{row.name:<23} absent: {absent}", flush=True)
-        return {"name": row.name, "absent": str(absent)}
-    except WrongResult as wrong:
-        print(f"{row.name:<23} WRONG: {wrong}", flush=True)
-        return {"name": row.name, "wrong": str(wrong)}
-    print(_line(row, measured), flush=True)
-    bars = {"must": row.must, "aim": row.aim, "at_most": row.at_most, "verdict": row.verdict(measured.ratio.value)}
-    return {"name": row.name, **dataclasses.asdict(measured), **bars}
-
-
-def _chosen(rows: Sequence[Row], only: Sequence[str] | None, parser: argparse.ArgumentParser) -> list[Row]:
-    if only is None:
-        return [row for row in rows if row.name != HIDDEN]
-    for name in only:
-        if not any(name in (row.name, row.name.partition(":")[0]) for row in rows):
-            parser.error(f"no row {name!r}; there are: {', '.join(row.name for row in rows)}")
-    return [row for row in rows if row.name in only or (row.name.partition(":")[0] in only and row.name != HIDDEN)]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    return run(ROWS, "benchmarks.cpu", __doc__, arguments, with_ceilings=True)
-
-
-def run(
-    table: Sequence[Row],
-    module: str,
-    about: str,
-    arguments: Sequence[str] | None,
-    *,
-    with_ceilings: bool = False,
-    held: bool = False,
-) -> int:
-    """The command line of a table of rows; the exit status: 1 where a result is wrong, or, ``held``, misses its bar."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller problems: a minute or so")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    one = table[0].name
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help=f'rows ("{one}") or groups of them ("{one.partition(":")[0]}")'
-    )
-    options = parser.parse_args(arguments)
-    chosen = _chosen(table, options.only, parser)
-    torch.set_num_threads(THREADS)
-    facts = machine.facts()
-    for name, fact in facts.items():
-        print(f"{name:<20} {fact}")
-    limits: dict[str, float] = {}
-    if options.only is None and with_ceilings:
-        limits, absent = ceilings.measure(_effort(options.quick))
-        for name, limit in limits.items():
-            print(f"{name}: {limit:.4g}")
-        for reason in absent:
-            print(f"absent: {reason}")
-    print(HEAD, flush=True)
-    rows = [_measure(row, options.quick) for row in chosen]
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "ceilings": limits, "rows": rows}, indent=1) + "\n")
-    short = [row["name"] for row in rows if held and row.get("verdict") not in (None, "", "ok")]
-    if short:
-        print(f"below their bars: {', '.join(short)}")
-    return 1 if short or any("wrong" in row for row in rows) else 0
+    return table.run(ROWS, "benchmarks.cpu", __doc__, arguments, with_ceilings=True)
 
 
 if __name__ == "__main__":

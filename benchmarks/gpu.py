@@ -1,116 +1,81 @@
 """The GPU backend against its peers and the card: ``python -m benchmarks.gpu --out DIR``, from the repository root.
 
-Every result is verified before it is timed. Times are medians between events on the device; rates stand beside the
-card's own, a copy and a bfloat16 matrix product measured in the same run. It takes at most five minutes: what does not
-fit is listed as such, and so are peers that are not installed. The exit status is 1 where kvb is wrong. Needs no
-package but torch and triton.
+Every result is verified before it is timed. Times are medians between events on the device; rates stand next to the
+card's own, a copy and a bfloat16 matrix product of random numbers measured in the same run. A row that waits for the
+host is measured again as a CUDA graph. DIR gets gpu.jsonl and gpu.txt, row by row; what does not fit into the time is
+listed as such, and so are peers that are not installed. The exit status is 1 if kvb is wrong. Needs no package but
+torch and triton.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import datetime
 import functools
-import importlib
-import itertools
-import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from time import perf_counter
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-import kvb
-from benchmarks import verify
+from benchmarks import machine, peers, results
+from benchmarks.journal import Journal
 from benchmarks.shapes import GPU, Lookup
-from benchmarks.timing import Absent
-from kvb import functional, ops, reference
+from benchmarks.suites import on_device
+from benchmarks.suites.case import KVB
+from benchmarks.suites.on_device import Problem, Work
+from benchmarks.timing import Absent, Contestant, Deadline, Effort, EventClock, clock_of, run_on
+from kvb.testing.verdicts import device_is_lost
 
 LIMIT = 285.0  # seconds for everything
-SAMPLE = 256  # positions that are verified
-SCORES = 1 << 28  # of the eager search at a time: 1 GB
-FITS = 0.6  # of the free memory may be taken by one row
+HOST_BOUND = 1.25  # a call is bound by the host if the device needs less than so many times the host's time for it
+GRAPH = f"{KVB}, CUDA graph"
 
 
-# --- the clock --------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Session:
+    """One run on one device: how long rows are timed, and when all time is used up."""
 
+    device: torch.device
+    small: bool = False
+    limit: float = LIMIT
 
-class Clock:
-    """Times calls on one device, each for about ``turn`` seconds, and knows when all time is used up."""
-
-    def __init__(self, device: torch.device, turn: float, limit: float = LIMIT) -> None:
-        self.device, self.turn, self.end = device, turn, perf_counter() + limit
+    def __post_init__(self) -> None:
+        self.deadline = Deadline(self.limit)
+        self.clock = clock_of(self.device)
+        self.effort = Effort(rounds=1, seconds=0.0, turn=0.01 if self.small else 0.3)
 
     def require_time(self) -> None:
-        if perf_counter() > self.end:
-            raise Absent("no time left: name it with --only to have it alone")
+        if self.deadline.left < 0:
+            raise Absent("no time left: name it with --only to measure it alone")
 
-    def median(self, run: Callable[[], Any]) -> float:
-        """Seconds of one call, after two that do not count."""
-        run()
-        calls = max(5, min(200, int(self.turn / max(self._seconds(run, 1)[0], 1e-6))))
-        return statistics.median(self._seconds(run, calls))
+    def calls(self, run: Callable[[], Any]) -> list[float]:
+        """The seconds of every timed call, ascending, after two that do not count."""
+        first, _ = self.clock.timed(run)
+        race = run_on({"": Contestant(run, lambda found: None)}, {"": first}, self.effort, self.clock)
+        return sorted(race.turns[""][0])
 
-    def _seconds(self, run: Callable[[], Any], calls: int) -> list[float]:
-        if self.device.type == "cpu":
-            stamps = [perf_counter()]
-            for _ in range(calls):
-                run()
-                stamps.append(perf_counter())
-            return [after - before for before, after in itertools.pairwise(stamps)]
-        pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(calls)]
-        torch.cuda.synchronize(self.device)
-        for before, after in pairs:
-            before.record()
-            run()
-            after.record()
-        torch.cuda.synchronize(self.device)
-        return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+    def bound_by_host(self, seconds: float) -> bool:
+        """Whether the latest calls took as long as it took to submit them."""
+        return isinstance(self.clock, EventClock) and seconds < HOST_BOUND * self.clock.submitting
 
 
-def ceilings(clock: Clock, quick: bool) -> dict[str, float]:
-    """Bytes a second of a copy, read and write, and operations a second of a bfloat16 matrix product."""
-    source = torch.ones(1 << (18 if quick else 28), device=clock.device)
+def ceilings(session: Session) -> dict[str, float]:
+    """Bytes per second of a copy, read and write, and operations per second of a bfloat16 matrix product.
+
+    Of random numbers: a card that multiplies zeros or ones needs less power, and runs at a higher clock.
+    """
+    source = torch.randn(1 << (18 if session.small else 28), device=session.device)
     target = torch.empty_like(source)
-    size = 128 if quick else 8192
-    factor = torch.ones(size, size, dtype=torch.bfloat16, device=clock.device)
+    size = 128 if session.small else 8192
+    left, right = (torch.randn(size, size, device=session.device).bfloat16() for _ in range(2))
     return {
-        "copy": 2 * source.nbytes / clock.median(lambda: target.copy_(source)),
-        "matmul": 2 * size**3 / clock.median(lambda: factor @ factor),
+        "copy": 2 * source.nbytes / statistics.median(session.calls(lambda: target.copy_(source))),
+        "matmul": 2 * size**3 / statistics.median(session.calls(lambda: left @ right)),
     }
-
-
-# --- problems ---------------------------------------------------------------------------------------------------------
-
-
-class Problem(NamedTuple):
-    """Inputs of one row on the device; positions are the batch: queries [N, 1, C, D]."""
-
-    shape: Lookup
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    indices: Tensor
-
-
-def _row_bytes(shape: Lookup, with_values: bool) -> int:
-    """Memory of all that grows with N, by position: inputs, outputs, and a gradient or two."""
-    return shape.C * (4 * shape.D + 40 + 12 * shape.V * with_values)
-
-
-def reduced(shape: Lookup, free: int, with_values: bool) -> Lookup:
-    """The shape with as few halvings of N as make it fit into ``free`` bytes."""
-    while shape.N > 1 and shape.N * _row_bytes(shape, with_values) > FITS * free:
-        shape = shape._replace(N=shape.N // 2)
-    return shape
-
-
-def _free(device: torch.device) -> int:
-    return 8 << 30 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def small(shape: Lookup) -> Lookup:
@@ -118,233 +83,31 @@ def small(shape: Lookup) -> Lookup:
     return Lookup(min(shape.N, 64), min(shape.C, 4), min(shape.K, 300), shape.D, min(shape.V, 8))
 
 
-def problem(shape: Lookup, device: torch.device, with_values: bool) -> Problem:
-    shape = reduced(shape, _free(device), with_values)
-    generator = torch.Generator(device).manual_seed(0)
-    random = functools.partial(torch.randn, generator=generator, device=device)
-    N, C, K, D, V = shape
-    indices = torch.randint(K, (N if with_values else 0, 1, C), generator=generator, device=device)
-    return Problem(shape, random(N, 1, C, D), random(C, K, D), random(C, K, V), indices)
-
-
-def _sample(N: int) -> Tensor:
-    return torch.linspace(0, N - 1, min(SAMPLE, N)).long()
-
-
-def _some(tensor: Tensor, rows: Tensor) -> Tensor:
-    return tensor[rows.to(tensor.device)].cpu()
-
-
-# --- operators --------------------------------------------------------------------------------------------------------
-
-
-class Work(NamedTuple):
-    """What one contestant does, how its result is judged, and what the algorithm moves and computes at least."""
-
-    run: Callable[[], Any]
-    judge: Callable[[Any], float]  # the share of wrong choices; raises WrongResult where there must be none
-    nbytes: float
-    flops: float
-
-
-def _search_work(given: Problem) -> tuple[float, float]:
-    shape = given.shape
-    nbytes = shape.query_bytes + shape.key_bytes + 12 * shape.N * shape.C
-    return nbytes, 2.0 * shape.N * shape.C * shape.K * shape.D
-
-
-def search(given: Problem) -> Work:
-    """``nearest`` with packed keys: indices and distances."""
-    packed = functional.pack_keys(given.keys)
-    rows = _sample(given.shape.N)
-
-    def judge(found: tuple[Tensor, Tensor]) -> float:
-        verify.nearest(_some(given.queries, rows), given.keys.cpu(), _some(found[0], rows), _some(found[1], rows))
-        return 0.0
-
-    return Work(lambda: functional.nearest(given.queries, given.keys, packed=packed), judge, *_search_work(given))
-
-
-def graphed(given: Problem) -> Work:
-    """The same search, captured once as a CUDA graph and replayed."""
-    work = search(given)
-    if given.queries.device.type == "cpu":
-        raise Absent("a CPU has no CUDA graphs")
-    work.run()
+def graphed(contestant: Contestant) -> Contestant:
+    """The same calls, captured once as a CUDA graph and replayed."""
+    contestant.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = work.run()
+        found = contestant.run()
 
-    def replay() -> tuple[Tensor, Tensor]:
+    def replay() -> Any:
         graph.replay()
         return found
 
-    return work._replace(run=replay)
+    return dataclasses.replace(contestant, run=replay)
 
 
-def pack(given: Problem) -> Work:
-    keys = given.keys
-
-    def judge(packed: Tensor) -> float:
-        verify.equal(functional.pack_keys(keys), packed, "packing twice")
-        return 0.0
-
-    return Work(lambda: functional.pack_keys(keys), judge, keys.nbytes + functional.pack_keys(keys).nbytes, 0.0)
-
-
-def gather(given: Problem, pool: str = "none") -> Work:
-    shape, rows = given.shape, _sample(given.shape.N)
-
-    def judge(out: Tensor) -> float:
-        verify.fetched(given.values.cpu(), _some(given.indices, rows), _some(out, rows), pool, "bscv")
-        return 0.0
-
-    written = 4 * shape.N * shape.V * (shape.C if pool == "none" else 1)
-    nbytes = given.indices.nbytes + written + min(given.values.nbytes, 4 * shape.N * shape.C * shape.V)
-    return Work(lambda: functional.gather(given.values, given.indices, pool=pool), judge, nbytes, 0.0)
-
-
-def backward(given: Problem, pool: str = "none") -> Work:
-    shape = given.shape
-    size = (shape.N, 1, shape.C, shape.V) if pool == "none" else (shape.N, 1, shape.V)
-    grad = torch.randn(size, device=given.keys.device)
-
-    def judge(found: Tensor) -> float:
-        rows = grad[:, :, :1] if pool == "none" else grad[:, :, None] / shape.C
-        verify.sums(rows.cpu(), given.indices[:, :, :1].cpu(), found[:1].cpu())
-        return 0.0
-
-    nbytes = grad.nbytes + given.indices.nbytes + given.values.nbytes
-    return Work(lambda: torch.ops.kvb.gather_backward(grad, given.indices, shape.K, pool), judge, nbytes, 0.0)
-
-
-def accumulate(given: Problem) -> Work:
-    shape = given.shape
-
-    def judge(found: tuple[Tensor, Tensor]) -> float:
-        hits, sums = found
-        first = (part[:, :, :1].cpu() for part in (given.queries, given.indices))
-        verify.sums(*first, sums[:1].cpu(), hits[:1].cpu())
-        return 0.0
-
-    nbytes = shape.query_bytes + given.indices.nbytes + shape.key_bytes
-    return Work(lambda: torch.ops.kvb.accumulate(given.queries, given.indices, shape.K), judge, nbytes, 0.0)
-
-
-def lookup(given: Problem) -> Work:
-    """Search and mean over codebooks in one call."""
-    packed, rows = functional.pack_keys(given.keys), _sample(given.shape.N)
-
-    def judge(found: tuple[Tensor, Tensor]) -> float:
-        out, indices = (_some(part, rows) for part in found)
-        verify.sampled_choice(_some(given.queries, rows), given.keys.cpu(), indices)
-        verify.fetched(given.values.cpu(), indices, out, "mean", "bscv")
-        return 0.0
-
-    nbytes, flops = _search_work(given)
-    run = functools.partial(functional.lookup, given.queries, given.keys, given.values, packed=packed, pool="mean")
-    return Work(run, judge, nbytes + 4 * given.shape.N * given.shape.V, flops)
-
-
-# --- peers ------------------------------------------------------------------------------------------------------------
-
-
-def _share_wrong(given: Problem, found: Tensor) -> float:
-    """Of a peer's indices [C, N]: the share in the sample whose key is farther than exact search allows."""
-    rows = _sample(given.shape.N)
-    queries, keys = _some(given.queries, rows), given.keys.cpu()
-    chosen = found[:, rows.to(found.device)].T.cpu().long()[:, None]
-    expected = reference.nearest(queries, keys, reference.pack_keys(keys), None, 1)[0][..., 0]
-    n, c = (chosen != expected).nonzero(as_tuple=True)[::2]
-    q, mean = queries[n, 0, c].double(), keys.double().mean(1)
-    radius = (keys - mean[:, None]).norm(dim=-1).amax(-1)
-    bound = 8 * verify.UNIT * ((q - mean[c]).norm(dim=-1) + radius[c]).square()
-    far, near = ((q - keys[c, which[n, 0, c]]).square().sum(-1) for which in (chosen, expected))
-    return int((far - near > bound).sum()) / chosen.numel()
-
-
-def _least(halves: Tensor, queries: Tensor, columns: Tensor) -> Tensor:
-    return torch.baddbmm(halves, queries, columns, alpha=-1).argmin(-1)
-
-
-def eager(given: Problem, least: Callable[[Tensor, Tensor, Tensor], Tensor] = _least) -> Work:
-    """``baddbmm`` and ``argmin``, at most SCORES scores at a time; key norms and transposed keys prepared."""
-    N, C, K, D, _ = given.shape
-    halves, columns = given.keys.square().sum(-1)[:, None] / 2, given.keys.transpose(1, 2)
-    rows = min(N, max(1, SCORES // K))
-    books = min(C, max(1, SCORES // (rows * K)))
-
-    def run() -> Tensor:
-        indices = torch.empty(C, N, dtype=torch.int64, device=given.keys.device)
-        queries = given.queries.view(N, C, D).transpose(0, 1)
-        for c in range(0, C, books):
-            book = slice(c, c + books)
-            for n in range(0, N, rows):
-                indices[book, n : n + rows] = least(halves[book], queries[book, n : n + rows], columns[book])
-        return indices
-
-    return Work(run, functools.partial(_share_wrong, given), *_search_work(given))
-
-
-def compiled(given: Problem) -> Work:
-    return eager(given, torch.compile(_least, dynamic=False))
-
-
-def _import(name: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Absent(f"{package} cannot be imported ({error}): pip install {package}") from error
-
-
-def flash_kmeans(given: Problem) -> Work:
-    """Its assignment step on float16, codebooks as its batch; rows transposed beforehand."""
-    assign = _import("flash_kmeans.assign_euclid_triton", "flash-kmeans").euclid_assign_triton
-    if given.keys.device.type == "cpu":
-        raise Absent("flash-kmeans has no CPU kernels")
-    N, C, _, D, _ = given.shape
-    queries = given.queries.view(N, C, D).transpose(0, 1).half().contiguous()
-    keys, norms = given.keys.half(), queries.float().square().sum(-1)
-    run = functools.partial(assign, queries, keys, norms, use_heuristic=True)
-    return Work(run, functools.partial(_share_wrong, given), *_search_work(given))
-
-
-def published(given: Problem) -> Work:
-    """A forward of the published module, its projection of features included; the same keys and values."""
-    package = "discrete-key-value-bottleneck-pytorch"
-    module_class = _import("discrete_key_value_bottleneck_pytorch", package).DiscreteKeyValueBottleneck
-    N, C, K, D, V = given.shape
-    if _free(given.keys.device) < N * C * K * 4 * 6:
-        raise Absent(f"{package} materialises every distance: {N * C * K * 4 / 1e9:.3g} GB, several times over")
-    options = {"num_memories": K, "num_memory_codebooks": C, "dim_memory": V, "dim_embed": C * D, "codebook_dim": D}
-    module = module_class(D, **options).to(given.keys.device).eval().requires_grad_(False)
-    module.vq._codebook.embed.copy_(given.keys)
-    module.values.copy_(given.values)
-    # The projection that only picks its head's features.
-    eye = torch.eye(C * D, device=given.keys.device).view(C * D, C, D).transpose(0, 1)
-    module.rand_proj.copy_(eye)
-    x = given.queries.reshape(1, N, C * D)
-
-    def judge(out: Tensor) -> float:
-        expected, _ = functional.lookup(given.queries, given.keys, given.values, pool="mean")
-        apart = (out.view_as(expected) - expected).abs().amax(-1) > 1e-4 * expected.abs().amax()
-        return float(apart.float().mean())
-
-    nbytes, flops = _search_work(given)
-    return Work(lambda: module(x), judge, nbytes + 4 * N * V, flops)
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
-    """One line: an operator or a peer at a shape."""
+    """One line: an operator at a shape, by kvb or a peer."""
 
     operator: str
     shape: str
-    who: str
     work: Callable[[Problem], Work]
+    who: str = KVB
     with_values: bool = True
 
     @property
@@ -354,31 +117,26 @@ class Row(NamedTuple):
 
 def _rows() -> tuple[Row, ...]:
     """The most telling rows first: time may run out."""
-    compiled_at, published_at = ("paper-256", "seed"), ("paper-256", "few-queries")
-    rows = []
-    for shape in GPU:
-        rows.append(Row("search", shape, "kvb", search, False))
-        if shape in ("paper-256", "few-queries"):
-            rows.append(Row("search", shape, "kvb, CUDA graph", graphed, False))
-    for shape in ("paper-256", "paper-8k", "seed", "few-queries"):
-        rows.append(Row("lookup", shape, "kvb", lookup))
+    rows = [Row("search", shape, on_device.search, with_values=False) for shape in GPU]
+    rows += [Row("lookup", shape, on_device.lookup) for shape in ("paper-256", "paper-8k", "seed", "few-queries")]
     for shape in ("paper-8k", "paper-131k", "seed"):
-        rows += [Row("gather", shape, "kvb", gather)]
-        rows += [Row("pooled gather", shape, "kvb", functools.partial(gather, pool="mean"))]
-        rows += [Row("backward", shape, "kvb", backward)]
-        rows += [Row("pooled backward", shape, "kvb", functools.partial(backward, pool="mean"))]
-        rows += [Row("accumulate", shape, "kvb", accumulate)]
-    rows += [Row("pack", shape, "kvb", pack, False) for shape in ("paper-256", "seed", "k65536-d64")]
-    for who, work in (("eager", eager), ("flash-kmeans, float16", flash_kmeans)):
-        rows += [Row("search", shape, who, work, False) for shape in GPU if shape != "paper-1m"]
-    rows += [Row("lookup", shape, "discrete-key-value-bottleneck-pytorch", published) for shape in published_at]
-    rows += [Row("search", shape, "torch.compile", compiled, False) for shape in compiled_at]
+        rows += [Row("gather", shape, on_device.gather)]
+        rows += [Row("pooled gather", shape, functools.partial(on_device.gather, pool="mean"))]
+        rows += [Row("backward", shape, on_device.backward)]
+        rows += [Row("pooled backward", shape, functools.partial(on_device.backward, pool="mean"))]
+        rows += [Row("accumulate", shape, on_device.accumulate)]
+    rows += [Row("pack", shape, on_device.pack, with_values=False) for shape in ("paper-256", "seed", "k65536-d64")]
+    for peer in sorted(peers.known().values(), key=lambda peer: peer.compiles):
+        for suite, operator, work in (("search", "search", on_device.search), ("memories", "lookup", on_device.lookup)):
+            at = [row.shape for row in rows if row[::3] == (operator, KVB) and row.shape in peer.shapes]
+            if suite in peer.suites:
+                rows += [Row(operator, shape, work, peer.name, operator == "lookup") for shape in at]
     return tuple(rows)
 
 
 ROWS = _rows()
 
-COLUMNS = "{:<27} {:<22} {:>8} {:>10} {:>8} {:>6} {:>8} {:>6} {:>8}"
+COLUMNS = "{:<27} {:<16} {:>8} {:>10} {:>8} {:>6} {:>8} {:>6} {:>8}"
 HEAD = COLUMNS.format("row", "who", "N", "time", "GB/s", "copy", "TFLOP/s", "matmul", "wrong")
 
 
@@ -402,22 +160,41 @@ class _Attempt:
         return isinstance(error, Exception)
 
 
-def measure(row: Row, clock: Clock, limits: dict[str, float], quick: bool) -> dict[str, Any]:
-    """Verify and time one row; what the JSON report says of it."""
+def _timed(contestant: Contestant, work: Work, session: Session, limits: dict[str, float]) -> dict[str, Any]:
+    """Verify and time a contestant; rates, and their shares of the card's."""
+    share_wrong = contestant.verify(contestant.run()) or 0.0
+    calls = session.calls(contestant.run)
+    seconds = statistics.median(calls)
+    return {
+        "seconds": seconds,
+        **results.quantiles(calls),
+        "GB/s": work.nbytes / seconds / 1e9,
+        "TFLOP/s": work.flops / seconds / 1e12,
+        "of copy": work.nbytes / seconds / limits["copy"],
+        "of matmul": work.flops / seconds / limits["matmul"],
+        "share wrong": share_wrong,
+    }
+
+
+def measure(row: Row, session: Session, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Verify and time a row, and the same as a CUDA graph if it waits for the host; what the report says of each."""
     facts: dict[str, Any] = {"operator": row.operator, "shape": row.shape, "who": row.who}
-    with _Attempt(row.who.startswith("kvb")) as attempt:
-        clock.require_time()
-        given = problem(small(GPU[row.shape]) if quick else GPU[row.shape], clock.device, row.with_values)
+    contestant = None
+    with _Attempt(row.who == KVB) as attempt:
+        session.require_time()
+        shape = small(GPU[row.shape]) if session.small else GPU[row.shape]
+        given = on_device.problem(shape, session.device, row.with_values)
         work = row.work(given)
-        wrong = work.judge(work.run())
-        seconds = clock.median(work.run)
-        rates = {"GB/s": work.nbytes / seconds / 1e9, "TFLOP/s": work.flops / seconds / 1e12}
-        shares = {
-            "of copy": work.nbytes / seconds / limits["copy"],
-            "of matmul": work.flops / seconds / limits["matmul"],
-        }
-        facts |= {"sizes": given.shape._asdict(), "seconds": seconds, **rates, **shares, "share wrong": wrong}
-    return facts | attempt.outcome
+        facts["sizes"] = given.shape._asdict()
+        facts |= {"nbytes": work.nbytes, "flops": work.flops}
+        contestant = work.kvb if row.who == KVB else peers.offers(work.suite)[row.who](work.given)
+        facts |= _timed(contestant, work, session, limits)
+    yield facts | attempt.outcome
+    if contestant is None or row.who != KVB or attempt.outcome or not session.bound_by_host(facts["seconds"]):
+        return
+    with _Attempt(True) as attempt:
+        facts |= {"who": GRAPH, **_timed(graphed(contestant), work, session, limits)}
+    yield facts | {"who": GRAPH} | attempt.outcome
 
 
 def _time(seconds: float) -> str:
@@ -428,7 +205,7 @@ def line(facts: dict[str, Any]) -> str:
     name = f"{facts['operator']}:{facts['shape']}"
     for outcome, word in (("absent", "absent: "), ("wrong", "WRONG: ")):
         if outcome in facts:
-            return f"{name:<27} {facts['who']:<22} {word}{facts[outcome]}"
+            return f"{name:<27} {facts['who']:<16} {word}{facts[outcome]}"
     computes = facts["TFLOP/s"] > 0
     return COLUMNS.format(
         name,
@@ -443,10 +220,40 @@ def line(facts: dict[str, Any]) -> str:
     )
 
 
-def _machine(device: torch.device) -> dict[str, str]:
-    name = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    platform = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
-    return {"device": name, "platform": platform, "backend": ops.backend(device.type), **kvb.info()}
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(session: Session, rows: Sequence[Row], out: Path) -> bool:
+    """Measure rows; every line is printed, and on disk, as soon as it is known. Whether nothing of kvb was wrong."""
+    journal, table = Journal(out / "gpu.jsonl"), out / "gpu.txt"
+    table.write_text("")
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        with table.open("a") as file:
+            file.write(text + "\n")
+
+    facts = machine.device_facts(session.device)
+    about = {"device": session.device.type, "slug": machine.slug(session.device), "load": machine.load()}
+    about |= {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads()}
+    journal.write({"machine": facts, **about})
+    for name, fact in facts.items():
+        say(f"{name:<16} {fact}")
+    right = True
+    with torch.no_grad():
+        limits = ceilings(session)
+        journal.write({"ceilings": limits})
+        say(f"ceilings: copy {limits['copy'] / 1e9:.4g} GB/s, bfloat16 matmul {limits['matmul'] / 1e12:.4g} TFLOP/s")
+        say(HEAD)
+        for number, row in enumerate(rows):
+            for found in measure(row, session, limits):
+                journal.write(found)
+                say(line(found))
+                right = right and "wrong" not in found
+            if not right and device_is_lost(session.device):
+                say(f"the device no longer works: {len(rows) - number - 1} rows are left")
+                break
+    return right
 
 
 def _device(name: str) -> torch.device:
@@ -457,41 +264,19 @@ def _device(name: str) -> torch.device:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets gpu.json and gpu.txt")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets gpu.jsonl and gpu.txt")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the program itself")
-    parser.add_argument("--quick", action="store_true", help="small problems, short times")
+    parser.add_argument("--small", "--quick", action="store_true", help="small problems, short times")
+    parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help="for everything (%(default)g)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help='operators ("search") or rows ("search:seed")')
     options = parser.parse_args(arguments)
     known = {row.name for row in ROWS} | {row.operator for row in ROWS}
     for name in options.only or ():
         if name not in known:
-            parser.error(f"no row {name!r}; there are: {', '.join(sorted(known))}")
-    device = _device(options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    clock = Clock(device, 0.01 if options.quick else 0.3)
-    lines: list[str] = []
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-        lines.append(text)
-
-    machine = _machine(device)
-    for name, fact in machine.items():
-        say(f"{name:<16} {fact}")
-    with torch.no_grad():
-        limits = ceilings(clock, options.quick)
-        say(f"ceilings: copy {limits['copy'] / 1e9:.4g} GB/s, bfloat16 matmul {limits['matmul'] / 1e12:.4g} TFLOP/s")
-        say(HEAD)
-        found = []
-        for row in ROWS:
-            if options.only and not {row.name, row.operator} & set(options.only):
-                continue
-            found.append(measure(row, clock, limits, options.quick))
-            say(line(found[-1]))
-    report = {"machine": machine, "ceilings": limits, "rows": found}
-    (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "gpu.txt").write_text("\n".join(lines) + "\n")
-    return 1 if any("wrong" in facts for facts in found) else 0
+            parser.error(f"no row {name!r}; expected one of {', '.join(sorted(known))}")
+    session = Session(_device(options.device), options.small, options.limit)
+    chosen = [row for row in ROWS if not options.only or {row.name, row.operator} & set(options.only)]
+    return 0 if run(session, chosen, options.out) else 1
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 import kvb
+from kvb import ops
 
 MEMORY = Path("/proc/meminfo")
+CPU = torch.device("cpu")
 
 
 def cpu_name() -> str:
@@ -40,14 +42,26 @@ def facts() -> dict[str, str]:
     }
 
 
-def slug() -> str:
+def slug(device: torch.device = CPU) -> str:
     """The machine as part of a file's name: its processor, without what every processor has in its name."""
+    if device.type != "cpu":
+        return "-".join(re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower()))
     words = re.sub(r"\((?:r|tm)\)|\b(?:cpu|processor)\b|@.*", " ", cpu_name().lower())
     return "-".join([*re.findall(r"[a-z0-9]+", words), f"{os.cpu_count()}-cpus"])
 
 
-def available_bytes() -> int:
-    """Memory that a process can still take without swapping."""
+def device_facts(device: torch.device) -> dict[str, str]:
+    """What computes: the name of a device and its platform, beside the versions."""
+    name = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    platform = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
+    return {"machine": name, "platform": platform, "backend": ops.backend(device.type), **kvb.info()}
+
+
+def available_bytes(device: torch.device = CPU) -> int:
+    """Memory that a process can still take without swapping, or that is free on a device."""
+    if device.type != "cpu":
+        torch.cuda.empty_cache()  # what PyTorch only keeps for itself is free
+        return torch.cuda.mem_get_info(device)[0]
     try:
         (kilobytes,) = re.findall(r"MemAvailable:\s+(\d+) kB", MEMORY.read_text())
     except (OSError, ValueError):

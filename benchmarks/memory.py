@@ -46,7 +46,7 @@ def peak(run: Callable[[], Any]) -> tuple[Any, int]:
     """
     require()
     ctypes.CDLL(None).malloc_trim(0)
-    CLEAR.write_text("5")  # the peak starts anew
+    CLEAR.write_text("5")  # resets the peak
     before = _resident("VmRSS")
     result = run()
     return result, max(0, _resident("VmHWM") - before)
@@ -59,7 +59,7 @@ def _forward() -> int:
     small = kvb.KeyValueBottleneck(2, shape.K, shape.D, shape.V).eval().freeze_keys()
     x = torch.randn(shape.B, shape.C, shape.D)
     with torch.no_grad():
-        small(x[:, :2])  # threads and code are there before
+        small(x[:, :2])  # starts threads and loads code
         out, extra = peak(lambda: module(x))
     indices = module.encode(x)[:, None]
     verify.sampled_choice(x[:, None], module.keys, indices)

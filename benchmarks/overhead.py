@@ -1,4 +1,4 @@
-"""What a call costs beside its work: the forward of a frozen bottleneck of one pair, next to ``nn.Linear(1, 1)``."""
+"""The overhead of a call: the forward of a frozen bottleneck of one pair, next to ``nn.Linear(1, 1)``."""
 
 from __future__ import annotations
 

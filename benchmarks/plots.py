@@ -36,7 +36,7 @@ def _ink(name: str, number: int) -> str:
 
 
 def _suite(found: Mapping[str, Any], pyplot: Any) -> Any:
-    """A line a shape, a mark a contestant, and the ceiling as a bar."""
+    """A line per shape, a mark per contestant, and the ceiling as a bar."""
     rows = found["rows"][::-1]
     names = [KVB, *sorted({name for row in rows for name in row["contestants"]} - {KVB})]
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.5 * len(rows)))
@@ -55,14 +55,14 @@ def _suite(found: Mapping[str, Any], pyplot: Any) -> Any:
             axes.plot([least, least], [place - 0.3, place + 0.3], color="black", lw=1, label=label)
     axes.set_yticks(range(len(rows)), [row["shape"] for row in rows])
     axes.set_xscale("log")
-    axes.set_xlabel("seconds a call")
+    axes.set_xlabel("seconds per call")
     axes.set_title(found["suite"], loc="left")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
 
 
 def _scaling(found: Mapping[str, Any], pyplot: Any) -> Any:
-    """Time above, memory below, one column an axis."""
+    """Time above, memory below, one column per axis."""
     from benchmarks.scaling import PEER, points
 
     figure, grid = pyplot.subplots(2, len(AXES), figsize=(3 * len(AXES), 5), sharex="col", sharey="row")
@@ -88,14 +88,14 @@ def _scaling(found: Mapping[str, Any], pyplot: Any) -> Any:
             axes.set_xscale("log")
             axes.set_yscale("log")
         memory.set_xlabel(axis)
-    grid[0][0].set_ylabel("seconds a forward")
+    grid[0][0].set_ylabel("seconds per forward")
     grid[1][0].set_ylabel("bytes, result included")
     grid[0][0].legend(fontsize=7, frameon=False)
     return figure
 
 
 def draw(documents: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """One SVG a document; the files.
+    """One SVG per document; the files.
 
     Raises:
         Absent: matplotlib is not installed.

@@ -1,9 +1,9 @@
 """Tables and plots from committed results: ``python -m benchmarks.report [FILE ...]``.
 
-Each FILE, as ``python -m kvb bench --json`` or ``python -m benchmarks.scaling --json`` wrote it, is filed among the
-committed results first. Then this rewrites all between ``<!-- bench: SUITE -->`` and ``<!-- end -->`` in README.md and
-docs/benchmarks.md, and the plots in docs/ that no longer show their results. ``--check`` changes nothing and fails
-where it would.
+Each FILE, as ``python -m kvb bench --json``, ``python -m benchmarks.scaling --json`` or ``python -m benchmarks.gpu``
+wrote it, is filed among the committed results first. Then this rewrites all between ``<!-- bench: SUITE -->`` and
+``<!-- end -->`` in README.md and docs/benchmarks.md, and the plots in docs/ that no longer show their results.
+``--check`` changes nothing and fails where it would.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import kvb
-from benchmarks import bench, plots, results
+from benchmarks import bench, journal, plots, results
 from benchmarks.suites import KVB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,8 +83,8 @@ def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 def _where(found: Mapping[str, Any]) -> str:
     facts = found["facts"]
     return (
-        f"{facts['machine']}, {found['threads']} threads, {facts['backend on cpu']}, torch {facts['torch']}, "
-        f"kvb {facts['kvb']}, {found['date']}, load before {found['load']:.1f}"
+        f"{facts['machine']}, {found['threads']} threads, {facts['backend on ' + found['device']]}, "
+        f"torch {facts['torch']}, kvb {facts['kvb']}, {found['date']}, load before {found['load']:.1f}"
     )
 
 
@@ -101,10 +101,10 @@ def _suite(found: Mapping[str, Any]) -> list[str]:
         "its memory",
         "others",
     )
-    lines = [bench.cells(found["suite"], row) for row in found["rows"]]
-    table = _grid(head, [(line[0].partition(":")[2], *line[1:]) for line in lines])
-    mean = bench.times(results.mean_ratio(found["rows"]))
-    return [*table, "", f"Geometric mean: {mean} faster than the best peer. {_where(found)}."]
+    lines = [(row["shape"], *bench.cells(found["suite"], row)[1:]) for row in found["rows"]]
+    mean = results.mean_ratio(found["rows"])
+    says = "" if mean is None else f"Geometric mean: {bench.times(mean)} faster than the best peer. "
+    return [*_grid(head, lines), "", f"{says}{_where(found)}."]
 
 
 def _exponent(value: float | None) -> str:
@@ -183,6 +183,13 @@ def stale(root: Path, documents: Documents) -> list[str]:
     return found
 
 
+def _documents(file: Path) -> list[Mapping[str, Any]]:
+    if file.suffix == ".jsonl":
+        return [results.from_gpu(journal.read(file))]
+    found = json.loads(file.read_text())
+    return found if isinstance(found, list) else [found]
+
+
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results to file first")
@@ -190,8 +197,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     options = parser.parse_args(arguments)
     folder = root / "benchmarks" / "results"
     for file in options.files:
-        found = json.loads(file.read_text())
-        for one in found if isinstance(found, list) else [found]:
+        for one in _documents(file):
             print(f"wrote {results.write(one, folder)}")
     documents = results.committed(kvb.__version__, folder)
     old = stale(root, documents)

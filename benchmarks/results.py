@@ -1,10 +1,10 @@
-"""The JSON of results: one document a suite, machine and device, in ``benchmarks/results/<version>/``.
+"""The JSON of results: one document per suite, machine and device, in ``benchmarks/results/<version>/``.
 
 A document holds, and ``validate`` holds it to::
 
     schema    1
-    suite     its name; "scaling" for the scaling study
-    device    "cpu"
+    suite     its name; "scaling" for the scaling study, "gpu" for ``benchmarks.gpu``
+    device    "cpu" or "cuda"
     date      YYYY-MM-DD
     slug      the machine in the file's name
     threads   of PyTorch
@@ -14,9 +14,9 @@ A document holds, and ``validate`` holds it to::
     fits, crossover, overhead    of the scaling study only
 
 ``amount`` is what the algorithm needs at least: operations, or bytes read and written. ``ceiling`` is null or
-``{kind: "flops" | "bytes", rate}``, the most a second of this machine, measured in the same race. ``contestants`` are
-``{name: {median, p5, p25, p75, p95, calls, peak_bytes}}``, kvb among them: seconds of a call, and the memory of its
-first call, result included, or null. ``absent`` is ``{peer: why}``.
+``{kind: "flops" | "bytes", rate}``, the most per second of this machine, measured in the same race. ``contestants`` are
+``{name: {median, p5, p25, p75, p95, calls, peak_bytes}}``, kvb among them: seconds per call, and the memory of its
+first call, result included, or null; ``share_wrong`` too for a peer that may err. ``absent`` is ``{peer: why}``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ import torch
 import kvb
 from benchmarks import machine
 from benchmarks.shapes import Module
-from benchmarks.suites import CEILING, KVB, Outcome
+from benchmarks.suites import CEILING, KVB
+from benchmarks.suites.measuring import Outcome
 
 SCHEMA = 1
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -65,6 +66,11 @@ def quantile(ordered: list[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+def quantiles(ordered: list[float]) -> dict[str, float]:
+    """What a document says of the seconds of calls, ascending."""
+    return {name: quantile(ordered, share) for name, share in QUANTILES.items()} | {"calls": len(ordered)}
+
+
 def row(name: str, shape: Module, found: Outcome) -> dict[str, Any]:
     """One shape of a suite."""
     sizes = {"B": shape.B, "S": shape.S, "C": shape.C, "K": shape.K, "D": shape.D, "V": shape.V}
@@ -75,8 +81,7 @@ def row(name: str, shape: Module, found: Outcome) -> dict[str, Any]:
     contestants = {}
     for who in (KVB, *found.peers):
         calls = sorted(call for turn in found.race.turns[who] for call in turn)
-        times = {p: quantile(calls, share) for p, share in QUANTILES.items()}
-        contestants[who] = {**times, "calls": len(calls), "peak_bytes": found.peak_bytes.get(who)}
+        contestants[who] = {**quantiles(calls), "peak_bytes": found.peak_bytes.get(who)}
     return {
         "shape": name,
         "sizes": sizes,
@@ -85,6 +90,37 @@ def row(name: str, shape: Module, found: Outcome) -> dict[str, Any]:
         "contestants": contestants,
         "absent": dict(found.absent),
     }
+
+
+def from_gpu(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The document of what ``benchmarks.gpu`` found, line by line; its rows are named ``operator:shape``.
+
+    The ceiling is the one that takes longer: bytes over the measured copy, or operations over the measured product.
+    """
+    machine_line, ceilings, *found = lines
+    limits, rows = ceilings["ceilings"], {}
+    for facts in found:
+        name = f"{facts['operator']}:{facts['shape']}"
+        if "sizes" in facts and name not in rows:
+            memory, products = facts["nbytes"] / limits["copy"], facts["flops"] / limits["matmul"]
+            kind, amount, rate = ("bytes", facts["nbytes"], limits["copy"])
+            if products > memory:
+                kind, amount, rate = ("flops", facts["flops"], limits["matmul"])
+            sizes = {"B": facts["sizes"]["N"], "S": 1, **{letter: facts["sizes"][letter] for letter in "CKDV"}}
+            rows[name] = {"shape": name, "sizes": sizes, "amount": float(amount), "contestants": {}, "absent": {}}
+            rows[name]["ceiling"] = {"kind": kind, "rate": rate}
+        if "seconds" in facts:
+            times = {key: facts[key] for key in (*QUANTILES, "calls")}
+            wrong = {} if facts["who"].startswith(KVB) else {"share_wrong": facts["share wrong"]}
+            rows[name]["contestants"][facts["who"]] = {**times, "peak_bytes": None, **wrong}
+        elif name in rows:
+            rows[name]["absent"][facts["who"]] = facts.get("absent") or f"wrong, not timed: {facts['wrong']}"
+    timed = [row for row in rows.values() if KVB in row["contestants"]]
+    made = document("gpu", timed, machine_line["load"])
+    names = ("device", "date", "slug", "threads")
+    made |= {name: machine_line[name] for name in names} | {"facts": machine_line["machine"]}
+    validate(made)
+    return made
 
 
 def document(suite: str, rows: Iterable[Mapping[str, Any]], load: float, **study: Any) -> dict[str, Any]:
@@ -106,7 +142,7 @@ def document(suite: str, rows: Iterable[Mapping[str, Any]], load: float, **study
 
 def peers(row: Mapping[str, Any]) -> list[str]:
     """The peers of a row, the quickest first."""
-    others = {name: times["median"] for name, times in row["contestants"].items() if name != KVB}
+    others = {name: times["median"] for name, times in row["contestants"].items() if not name.startswith(KVB)}
     return sorted(others, key=others.__getitem__)
 
 
@@ -116,15 +152,16 @@ def ratio(row: Mapping[str, Any], peer: str) -> float:
 
 
 def share(row: Mapping[str, Any]) -> float | None:
-    """kvb's operations or bytes a second, as a share of the ceiling."""
+    """kvb's operations or bytes per second, as a share of the ceiling."""
     if row["ceiling"] is None:
         return None
     return row["amount"] / row["contestants"][KVB]["median"] / row["ceiling"]["rate"]
 
 
-def mean_ratio(rows: Iterable[Mapping[str, Any]]) -> float:
-    """The geometric mean of the ratios to each row's best peer."""
-    return statistics.geometric_mean(ratio(row, peers(row)[0]) for row in rows if peers(row))
+def mean_ratio(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """The geometric mean of the ratios to each row's best peer; None where no row has one."""
+    ratios = [ratio(row, peers(row)[0]) for row in rows if peers(row)]
+    return statistics.geometric_mean(ratios) if ratios else None
 
 
 # --- the schema -------------------------------------------------------------------------------------------------------
@@ -168,7 +205,7 @@ def _validate_row(where: str, found: Any) -> None:
         raise BadResult(f"{where}.contestants: no {KVB!r}")
     for name, times in found["contestants"].items():
         here = f"{where}.contestants.{name}"
-        _hold(here, times, TIMES)
+        _hold(here, times, TIMES | {key: float for key in ("share_wrong",) if key in times})
         ordered = [times[p] for p in QUANTILES]
         if times["calls"] < 1 or not all(value > 0 for value in ordered) or ordered != sorted(ordered):
             raise BadResult(f"{here}: quantiles of {times['calls']} calls out of order: {ordered}")

@@ -17,7 +17,8 @@ from typing import Any
 
 from benchmarks import machine, overhead, results
 from benchmarks.shapes import Module
-from benchmarks.suites import KVB, measure
+from benchmarks.suites import KVB
+from benchmarks.suites.measuring import measure
 from benchmarks.timing import Absent, Effort
 
 BASE = Module(B=1024, C=16, K=1024, D=16, V=16, positions=())

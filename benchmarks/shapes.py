@@ -1,6 +1,6 @@
 """The shapes that are measured, by name.
 
-Letters as in ``kvb/ops.py``: B batch, S positions, C codebooks, K pairs per codebook, D key dim, V value dim; N = B*S.
+Letters as in ``kvb/ops``: B batch, S positions, C codebooks, K pairs per codebook, D key dim, V value dim; N = B*S.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ SHAPES = {
     "one_sample": Module(B=1, C=256, K=4096, D=14, V=10, positions=()),
     "large_k": Module(B=16384, C=4, K=65536, D=16, V=64, positions=()),
 }
+FEW = ("seed_a", "seed_b", "paper_cifar10", "one_sample")  # where no peer needs many seconds
 PAPER, SEED_B = SHAPES["paper_cifar10"], SHAPES["seed_b"]
 
 SEARCH = {

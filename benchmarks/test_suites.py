@@ -12,34 +12,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import suites
+from benchmarks import peers, suites
 from benchmarks.suites import KVB, Case
+from benchmarks.suites.measuring import attempt
 from benchmarks.timing import Absent, verified
 
-TIME = 0.3  # seconds of timed calls a row
-MOST = 50  # calls a row
-COMPILED = ("pykeops", "torch.compile")  # too long for a small shape
-LIGHT = ("faiss", "torch index", "torch index_select", "torch index_add")  # the others take seconds at large shapes
+TIME = 0.3  # seconds of timed calls per row
+MOST = 50  # calls per row
 
 
 def _rows() -> list[tuple[str, str, str]]:
-    """(suite, shape, contestant), by case; who takes part does not depend on the shape."""
+    """(suite, shape, contestant), by case: all peers at some shapes; ``python -m kvb bench --full`` has them at all."""
     found = []
     for suite in suites.SUITES:
-        known = suites.shapes(suite)
-        with torch.no_grad():
-            peers = suites.SUITES[suite](known["seed_a"].small()).peers
-        for shape in known:
+        for shape in suites.shapes(suite):
             found += [(suite, shape, KVB)]
-            found += [(suite, shape, who) for who in peers if _takes_part(who, shape)]
+            found += [(suite, shape, who) for who in peers.offers(suite) if shape in peers.known()[who].shapes]
     return found
-
-
-def _takes_part(who: str, shape: str) -> bool:
-    """All peers at some shapes, in ten minutes; ``python -m kvb bench --full`` has them at every one."""
-    if who == "pykeops":  # half a minute of compiling for each D
-        return shape == "one_sample"
-    return shape in suites.FEW or who in LIGHT
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,7 +47,7 @@ def _without_gradients() -> Iterator[None]:
 @pytest.mark.parametrize(("suite", "shape", "who"), _rows())
 def test_suites(suite, shape, who, request, benchmark):
     small = request.config.getoption("benchmark_disable")
-    if small and who in COMPILED:
+    if small and who != KVB and peers.known()[who].compiles:
         pytest.skip("compiles for long")
     try:
         case = _case(suite, shape, small)
@@ -66,9 +55,9 @@ def test_suites(suite, shape, who, request, benchmark):
         pytest.skip(str(absent))
     absent: dict[str, str] = {}
     # What is wrong with a peer is its own affair, but on small shapes all have been seen to be right.
-    with contextlib.nullcontext() if small or who == KVB else suites.attempt(who, absent):
+    with contextlib.nullcontext() if small or who == KVB else attempt(who, absent):
         try:
-            contestant = case.kvb if who == KVB else case.peers[who]()
+            contestant = case.kvb if who == KVB else peers.offers(suite)[who](case.given)
             seconds = verified(contestant)
         except Absent as why:
             absent[who] = str(why)

@@ -1,7 +1,8 @@
-"""The one fixture of all benchmarks: run once, verify, warm up, then time everybody in turns.
+"""The timing harness of all benchmarks: run once, verify, warm up, then time all contestants in turns.
 
 The contestants alternate (A B A B ...), so that a machine that slows down or a neighbour that computes hits all of
-them; what counts is the ratio of their medians in one such race.
+them; what counts is the ratio of their medians in one such race. A clock says how calls are timed: on the host, or
+between events on a device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
+
+import torch
 
 TURN = 0.02  # seconds: a turn of a fast contestant repeats it for so long
 MOST = 1000  # calls in a turn
@@ -31,20 +34,24 @@ class WrongResult(Exception):
 class Effort:
     """How long a race goes on: at least ``rounds`` rounds, and until ``seconds`` have passed.
 
-    Whoever needs more than ``patience`` seconds for the call that is verified is not called again: it was timed, too.
+    A contestant that needs more than ``patience`` seconds for its verified call is not called again: that call counts.
     """
 
     rounds: int
     seconds: float
     patience: float = float("inf")
+    turn: float = TURN
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is timed (``run``), how its result is verified, and what is set up untimed before each of its turns."""
+    """What is timed (``run``), how its result is verified, and what is set up untimed before each of its turns.
+
+    ``verify`` raises ``WrongResult``; of a contestant that may err, it returns the share of wrong choices instead.
+    """
 
     run: Callable[[], Any]
-    verify: Callable[[Any], None]
+    verify: Callable[[Any], float | None]
     before: Callable[[], None] | None = None
 
 
@@ -79,11 +86,84 @@ class Race:
         return Ratio(scale * self.seconds(over) / self.seconds(under), low, high)
 
 
+# --- clocks -----------------------------------------------------------------------------------------------------------
+
+
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """The seconds of one call, and its result."""
     start = perf_counter()
     result = run()
     return perf_counter() - start, result
+
+
+class HostClock:
+    """Times each call from its start to its return."""
+
+    timed = staticmethod(timed)
+
+    def turn(self, run: Callable[[], Any], seconds: float) -> list[float]:
+        """The seconds of each of one or more calls in a row, which go on for about ``seconds``.
+
+        A result is released before the next call, outside of the timing.
+        """
+        calls: list[float] = []
+        end = perf_counter() + seconds
+        while not calls or (perf_counter() < end and len(calls) < MOST):
+            taken, result = timed(run)
+            del result
+            calls.append(taken)
+        return calls
+
+
+class EventClock:
+    """Times each call between two events on a CUDA or HIP device; calls are submitted one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.submitting = 0.0  # seconds of the host for each call of the latest turn
+
+    def timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
+        result = []
+        (seconds,) = self._seconds(lambda: result.append(run()), 1)
+        return seconds, result[0]
+
+    def turn(self, run: Callable[[], Any], seconds: float) -> list[float]:
+        (one,) = self._seconds(run, 1)
+        return self._seconds(run, max(5, min(MOST, int(seconds / max(one, 1e-6)))))
+
+    def _seconds(self, run: Callable[[], Any], calls: int) -> list[float]:
+        pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(calls)]
+        torch.cuda.synchronize(self.device)
+        start = perf_counter()
+        for before, after in pairs:
+            before.record()
+            run()
+            after.record()
+        self.submitting = (perf_counter() - start) / calls
+        torch.cuda.synchronize(self.device)
+        return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+
+
+Clock = HostClock | EventClock
+HOST = HostClock()
+
+
+def clock_of(device: torch.device) -> Clock:
+    return HOST if device.type == "cpu" else EventClock(device)
+
+
+class Deadline:
+    """When so many seconds, from now on, are used up."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = perf_counter() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - perf_counter()
+
+
+# --- races ------------------------------------------------------------------------------------------------------------
 
 
 def _begin(contestant: Contestant) -> None:
@@ -105,35 +185,24 @@ def verified(contestant: Contestant, run: Callable[[Callable[[], Any]], Any] = t
     return seen
 
 
-def _turn(contestant: Contestant, slow: bool) -> list[float]:
-    """The seconds of one or more calls in a row.
-
-    Fast contestants run once untimed first: it brings back their caches and threads, while the idle threads of the
-    contestant before still spin. A result is released before the next call, outside of the timing.
-    """
-    _begin(contestant)
-    if not slow:
-        contestant.run()
-    calls: list[float] = []
-    end = perf_counter() + TURN
-    while not calls or (perf_counter() < end and len(calls) < MOST):
-        seconds, result = timed(contestant.run)
-        del result
-        calls.append(seconds)
-    return calls
-
-
-def race(contestants: Mapping[str, Contestant], effort: Effort) -> Race:
+def race(contestants: Mapping[str, Contestant], effort: Effort, clock: Clock = HOST) -> Race:
     """Verify all contestants, then time them in turns.
 
     Raises:
         WrongResult: from a contestant's ``verify``; nothing was timed.
     """
-    return run_on(contestants, {name: verified(contestant) for name, contestant in contestants.items()}, effort)
+    first = {name: verified(contestant, clock.timed) for name, contestant in contestants.items()}
+    return run_on(contestants, first, effort, clock)
 
 
-def run_on(contestants: Mapping[str, Contestant], first: Mapping[str, float], effort: Effort) -> Race:
-    """Time contestants in turns that were verified by a first call of so many seconds."""
+def run_on(
+    contestants: Mapping[str, Contestant], first: Mapping[str, float], effort: Effort, clock: Clock = HOST
+) -> Race:
+    """Time contestants in turns that were verified by a first call of so many seconds.
+
+    Fast contestants run once untimed at the start of a turn: it brings back their caches and threads, while the idle
+    threads of the contestant before still spin.
+    """
     turns: dict[str, list[list[float]]] = {name: [] for name in contestants}
     for name, seconds in first.items():
         if seconds > effort.patience:
@@ -143,14 +212,17 @@ def run_on(contestants: Mapping[str, Contestant], first: Mapping[str, float], ef
     rounds = 0
     while racing and (rounds < effort.rounds or perf_counter() < end):
         for name in racing:
-            turns[name].append(_turn(contestants[name], first[name] > SLOW))
+            _begin(contestants[name])
+            if first[name] <= SLOW:
+                contestants[name].run()
+            turns[name].append(clock.turn(contestants[name].run, effort.turn))
         rounds += 1
     return Race(turns)
 
 
-def quickest(runs: Mapping[str, Callable[[], Any]]) -> str:
+def quickest(runs: Mapping[str, Callable[[], Any]], clock: Clock = HOST) -> str:
     """The one whose best of three calls is the shortest: to choose the settings of a peer, before any race."""
-    return min(runs, key=lambda name: min(timed(runs[name])[0] for _ in range(3)))
+    return min(runs, key=lambda name: min(clock.timed(runs[name])[0] for _ in range(3)))
 
 
 @contextlib.contextmanager

@@ -11,17 +11,16 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kvb
-from benchmarks import cpu, memory, verify
-from benchmarks.cpu import THREADS, Measured, Row
+from benchmarks import memory, table, verify
 from benchmarks.shapes import PAPER
-from benchmarks.timing import Contestant, Ratio, race
+from benchmarks.table import THREADS, Measured, Row, effort
+from benchmarks.timing import Contestant, Deadline, Ratio, race
 from kvb import functional
 
 WARM_UP = 0.1  # seconds of untimed steps before a turn
@@ -44,7 +43,7 @@ def _table() -> Tensor:
 
 
 def _contestant(values: Tensor, step: Step, batches: Batches, check: bool = True) -> Contestant:
-    """One step a call; the first one starts from the table as it is here, takes the first batch and is verified.
+    """One step per call; the first one starts from the table as it is here, takes the first batch and is verified.
 
     Training is not interrupted every few steps by a peer that empties the caches: untimed steps come before each turn.
     """
@@ -60,8 +59,8 @@ def _contestant(values: Tensor, step: Step, batches: Batches, check: bool = True
         start = None  # its memory is not part of the race
 
     def warm_up() -> None:
-        end = perf_counter() + WARM_UP
-        while start is None and perf_counter() < end:
+        deadline = Deadline(WARM_UP)
+        while start is None and deadline.left > 0:
             run()
 
     return Contestant(run, correct, warm_up)
@@ -100,8 +99,8 @@ SPARSE = functools.partial(_autograd, clip=kvb.optim.clip_grad_norm_, sparse_gra
 
 
 def _against(ours: Contestant, theirs: Contestant, peer: str, quick: bool) -> Measured:
-    result = race({"kvb": ours, "dense": theirs}, cpu.QUICK if quick else cpu.FULL)
-    return Measured(result.seconds("kvb"), result.seconds("dense"), "s", peer, result.ratio("dense", "kvb"))
+    result = race({"kvb": ours, "dense": theirs}, effort(quick))
+    return table.against(result, "kvb", "dense", peer)
 
 
 def fused(quick: bool) -> Measured:
@@ -142,4 +141,4 @@ ROWS = (
 
 
 if __name__ == "__main__":
-    sys.exit(cpu.run(ROWS, "benchmarks.training", __doc__, None))
+    sys.exit(table.run(ROWS, "benchmarks.training", __doc__, None))

@@ -53,6 +53,17 @@ def same_choice(queries: Tensor, keys: Tensor, found: Tensor, expected: Tensor) 
     )
 
 
+def share_wrong(queries: Tensor, keys: Tensor, found: Tensor) -> float:
+    """The share of indices [B, S, C] whose key is farther than the search's own allowance permits, as above."""
+    expected, _ = reference.nearest(queries, keys, reference.pack_keys(keys), None, 1)
+    b, s, c = (found != expected[..., 0]).nonzero(as_tuple=True)
+    q, mean = queries[b, s, c].double(), keys.double().mean(1)
+    radius = (keys.double() - mean[:, None]).norm(dim=-1).amax(-1)
+    bound = 8 * UNIT * ((q - mean[c]).norm(dim=-1) + radius[c]).square()
+    far, near = (_distances(q, keys[c, which[b, s, c]]) for which in (found.long(), expected[..., 0]))
+    return int((far - near > bound).sum()) / max(1, found.numel())
+
+
 def nearest(queries: Tensor, keys: Tensor, indices: Tensor, distances: Tensor) -> None:
     """The nearest keys [B, S, C]: all distances, and on a sample of positions the choice of the reference."""
     _require(((indices >= 0) & (indices < keys.shape[1])).all(), f"an index outside of [0, {keys.shape[1]})")

@@ -1,11 +1,11 @@
-// Registers the operators under the CPU dispatch key; kvb/ops.py defines their schemas.
+// Registers the operators under the CPU dispatch key; kvb/ops defines their schemas.
 #include <Python.h>
 
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kvb, m) {
   m.def("cpu_capability() -> str");
-  m.def("cpu_packed_nbytes(int K, int D, bool wide) -> int");
+  m.def("cpu_packed_nbytes(int K, int D, bool float64) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvb, CompositeExplicitAutograd, m) {
@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvb, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(kvb, CPU, m) {
   m.impl("pack_keys", TORCH_BOX(&kvb::pack_keys));
+  m.impl("packed_matches", TORCH_BOX(&kvb::packed_matches));
   m.impl("nearest", TORCH_BOX(&kvb::nearest));
   m.impl("lookup", TORCH_BOX(&kvb::lookup));
   m.impl("gather", TORCH_BOX(&kvb::gather));

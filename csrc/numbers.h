@@ -17,6 +17,22 @@ constexpr int64_t kLine = 64; // bytes of a cache line
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Bool: return "torch.bool";
+    case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Long: return "torch.int64";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
 // Call ``work`` with a value of the C++ type that holds ``type``.
 template <class F>
 void with_floating(ScalarType type, const F& work) {
@@ -76,7 +92,7 @@ constexpr int64_t kAhead = 12; // rows between a fetch and its use
 inline void prefetch(const void* row, int64_t bytes) {
   const char* const begin = static_cast<const char*>(row);
   for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
-  __builtin_prefetch(begin + bytes - 1);
+  __builtin_prefetch(begin + std::max<int64_t>(bytes, 1) - 1);
   asm volatile(""); // else GCC sees a function without effects, and drops calls of it
 }
 

@@ -1,4 +1,4 @@
-// The operators of kvb/ops.py, as the CPU answers them. Each is documented by its reference in kvb/reference.py.
+// The operators of kvb/ops, as the CPU answers them. Each is documented by its reference in kvb/reference.
 #pragma once
 
 #include "common.h"
@@ -7,30 +7,32 @@
 
 namespace kvb {
 
-// search.cpp
+// search/packing.cpp, search/search.cpp, search/capability.cpp
 Tensor pack_keys(Tensor keys);
-std::tuple<Tensor, Tensor> nearest(Tensor queries, Tensor keys, Tensor packed, std::optional<Tensor> mask, int64_t topk);
+Tensor packed_matches(Tensor keys, Tensor packed);
+std::tuple<Tensor, Tensor> nearest(
+    Tensor queries, Tensor keys, Tensor packed, std::optional<Tensor> mask, int64_t topk);
 std::tuple<Tensor, Tensor> lookup(
     Tensor queries, Tensor keys, Tensor packed, Tensor values, std::optional<Tensor> mask, std::string pool);
 
 std::string cpu_capability(); // the instruction set in use
-int64_t cpu_packed_nbytes(int64_t K, int64_t D, bool wide); // bytes of one packed codebook; wide: float64 keys
+int64_t cpu_packed_nbytes(int64_t K, int64_t D, bool float64); // bytes of one packed codebook
 
-// values.cpp
+// table/values.cpp
 Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layout);
 Tensor gather_backward(Tensor grad, Tensor indices, int64_t K, std::string pool);
 std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indices, int64_t K, std::string pool);
 
-// training.cpp
+// table/training.cpp
 std::tuple<Tensor, Tensor, Tensor> sgd_step_(
     Tensor values, Tensor indices, Tensor targets, double lr, double max_norm, double label_smoothing);
 
-// update.cpp
+// table/update.cpp
 Tensor update_keys_(
     Tensor keys, Tensor keys_avg, Tensor cluster_size, Tensor hits, Tensor sums, std::optional<Tensor> spare,
     std::optional<Tensor> usable, double decay, double eps, double threshold, double start, bool rescale_all);
 
-// statistics.cpp
+// table/statistics.cpp
 std::tuple<Tensor, Tensor> accumulate(Tensor queries, Tensor indices, int64_t K);
 Tensor count(Tensor queries, Tensor indices, int64_t K);
 

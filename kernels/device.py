@@ -1,32 +1,50 @@
-"""What all launches share: the machine they run on, sizes rounded up, and errors."""
+"""What all launches share: the GPU they run on, sizes rounded up, and errors."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from triton.runtime import driver
 
 # The column of the launch table by compute capability, else that of sm_120, which asks for little shared memory.
-_NVIDIA = {80: "sm_80", 90: "sm_90", 100: "sm_100", 101: "sm_100", 103: "sm_100"}
-_INTERPRETED = "sm_90", 8
+_NVIDIA = {75: "sm_75", 80: "sm_80", 90: "sm_90", 100: "sm_100", 101: "sm_100", 103: "sm_100"}
+
+
+class _Machine(NamedTuple):
+    column: str  # of the launch table
+    processors: int
+    matrix: str
+
+
+_INTERPRETED = _Machine("sm_90", 8, "full")
 
 
 def target(device: torch.device) -> str:
-    """The column of the launch table: "sm_80", "sm_90", "sm_100", "sm_120", "gfx942" or "gfx950".
+    """The column of the launch table: "sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942" or "gfx950".
 
     Triton's active driver knows; without one, that is under the interpreter, it is sm_90's.
     """
-    return _machine(device)[0]
+    return _machine(device).column
 
 
 def processors(device: torch.device) -> int:
     """How many programs can begin at once."""
-    return _machine(device)[1]
+    return _machine(device).processors
 
 
-def _machine(device: torch.device) -> tuple[str, int]:
+def matrix_units(device: torch.device) -> str:
+    """What becomes of matrix products of 16-bit numbers.
+
+    "full": matrix units take it. "flushing": they take numbers too small for a full significand as zero (MI200).
+    "none": Triton has no use for those of this architecture, and multiplies number by number (Turing).
+    """
+    return _machine(device).matrix
+
+
+def _machine(device: torch.device) -> _Machine:
     try:
         active = driver.active
     except RuntimeError:
@@ -35,31 +53,22 @@ def _machine(device: torch.device) -> tuple[str, int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _facts(active: Any, device: torch.device) -> tuple[str, int]:
+def _facts(active: Any, device: torch.device) -> _Machine:
     with torch.cuda.device(device if device.type == "cuda" else -1):
         found, index = active.get_current_target(), active.get_current_device()
     if found.backend == "hip":
         column = "gfx950" if str(found.arch).startswith("gfx95") else "gfx942"
     else:
         column = _NVIDIA.get(found.arch, "sm_120")
-    return column, active.utils.get_device_properties(index)["multiprocessor_count"]
+    processors = active.utils.get_device_properties(index)["multiprocessor_count"]
+    matrix = "none" if column == "sm_75" else "flushing" if str(found.arch).startswith("gfx90a") else "full"
+    return _Machine(column, processors, matrix)
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, registers: int | None = None, **constants: Any) -> None:
-    """Launch ``kernel`` on the device of its first argument, a tensor.
-
-    ``registers`` a thread may be used on NVIDIA: left to itself, its assembler would rather spill than have fewer
-    programs run side by side.
-    """
-    if registers is not None and target(arguments[0].device).startswith("sm_"):
-        constants["maxnreg"] = registers
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **constants)
-
-
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """Raise RuntimeError with a message, which is put together only then."""
     if not condition:
-        raise RuntimeError(message)
+        raise RuntimeError(message())
 
 
 def ceil_div(a: int, b: int) -> int:

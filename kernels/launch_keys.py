@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from kvb.kernels import update
-from kvb.kernels.device import ceil_div, power_of_two, require, run
-from kvb.kernels.launch_search import PACK_COLUMNS, PACK_KEYS, Packing, slicing, unpacked
+from kvb.kernels.device import ceil_div, power_of_two, require
+from kvb.kernels.launch_pack import COLUMNS, Packing, slicing, unpacked
+from kvb.kernels.launcher import Options, run
+from kvb.kernels.layout import TILE
+
+UPDATE = Options(registers=255)
 
 
 def update_keys_(
@@ -45,22 +49,34 @@ def update_keys_(
         sizes = torch.where(dead, start, sizes)
 
     packing = None if keys.dtype == torch.float64 else Packing(keys)
-    columns = min(PACK_COLUMNS, power_of_two(D))
-    surveyed = packing is not None and columns >= D
+    columns = min(COLUMNS, power_of_two(D))
+    surveyed = packing if columns >= D else None  # a program sees whole keys
     size, slices = slicing(K)
-    constants: dict[str, Any] = {"D": D, "SLICE": size, "SLICES": slices, "SLOTS": 1, "BK": PACK_KEYS, "BD": columns}
+    constants: dict[str, Any] = {"D": D, "SLICES": slices, "SLOTS": 1, "BK": TILE}
     run(
         update.update,
         (C * slices, ceil_div(D, columns)),
-        *(keys, keys_avg, cluster_size, sums, keep, sizes, divisors, places, spare),
-        *((packing.surveys, packing.table) if packing is not None and surveyed else (None, None)),
-        *(K, 0 if spare is None else spare.shape[1]),
-        **(constants if packing is None else constants | packing.constants),
-        registers=255,
+        UPDATE,
+        keys=keys,
+        averages=keys_avg,
+        cluster_size=cluster_size,
+        sums=sums,
+        keep=keep,
+        sizes=sizes,
+        divisors=divisors,
+        places=places,
+        spare=spare,
+        surveys=None if surveyed is None else surveyed.surveys,
+        table=None if surveyed is None else surveyed.table,
+        K=K,
+        R=0 if spare is None else spare.shape[1],
+        SLICE=size,
+        BD=columns,
+        **(constants if packing is None else packing.constants),
     )
     if packing is None:
         return unpacked(keys)
-    if not surveyed:
+    if surveyed is None:
         packing.survey(None)
     return packing.finish(None)
 
@@ -76,7 +92,7 @@ def _require_statistics(
 ) -> None:
     require(
         keys.dim() == 3 and keys.is_floating_point(),
-        f"expected floating-point keys [C, K, D], got {keys.dtype} {tuple(keys.shape)}",
+        lambda: f"expected floating-point keys [C, K, D], got {keys.dtype} {tuple(keys.shape)}",
     )
     C, K, D = keys.shape
     exact = torch.promote_types(keys.dtype, torch.float32)
@@ -87,13 +103,19 @@ def _require_statistics(
         "hits": (hits, exact, (C, K)),
         "sums": (sums, exact, (C, K, D)),
     }
-    require((spare is None) == (usable is None), "expected spare rows and how many are usable, or neither")
+    require((spare is None) == (usable is None), lambda: "expected spare rows and how many are usable, or neither")
     if spare is not None and usable is not None:
         wanted["spare"] = spare, keys.dtype, (C, max(1, spare.shape[1]), D)
         wanted["usable"] = usable, torch.int64, (C,)
     for name, (tensor, dtype, shape) in wanted.items():
-        require(
-            tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.device == keys.device,
+        _require_like(keys, name, tensor, dtype, shape)
+
+
+def _require_like(keys: Tensor, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    require(
+        tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.device == keys.device,
+        lambda: (
             f"expected contiguous {name} {dtype} {shape} on {keys.device}, "
-            f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}",
-        )
+            f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        ),
+    )

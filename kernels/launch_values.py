@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvb.kernels import scatter
 from kvb.kernels import values as table
-from kvb.kernels.device import ceil_div, power_of_two, require, run
+from kvb.kernels.device import ceil_div, matrix_units, power_of_two, require
+from kvb.kernels.launcher import Options, run
 
 # --- block sizes ------------------------------------------------------------------------------------------------------
 # A tile is ROWS x COLUMNS elements; its columns are the row's length rounded up to a power of two, COLUMNS at most.
@@ -20,15 +21,14 @@ from kvb.kernels.device import ceil_div, power_of_two, require, run
 class _Block(NamedTuple):
     elements: int  # of one tile: its rows are what the columns leave, _MOST_ROWS at most
     columns: int
-    warps: int
 
 
 _MOST_ROWS = 256  # two a thread: each has its indices, divisions and pointers
-_GATHER = _Block(2048, 256, 4)  # 16 elements a thread: four 128-bit loads in flight
-_POOLED = _Block(1024, 64, 4)  # 8 sums a thread, and the loads of _POOLED_BOOKS codebooks in flight for each
+_GATHER = _Block(2048, 256)  # 16 elements a thread: four 128-bit loads in flight
+_POOLED = _Block(1024, 64)  # 8 sums a thread, and the loads of _POOLED_BOOKS codebooks in flight for each
 _POOLED_BOOKS = 4
-_ATOMICS = _Block(2048, 128, 4)
-_COUNT = _Block(2048, 128, 4)
+_ATOMICS = _Block(2048, 128)
+_COUNT = _Block(2048, 128)
 
 _PRODUCT_KEYS = 256  # codebooks up to here are summed by one-hot products
 _PRODUCT_COLUMNS = 64
@@ -37,9 +37,12 @@ _PRODUCT_ROWS = {16: 64, 32: 64, 64: 16}  # rows of one product, by its columns:
 _PRODUCT_PROGRAMS = 1024  # the batch is cut into slices until there are so many; no device decides, so no result varies
 
 _RUN = 32, 64  # positions of a chunk, columns of one product
-_RUN_DOUBLE = 16, 16  # the same for float64, which is summed without tensor cores
+_RUN_ALONE = 16, 16  # the same without matrix units
 _JOIN = 32  # chunks that a run is completed by at a time
 _FLAT = 1024  # elements of a one-dimensional tile
+_CHECKED = Options(asserts=True)
+_PLAIN = Options()
+_WARP = Options(warps=1)
 
 
 def _tile(block: _Block, length: int) -> tuple[int, int]:
@@ -53,29 +56,33 @@ def _tile(block: _Block, length: int) -> tuple[int, int]:
 
 def _require_rows(tensor: Tensor, name: str, letters: str, *sizes: int) -> None:
     """``tensor`` is floating-point, of the rank that ``letters`` have, and of ``sizes`` where they are not -1."""
-    require(tensor.is_floating_point(), f"expected {name} float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    require(
+        tensor.is_floating_point(),
+        lambda: f"expected {name} float16, bfloat16, float32 or float64, got {tensor.dtype}",
+    )
     fits = tensor.dim() == len(sizes) and all(want in (-1, got) for want, got in zip(sizes, tensor.shape, strict=False))
-    require(fits, f"expected {name} [{letters}], got {tuple(tensor.shape)}")
+    require(fits, lambda: f"expected {name} [{letters}], got {tuple(tensor.shape)}")
 
 
-def _require_codes(indices: Tensor, C: int, K: int, beside: Tensor) -> None:
+def _require_codes(indices: Tensor, C: int, K: int, like: Tensor) -> None:
     """Indices [B, S, C] of any integer dtype; their range is for the kernels to assert."""
-    require(indices.dim() == 3 and indices.shape[2] == C, f"expected indices [B, S, {C}], got {tuple(indices.shape)}")
+    require(
+        indices.dim() == 3 and indices.shape[2] == C,
+        lambda: f"expected indices [B, S, {C}], got {tuple(indices.shape)}",
+    )
     require(
         not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool),
-        f"expected integer indices, got {indices.dtype}",
+        lambda: f"expected integer indices, got {indices.dtype}",
     )
-    require(indices.device == beside.device, f"expected indices on {beside.device} like the rest, got {indices.device}")
-    require(K > 0 or indices.numel() == 0, f"expected K of at least 1, got {K}")
+    require(
+        indices.device == like.device,
+        lambda: f"expected indices on {like.device} like the rest, got {indices.device}",
+    )
+    require(K > 0 or indices.numel() == 0, lambda: f"expected K of at least 1, got {K}")
 
 
 def _require_pool(pool: str) -> None:
-    require(pool in ("none", "mean", "sum"), f"expected pool 'none', 'mean' or 'sum', got {pool!r}")
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run with assertions about indices, which no build of Triton leaves in unasked."""
-    run(kernel, grid, *arguments, **constants, debug=True, sanitize_overflow=False)
+    require(pool in ("none", "mean", "sum"), lambda: f"expected pool 'none', 'mean' or 'sum', got {pool!r}")
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
@@ -104,18 +111,38 @@ class _Rows:
         return self.indices.shape[2], self.K, self.width
 
     @property
-    def strides(self) -> tuple[int, ...]:
-        """Of x; an axis of one element gets 0, so that it spoils no alignment."""
-        *rows, column = zip(self.x.shape, self.x.stride(), strict=True)
-        return (*(0 if size == 1 else stride for size, stride in rows), column[1])
+    def matrix(self) -> str:
+        """Who multiplies, as ``matrix_units`` says; nobody multiplies float64, as not every GPU could."""
+        return "none" if self.x.dtype == torch.float64 else matrix_units(self.x.device)
 
     @property
-    def constants(self) -> dict[str, Any]:
+    def chunk(self) -> tuple[int, int]:
+        """Positions of a chunk and columns of a tile for ``add_runs``."""
+        return _RUN_ALONE if self.matrix == "none" else _RUN
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """The indices, with their strides."""
+        b, s, c = self.indices.stride()
+        return {"indices": self.indices, "i_b": b, "i_s": s, "i_c": c, "S": self.x.shape[1], "C": self.indices.shape[2]}
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """x, with its strides and what is known of them; an axis of one element gets 0, so that it spoils no alignment.
+
+        ALIGN divides all strides but the last; UNIT where that is 1.
+        """
+        b, s, c = (0 if size == 1 else step for size, step in zip(self.x.shape[:3], self.x.stride(), strict=False))
+        v = self.x.stride(3)
         return {
-            "C": self.indices.shape[2],
+            "x": self.x,
+            "x_b": b,
+            "x_s": s,
+            "x_c": c,
+            "x_v": v,
             "V": self.width,
-            "ALIGN": math.gcd(16, *self.strides[:3]),
-            "UNIT": self.width == 1 or self.strides[3] == 1,
+            "ALIGN": math.gcd(16, b, s, c),
+            "UNIT": self.width == 1 or v == 1,
         }
 
 
@@ -125,7 +152,7 @@ class _Rows:
 def gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
     """values [C, K, V] at indices [B, S, C]: [B, S, C, V] ("bscv") or [B, C, S, V] ("bcsv"), or pooled [B, S, V]."""
     _require_pool(pool)
-    require(layout in ("bscv", "bcsv"), f"expected layout 'bscv' or 'bcsv', got {layout!r}")
+    require(layout in ("bscv", "bcsv"), lambda: f"expected layout 'bscv' or 'bcsv', got {layout!r}")
     _require_rows(values, "values", "C, K, V", -1, -1, -1)
     C, K, V = values.shape
     _require_codes(indices, C, K, values)
@@ -135,12 +162,25 @@ def gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
     out = values.new_empty((B, S, C, V) if layout == "bscv" else (B, C, S, V))
     if out.numel():
         rows, columns = _tile(_GATHER, V)
-        _launch(
+        b, s, c = indices.stride()
+        run(
             table.gather_each,
             (ceil_div(B * S * C, rows), ceil_div(V, columns)),
-            *(values, indices, out, B * S * C, S, *indices.stride()),
-            **{"C": C, "K": K, "V": V, "TRANSPOSED": layout == "bcsv"},
-            **{"BLOCK_R": rows, "BLOCK_V": columns, "num_warps": _GATHER.warps},
+            _CHECKED,
+            values=values,
+            indices=indices,
+            out=out,
+            count=B * S * C,
+            S=S,
+            i_b=b,
+            i_s=s,
+            i_c=c,
+            C=C,
+            K=K,
+            V=V,
+            TRANSPOSED=layout == "bcsv",
+            BLOCK_R=rows,
+            BLOCK_V=columns,
         )
     return out
 
@@ -150,13 +190,27 @@ def _gather_pooled(values: Tensor, indices: Tensor, divisor: int) -> Tensor:
     out = values.new_empty((B, S, V)) if C else values.new_zeros((B, S, V))
     if out.numel() and C:
         rows, columns = _tile(_POOLED, V)
-        _launch(
+        b, s, c = indices.stride()
+        run(
             table.gather_pooled,
             (ceil_div(B * S, rows), ceil_div(V, columns)),
-            *(values, indices, out, B * S, S, *indices.stride()),
-            **{"C": C, "K": K, "V": V, "DIVISOR": divisor},
-            **{"BLOCK_N": rows, "BLOCK_C": _POOLED_BOOKS, "BLOCK_V": columns, "num_warps": _POOLED.warps},
-            registers=255 if values.dtype == torch.float64 else None,
+            # Two sums of float64 for each of float32: left to itself, the assembler spills.
+            Options(asserts=True, registers=255 if values.dtype == torch.float64 else None),
+            values=values,
+            indices=indices,
+            out=out,
+            N=B * S,
+            S=S,
+            i_b=b,
+            i_s=s,
+            i_c=c,
+            C=C,
+            K=K,
+            V=V,
+            DIVISOR=divisor,
+            BLOCK_N=rows,
+            BLOCK_C=_POOLED_BOOKS,
+            BLOCK_V=columns,
         )
     return out
 
@@ -170,7 +224,11 @@ def gather_backward(grad: Tensor, indices: Tensor, K: int, pool: str) -> Tensor:
 
 
 def gather_backward_rows(grad: Tensor, indices: Tensor, K: int, pool: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The same gradient as merged rows: ascending rows of [C*K] (tail -1), their gradients, and how many there are."""
+    """The same gradient as merged rows: ascending rows of [C*K] (tail -1), their gradients, and how many there are.
+
+    Their last bits are those of the dense gradient where that is summed by runs, too: with deterministic algorithms and
+    more than _PRODUCT_KEYS pairs. Other ways add in another order.
+    """
     source = _gradients(grad, indices, K, pool)
     size = min(source.count, indices.shape[2] * K)
     rows = torch.full((size,), -1, dtype=torch.int64, device=grad.device)
@@ -200,7 +258,7 @@ def count(queries: Tensor, indices: Tensor, K: int) -> Tensor:
 
 def _gradients(grad: Tensor, indices: Tensor, K: int, pool: str) -> _Rows:
     _require_pool(pool)
-    require(indices.dim() == 3, f"expected indices [B, S, C], got {tuple(indices.shape)}")
+    require(indices.dim() == 3, lambda: f"expected indices [B, S, C], got {tuple(indices.shape)}")
     B, S, C = indices.shape
     if pool == "none":
         _require_rows(grad, "grad", f"{B}, {S}, {C}, V", B, S, C, -1)
@@ -216,7 +274,10 @@ def _queries(queries: Tensor, indices: Tensor, K: int) -> _Rows:
     _require_codes(indices, queries.shape[2], K, queries)
     require(
         indices.shape == queries.shape[:3],
-        f"expected indices {tuple(queries.shape[:3])} for queries {tuple(queries.shape)}, got {tuple(indices.shape)}",
+        lambda: (
+            f"expected indices {tuple(queries.shape[:3])} for queries {tuple(queries.shape)}, "
+            f"got {tuple(indices.shape)}"
+        ),
     )
     return _Rows(queries, indices, K)
 
@@ -226,7 +287,7 @@ def _sum_rows(source: _Rows, dtype: torch.dtype, hits: Tensor | None) -> Tensor:
     x, K = source.x, source.K
     if x.numel() == 0 or K == 0:
         return x.new_zeros(source.table, dtype=dtype)
-    if K <= _PRODUCT_KEYS and x.dtype != torch.float64:
+    if K <= _PRODUCT_KEYS and source.matrix != "none":
         return _sum_by_product(source, dtype, hits)
     if not torch.are_deterministic_algorithms_enabled():
         return _sum_by_atomics(source, hits).to(dtype)
@@ -244,35 +305,64 @@ def _sum_by_product(source: _Rows, dtype: torch.dtype, hits: Tensor | None) -> T
     steps = ceil_div(tiles, max(1, _PRODUCT_PROGRAMS // programs))
     slices = ceil_div(tiles, steps)
     parts = source.x.new_empty((slices, C, K, V), dtype=dtype if slices == 1 else torch.float32)
-    _launch(
+    run(
+        scatter.check_pairs,
+        (ceil_div(source.count, _FLAT),),
+        _CHECKED,
+        **source.where,
+        count=source.count,
+        K=K,
+        BLOCK=_FLAT,
+    )
+    run(
         scatter.add_by_product,
         (programs, slices),
-        *(source.x, source.indices, parts, hits, N, source.x.shape[1], steps),
-        *(*source.strides, *source.indices.stride()),
-        **source.constants,
-        **{"K": K, "DIVISOR": source.divisor},
-        **{"BLOCK_N": _PRODUCT_ROWS[columns], "BLOCK_K": keys, "BLOCK_V": columns},
-        num_warps=8 if keys * columns >= _PRODUCT_TILE // 2 else 4,
+        Options(warps=8 if keys * columns >= _PRODUCT_TILE // 2 else 4),
+        **source.rows,
+        **source.where,
+        out=parts,
+        hits=hits,
+        N=N,
+        steps=steps,
+        K=K,
+        DIVISOR=source.divisor,
+        MATRIX=source.matrix,
+        BLOCK_N=_PRODUCT_ROWS[columns],
+        BLOCK_K=keys,
+        BLOCK_V=columns,
     )
     if slices == 1:
         return parts[0]
     out = torch.empty_like(parts[0], dtype=dtype)
-    grid = (ceil_div(out.numel(), _FLAT),)
-    _launch(scatter.add_slices, grid, parts, out, slices, SIZE=out.numel(), BLOCK=_FLAT, num_warps=4)
+    run(
+        scatter.add_slices,
+        (ceil_div(out.numel(), _FLAT),),
+        _PLAIN,
+        parts=parts,
+        out=out,
+        slices=slices,
+        SIZE=out.numel(),
+        BLOCK=_FLAT,
+    )
     return out
 
 
 def _sum_by_atomics(source: _Rows, hits: Tensor | None) -> Tensor:
     out = source.x.new_zeros(source.table, dtype=_sum_dtype(source.x))
     rows, columns = _tile(_ATOMICS, source.width)
-    _launch(
+    run(
         scatter.add_by_atomics,
         (ceil_div(source.count, rows), ceil_div(source.width, columns)),
-        *(source.x, source.indices, out, hits, source.count, source.x.shape[1]),
-        *(*source.strides, *source.indices.stride()),
-        **source.constants,
-        **{"K": source.K, "DIVISOR": source.divisor},
-        **{"BLOCK_R": rows, "BLOCK_V": columns, "num_warps": _ATOMICS.warps},
+        _CHECKED,
+        **source.rows,
+        **source.where,
+        table=out,
+        hits=hits,
+        count=source.count,
+        K=source.K,
+        DIVISOR=source.divisor,
+        BLOCK_R=rows,
+        BLOCK_V=columns,
     )
     return out
 
@@ -281,13 +371,18 @@ def _find_rows(source: _Rows, rows: Tensor | None, hits: Tensor | None) -> None:
     """The table row of every position, and the hits of the finite ones."""
     block, columns = _tile(_COUNT, source.width)
     if source.count:
-        _launch(
+        run(
             scatter.table_rows,
             (ceil_div(source.count, block),),
-            *(source.x, source.indices, rows, hits, source.count, source.x.shape[1]),
-            *(*source.strides, *source.indices.stride()),
-            **source.constants,
-            **{"K": source.K, "BLOCK_R": block, "BLOCK_V": columns, "num_warps": _COUNT.warps},
+            _CHECKED,
+            **source.rows,
+            **source.where,
+            rows=rows,
+            hits=hits,
+            count=source.count,
+            K=source.K,
+            BLOCK_R=block,
+            BLOCK_V=columns,
         )
 
 
@@ -303,10 +398,10 @@ def _sort(source: _Rows, hits: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _find_runs(source: _Rows, ordered: Tensor) -> Tensor:
     """How many runs of equal rows begin up to the end of every chunk."""
-    chunk, _ = _RUN_DOUBLE if source.x.dtype == torch.float64 else _RUN
+    chunk, _ = source.chunk
     chunks, end = ceil_div(source.count, chunk), source.indices.shape[2] * source.K
     starts = torch.empty(chunks, dtype=torch.int64, device=ordered.device)
-    _launch(scatter.find_runs, (chunks,), ordered, starts, source.count, END=end, BLOCK=chunk, num_warps=1)
+    run(scatter.find_runs, (chunks,), _WARP, ordered=ordered, starts=starts, count=source.count, END=end, BLOCK=chunk)
     return starts.cumsum(0)
 
 
@@ -315,24 +410,32 @@ def _sum_runs(
 ) -> None:
     """Every run's sum into its row of ``out``: all table rows, or with ``ends`` and ``rows`` the touched ones."""
     V, count = source.width, source.count
-    chunk, columns = _RUN_DOUBLE if source.x.dtype == torch.float64 else _RUN
+    chunk, columns = source.chunk
     columns = max(16, min(columns, power_of_two(V)))
     chunks = ceil_div(count, chunk)
     edges = out.new_empty((chunks, 2, V), dtype=_sum_dtype(source.x))
     grid = (chunks, ceil_div(V, columns))
-    shared = {"END": source.indices.shape[2] * source.K, "DIVISOR": source.divisor, "BLOCK": chunk}
-    _launch(
+    shared: dict[str, Any] = {
+        "ordered": ordered,
+        "ends": ends,
+        "out": out,
+        "edges": edges,
+        "count": count,
+        "V": V,
+        "END": source.indices.shape[2] * source.K,
+        "DIVISOR": source.divisor,
+        "BLOCK": chunk,
+        "BLOCK_V": columns,
+    }
+    run(
         scatter.add_runs,
         grid,
-        *(source.x, order, ordered, ends, out, rows, edges, count, source.x.shape[1], *source.strides),
-        **source.constants,
-        **shared,
-        **{"BLOCK_V": columns, "num_warps": 4},
+        _PLAIN,
+        **source.rows | shared,
+        order=order,
+        rows=rows,
+        S=source.x.shape[1],
+        C=source.indices.shape[2],
+        MATRIX=source.matrix,
     )
-    _launch(
-        scatter.join_runs,
-        grid,
-        *(ordered, ends, out, edges, count),
-        **shared,
-        **{"V": V, "BLOCK_J": _JOIN, "BLOCK_V": columns, "num_warps": 1},
-    )
+    run(scatter.join_runs, grid, _WARP, **shared, BLOCK_J=_JOIN)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import ADDED, CENTRE, FOLDED, NEVER, finite, halves, key_columns
 
 SUM = tl.constexpr(0)  # rows of a survey
@@ -36,6 +37,7 @@ def _usable(keys, mask, row, live, D: tl.constexpr, BD: tl.constexpr, MASKED: tl
 def mixed(part, d):
     """What coordinates d of a tile of keys, float32, add to the two sums that ``slots`` makes of whole keys."""
     bits = (part + 0.0).to(tl.uint32, bitcast=True)  # -0 equals 0
+    # Odd numbers with bits in all places, as hashes multiply by; another one for every coordinate.
     bits = (bits ^ (bits >> 15)) * (2 * d + 0x2C1B3C6D).to(tl.uint32)[None, :]
     bits = bits ^ (bits >> 13)
     return tl.sum(bits * 0x297A2D39, 1), tl.sum((bits ^ (bits >> 9)) * 0x85EBCA6B, 1)
@@ -96,12 +98,12 @@ def store_survey(out, total, least, most, count, d, D: tl.constexpr):
     tl.store(out + COUNT * D + d, tl.full(d.shape, count, tl.float64), mask=d < D)
 
 
-@triton.jit
+@kernel("kvb_pack_survey")
 def survey(
-    keys,
-    mask,
-    surveys,
-    table,
+    keys,  # [C, K, D]
+    mask,  # [C, K] bytes, not 0 where a key may win; read if MASKED
+    surveys,  # [C, SLICES, 4, D] float64: sum, least, most and count of a slice
+    table,  # [C, 2, SLOTS] int32: the first usable key that claims a slot
     K,
     D: tl.constexpr,
     SLICE: tl.constexpr,
@@ -176,14 +178,14 @@ def _scaled(keys, surveys, row, d, usable, scale, D: tl.constexpr, SLICES: tl.co
     return tl.where(inside, part * scale - (mean * scale)[None, :], 0.0)
 
 
-@triton.jit
+@kernel("kvb_pack")
 def pack(
-    keys,
-    mask,
-    surveys,
-    table,
-    floats,
-    words,
+    keys,  # [C, K, D]
+    mask,  # [C, K] bytes, not 0 where a key may win; read if MASKED
+    surveys,  # [C, SLICES, 4, D] float64: sum, least, most and count of a slice
+    table,  # [C, 2, SLOTS] int32: the first key that claims a slot
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    words,  # [C, NBYTES / 2]: packed keys as float16
     K,
     D: tl.constexpr,
     NBYTES: tl.constexpr,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import (
     ADDED,
     CENTRE,
@@ -44,11 +45,11 @@ def _part(words, norms, start: tl.constexpr, DP: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, FORM: tl.constexpr):
+def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, MATRIX: tl.constexpr, FORM: tl.constexpr):
     """How far a score may be off that one product makes of high parts alone."""
-    error = score_error(norm, t, radius, D, DEPTH)
+    error = score_error(norm, t, radius, D, DEPTH, MATRIX)
     if FORM != CONCAT:
-        error += norm * (radius * (1.001 * 2.0**-10))
+        error += norm * (radius * (1.001 * 2.0**-10))  # 2 * 2^-11 + 2^-22, rounded up
     return error
 
 
@@ -56,7 +57,7 @@ def _error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, FORM: tl.const
 def _scores(left, t, right, norm, FORM: tl.constexpr):
     scores = tl.dot(left, right)
     if FORM == ADDED:
-        scores += t[:, None] * norm[None, :]
+        scores = tl.fma(tl.broadcast_to(t[:, None], scores.shape), tl.broadcast_to(norm[None, :], scores.shape), scores)
     return scores
 
 
@@ -92,26 +93,46 @@ def _key(group, place, thread, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr
     return group * (J * L * E) + place // E * (L * E) + thread * E + place % E
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "workers", "capacity"])
+@triton.jit
+def _only(groups, places, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+    """256 and the key, where the bits of a row's threads leave one candidate; more, where they leave several."""
+    both = groups.to(tl.int32, bitcast=True) | places.to(tl.int32, bitcast=True)
+    key = 256 + _key(_highest(groups), _highest(places) & 15, tl.arange(0, L)[None, :], J, L, E)
+    # A float32 with one bit has no significand.
+    return tl.sum(tl.where(groups == 0, 0, tl.where(both & 0x7FFFFF == 0, key, 1024)), 1)
+
+
+@triton.jit
+def _leave_open(opened, slot, open_rows, open_words, left, line, groups, places, L: tl.constexpr):
+    """Append the lines ``left``, and the bits of their threads, to what a program leaves open from ``slot`` on."""
+    place = slot + tl.atomic_add(opened + tl.zeros_like(line), 1, mask=left, sem="relaxed")
+    tl.store(open_rows + place, line, mask=left)
+    bits = groups.to(tl.int32) << 16 | places.to(tl.int32)
+    tl.store(open_words + place[:, None] * L + tl.arange(0, L)[None, :], bits, mask=left[:, None])
+
+
+@kernel(
+    "kvb_nearest_resident", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "workers", "capacity"]
+)
 def resident(
-    queries,
-    keys,
-    floats,
-    words,
-    indices,
-    distances,
-    open_rows,
-    open_words,
-    opened,
-    rows,
+    queries,  # [B, S, C, D], with the strides below and 1
+    keys,  # [C, K, D]
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    words,  # [C, NBYTES / 2]: packed keys as float16
+    indices,  # [B, S, C] int64
+    distances,  # [B, S, C] float32: squared distances
+    open_rows,  # [programs, capacity] int32: the rows that a program left open
+    open_words,  # [programs, capacity, L] int32: which groups and places of each thread may hold the nearest key
+    opened,  # [programs] int32: how many
+    rows,  # B * S
     S,
     stride_b,
     stride_s,
     stride_c,
     C,
     K,
-    workers,
-    capacity,
+    workers,  # programs of a codebook
+    capacity,  # rows that a program may leave open
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
@@ -123,6 +144,7 @@ def resident(
     FORM: tl.constexpr,
     DP: tl.constexpr,
     DEPTH: tl.constexpr,
+    MATRIX: tl.constexpr,
     RADII_WIDTH: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
@@ -161,9 +183,9 @@ def resident(
         query = tl.load(queries + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
         q = query.to(tl.float32) * scale - centre[None, :]
         norm = tl.sqrt(tl.sum(tl.where(real, q * q, 0.0), 1))
-        t, fits = power_of_two(norm)
+        t, fits = power_of_two(norm, MATRIX)
         left = left_parts(q, t, column, D, FORM)[0]
-        error = tl.where(fits, _error(norm * t, t, radius, D, DEPTH, FORM), float("nan"))
+        error = tl.where(fits, _error(norm * t, t, radius, D, DEPTH, MATRIX, FORM), float("nan"))
 
         groups_0, places = _minima(_scores(left, t, right_0, norm_0, FORM), BN, P0, J, L, E)
         if P1 > 0:
@@ -181,44 +203,38 @@ def resident(
         if P2 > 0:
             groups = tl.fma(_bits(groups_2, limit, BN, L, P2 // (J * L * E)), 2.0 ** ((P0 + P1) // (J * L * E)), groups)
 
-        # Over the threads of a row, with 256 for each candidate: a power of two has one bit.
-        both = groups.to(tl.int32, bitcast=True) | places.to(tl.int32, bitcast=True)
-        key = 256 + _key(_highest(groups), _highest(places) & 15, tl.arange(0, L)[None, :], J, L, E)
-        choice = tl.sum(tl.where(groups == 0, 0, tl.where(both & 0x7FFFFF == 0, key, 1024)), 1)
+        choice = _only(groups, places, J, L, E)
         sure = (choice >> 8 == 1) & (least < t * SEEN)
         choice = tl.where(sure, choice & 255, 0)
         key = tl.load(keys + choice[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+        # Threads that share a row may differ in the last bit of this distance. It decides nothing, and one stores it.
         apart = tl.where(real, query.to(tl.float64) - key.to(tl.float64), 0.0)
         cell = line.to(tl.int64) * C + book
         tl.store(indices + cell, choice, mask=row_ok & sure)
         tl.store(distances + cell, tl.sum(apart * apart, 1), mask=row_ok & sure)
 
-        left_open = row_ok & ~sure
-        place = slot + tl.atomic_add(opened + tl.zeros_like(choice), 1, mask=left_open, sem="relaxed")
-        tl.store(open_rows + place, line, mask=left_open)
-        bits = groups.to(tl.int32) << 16 | places.to(tl.int32)
-        tl.store(open_words + place[:, None] * L + tl.arange(0, L)[None, :], bits, mask=left_open[:, None])
+        _leave_open(opened, slot, open_rows, open_words, row_ok & ~sure, line, groups, places, L)
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "capacity"])
+@kernel("kvb_nearest_refine", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "capacity"])
 def refine(
-    queries,
-    keys,
-    floats,
-    open_rows,
-    open_words,
-    opened,
-    indices,
-    distances,
-    listed,
-    count,
+    queries,  # [B, S, C, D], with the strides below and 1
+    keys,  # [C, K, D]
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    open_rows,  # [programs, capacity] int32: the rows that a program left open
+    open_words,  # [programs, capacity, L] int32: which groups and places of each thread may hold the nearest key
+    opened,  # [programs] int32: how many
+    indices,  # [B, S, C] int64
+    distances,  # [B, S, C] float32: squared distances
+    listed,  # [B * S * C] int32: rows of codebooks left for ``rescan``
+    count,  # [1] int32: how many are listed
     S,
     stride_b,
     stride_s,
     stride_c,
     C,
     K,
-    capacity,
+    capacity,  # rows that a program may leave open
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,

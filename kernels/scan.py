@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvb.kernels.scores import EPSILON, finite, row_offsets
+from kvb.kernels.named import kernel
+from kvb.kernels.scores import EPSILON, TINY, finite, row_offsets
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def _next(
             choice = tl.where(better, lowest, choice)
             barred = (key < stop)[:, None] & ~usable & (here > last_spare[None, :])
             spare = tl.minimum(spare, tl.min(tl.where(barred, here, K), 0))
-            limit = (best * (1 + EPSILON * (D + 8)) + D * 2.4e-38).to(tl.float32)
+            limit = (best * (1 + EPSILON * (D + 8)) + D * TINY).to(tl.float32)  # as ``certain`` in scores.py
     return best, choice, spare
 
 
@@ -150,25 +151,25 @@ def _search_row(
     return choice
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "T", "splits"])
+@kernel("kvb_nearest_scan", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "T", "splits"])
 def scan(
-    queries,
-    keys,
-    mask,
-    values,
-    indices,
-    distances,
-    fetched,
-    rows,
+    queries,  # [B, S, C, D], with the strides below and 1
+    keys,  # [C, K, D]
+    mask,  # [C, K] bytes, not 0 where a key may win; read if MASKED
+    values,  # [C, K, V]; read if FETCH
+    indices,  # [B, S, C, T] int64, or [B * S * C, splits] int32 if PARTIAL
+    distances,  # [B, S, C, T], or [B * S * C, splits] if PARTIAL; float64 if WIDE or PARTIAL, else float32
+    fetched,  # [B, S, C, V]; written if FETCH
+    rows,  # B * S
     S,
     stride_b,
     stride_s,
     stride_c,
     C,
     K,
-    T,
-    splits,
-    per_split,
+    T,  # ranks
+    splits,  # parts of a codebook, each for programs of its own
+    per_split,  # keys of a part
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
@@ -219,15 +220,25 @@ def scan(
             tl.store(fetched + cell[:, None] * V + v[None, :], value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["cells", "splits"])
-def merge(part_indices, part_distances, indices, distances, cells, K, splits, BR: tl.constexpr, WIDTH: tl.constexpr):
+@kernel("kvb_nearest_merge", do_not_specialize=["cells", "splits"])
+def merge(
+    part_indices,  # [B * S * C, splits] int32
+    part_distances,  # [B * S * C, splits] float64
+    indices,  # [B, S, C] int64
+    distances,  # [B, S, C] float32
+    cells,  # B * S * C
+    K,
+    splits,
+    BR: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """The nearest of all parts of each row's codebook; the first key where none may win."""
     cell = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     part = tl.arange(0, WIDTH)
     inside = (cell < cells)[:, None] & (part < splits)[None, :]
     at = cell[:, None] * splits + part[None, :]
     distance = tl.load(part_distances + at, mask=inside, other=float("inf"))
-    index = tl.load(part_indices + at, mask=inside, other=2147483647)
+    index = tl.load(part_indices + at, mask=inside, other=2147483647)  # no key has it
     broken = tl.max((distance != distance).to(tl.int32), 1) != 0
     known = (index < K) & (distance == distance)
     least = tl.min(tl.where(known, distance, float("inf")), 1)
@@ -236,15 +247,15 @@ def merge(part_indices, part_distances, indices, distances, cells, K, splits, BR
     tl.store(distances + cell, tl.where(broken, float("nan"), least), mask=cell < cells)
 
 
-@triton.jit(do_not_specialize=["S", "stride_b", "stride_s", "stride_c"])
+@kernel("kvb_nearest_rescan", do_not_specialize=["S", "stride_b", "stride_s", "stride_c"])
 def rescan(
-    queries,
-    keys,
-    mask,
-    listed,
-    count,
-    indices,
-    distances,
+    queries,  # [B, S, C, D], with the strides below and 1
+    keys,  # [C, K, D]
+    mask,  # [C, K] bytes, not 0 where a key may win; read if MASKED
+    listed,  # [B * S * C] int32: rows of codebooks left for ``rescan``
+    count,  # [1] int32: how many are listed
+    indices,  # [B, S, C] int64
+    distances,  # [B, S, C] float32: squared distances
     S,
     stride_b,
     stride_s,

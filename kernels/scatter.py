@@ -3,8 +3,8 @@
 They add the rows of x [B, S, C, V] to the rows of a table [C, K, V] that indices [B, S, C] name; x is a gradient
 (a pooled one has stride 0 over the codebooks) or the queries. There are three ways:
 
-* ``add_by_product``, for small K: a one-hot matrix product for every codebook and slice of the batch, then
-  ``add_slices``. Every sum has a fixed order.
+* ``check_pairs`` and ``add_by_product``, for small K: a one-hot matrix product for every codebook and slice of the
+  batch, then ``add_slices``. Every sum has a fixed order.
 * ``add_by_atomics``: float atomics, whose order is not fixed.
 * ``find_runs`` and ``add_runs``, then ``join_runs``: the positions stand sorted by table row, in chunks of fixed size.
   Every sum has a fixed order, and the touched rows come out in ascending order: ``move_rows`` takes them and moves
@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import finite
 from kvb.kernels.values import INTERPRETED, average, pair_indices, require_pairs, store_sums
 
@@ -69,15 +70,17 @@ def _upper_half(x):
 
 
 @triton.jit
-def _product(hot, x):
+def _product(hot, x, MATRIX: tl.constexpr):
     """``_sum_where`` as a matrix product with a factor of exact zeros and ones, summed in float32.
 
-    float32 goes in as three bfloat16 parts that sum to it exactly. 0 * Inf would spoil every sum, so what is not finite
+    float32 goes in as three bfloat16 parts that sum to it exactly, and so does float16 where matrix units flush small
+    ones; of bfloat16 they only flush what is below 2^-126. 0 * Inf would spoil every sum, so what is not finite
     stays out of the product and is counted apart: a sum over a NaN, or over both infinities, is NaN.
     """
     SHAPE: tl.constexpr = x.shape
-    PARTS: tl.constexpr = 3 if x.dtype == tl.float32 else 1
-    EXACT: tl.constexpr = tl.float16 if x.dtype == tl.float16 else PART
+    HALF: tl.constexpr = x.dtype == tl.float16 and MATRIX == "full"
+    PARTS: tl.constexpr = 1 if HALF or x.dtype == tl.bfloat16 else 3
+    EXACT: tl.constexpr = tl.float16 if HALF else PART
     ones = tl.where(hot, 1.0, 0.0).to(EXACT)
     total = tl.zeros([hot.shape[0], x.shape[1]], tl.float32)
     # Flat while it is split: else every warp would do that work for all of x, in the product's layout.
@@ -101,21 +104,44 @@ def _product(hot, x):
 
 
 @triton.jit
-def _sum_where(hot, x):
+def _sum_where(hot, x, MATRIX: tl.constexpr):
     """[J, V]: for every row of ``hot`` [J, N] the sum of those rows of x [N, V] that it marks."""
-    if x.dtype == tl.float64:  # not every GPU multiplies float64 matrices
+    if MATRIX == "none":
+        x = x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
         return tl.sum(tl.where(hot[:, :, None], x[None, :, :], 0.0), axis=1)
     else:
-        return _product(hot, x)
+        return _product(hot, x, MATRIX)
 
 
 # --- one-hot products -------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_check", do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
+def check_pairs(
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
+    count,  # B * S * C
+    S,
+    i_b,
+    i_s,
+    i_c,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Assert that every index is one of a pair.
+
+    ``add_by_product`` cannot: where a kernel calls a function, its products on Hopper wait for one another.
+    """
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n, c = r // C, r % C
+    _, usable = pair_indices(indices + n // S * i_b + n % S * i_s + c * i_c, r < count, K)
+    require_pairs((r < count) & ~usable)
+
+
+@kernel("kvb_scatter_product", do_not_specialize=["N", "S", "steps", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_product(
-    x,
-    indices,
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
     out,  # [slices, C, K, V]
     hits,  # [C, K] or None
     N,
@@ -132,6 +158,7 @@ def add_by_product(
     K: tl.constexpr,
     V: tl.constexpr,
     DIVISOR: tl.constexpr,
+    MATRIX: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -147,12 +174,10 @@ def add_by_product(
     k = block % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
     v = block // BLOCKS_K * BLOCK_V + tl.arange(0, BLOCK_V)
     total = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    wrong = tl.zeros([BLOCK_N], tl.int1)
     for step in range(steps):
         n = (part * steps + step) * BLOCK_N + tl.arange(0, BLOCK_N)
         pointers = indices + n // S * i_b + n % S * i_s + c * i_c
         index, usable = pair_indices(pointers, n < N, K)
-        wrong |= (n < N) & ~usable
         offsets = _row_offsets(n, c, S, x_b, x_s, x_c, ALIGN)
         rows = _load_rows(x, offsets, n < N, v, x_v, V, UNIT)
         if hits is not None:
@@ -163,15 +188,20 @@ def add_by_product(
             if block == 0:
                 _count(hits, c * K + index, usable)
         hot = (index.to(tl.int32)[None, :] == k[:, None]) & usable[None, :]
-        total += _sum_where(hot, rows)  # apart from the product: tensor cores cut where they add, this rounds
-    require_pairs(wrong)
+        total += _sum_where(hot, rows, MATRIX)  # apart from the product: tensor cores cut where they add, this rounds
     pointers = out + ((part * C + c) * K + k[:, None]) * V + v[None, :]
     store_sums(pointers, average(total, DIVISOR), (k < K)[:, None] & (v < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["slices"])
-def add_slices(parts, out, slices, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """out [SIZE]: the sum of parts [slices, SIZE], first to last."""
+@kernel("kvb_scatter_slices", do_not_specialize=["slices"])
+def add_slices(
+    parts,  # [slices, SIZE]
+    out,  # [SIZE]
+    slices,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of all parts, first to last."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(slices):
@@ -182,10 +212,10 @@ def add_slices(parts, out, slices, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 # --- float atomics ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_atomics", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def add_by_atomics(
-    x,
-    indices,
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
     table,  # [C, K, V], zero
     hits,  # [C, K] or None
     count,  # B * S * C
@@ -230,10 +260,10 @@ def add_by_atomics(
 # --- sorted runs ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
+@kernel("kvb_scatter_rows", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v", "i_b", "i_s", "i_c"])
 def table_rows(
-    x,
-    indices,
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    indices,  # [B, S, C] with the strides i_b, i_s, i_c
     rows,  # [B * S * C] or None
     hits,  # [C, K] or None
     count,  # B * S * C
@@ -279,8 +309,14 @@ def _begins(here, before, END: tl.constexpr):
     return (here != END) & (here != before)
 
 
-@triton.jit(do_not_specialize=["count"])
-def find_runs(ordered, starts, count, END: tl.constexpr, BLOCK: tl.constexpr):
+@kernel("kvb_scatter_find_runs", do_not_specialize=["count"])
+def find_runs(
+    ordered,  # [count] the table rows, sorted; END where skipped
+    starts,  # [chunks]
+    count,  # B * S * C
+    END: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """How many runs of equal rows start in every chunk of BLOCK sorted positions; END marks skipped ones."""
     chunk = tl.program_id(0).to(tl.int64)
     i = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -288,15 +324,15 @@ def find_runs(ordered, starts, count, END: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(starts + chunk, tl.sum(begins.to(tl.int64)))
 
 
-@triton.jit(do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v"])
+@kernel("kvb_scatter_add_runs", do_not_specialize=["count", "S", "x_b", "x_s", "x_c", "x_v"])
 def add_runs(
-    x,
-    order,  # the position of every sorted row
-    ordered,  # the table rows, sorted; END where skipped
-    ends,  # how many runs start up to the end of every chunk, or None
+    x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
+    order,  # [count] the position of every sorted row
+    ordered,  # [count] the table rows, sorted; END where skipped
+    ends,  # [chunks] how many runs start up to the end of every chunk, or None
     out,  # [C * K, V], or [touched, V] with ``rows``; zero
-    rows,  # the touched rows, or None
-    edges,  # [chunks, 2, V]: the part of a run from before a chunk, and of one that goes on behind it
+    rows,  # [touched] the touched rows, or None
+    edges,  # [chunks, 2, V] the part of a run from before a chunk, and of one that goes on behind it
     count,  # B * S * C
     S,
     x_b,
@@ -307,6 +343,7 @@ def add_runs(
     V: tl.constexpr,
     END: tl.constexpr,
     DIVISOR: tl.constexpr,
+    MATRIX: tl.constexpr,
     ALIGN: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -325,7 +362,7 @@ def add_runs(
     offsets = _row_offsets(position // C, position % C, S, x_b, x_s, x_c, ALIGN)
     leads = begins | (usable & (j == 0))  # one position speaks for its run in this chunk
     hot = (here[:, None] == here[None, :]) & leads[:, None]
-    total = _sum_where(hot, _load_rows(x, offsets, usable, v, x_v, V, UNIT))
+    total = _sum_where(hot, _load_rows(x, offsets, usable, v, x_v, V, UNIT), MATRIX)
 
     inside = begins & (here != behind)
     columns = (v < V)[None, :]
@@ -341,12 +378,12 @@ def add_runs(
     tl.store(edges + edge[:, None] + v[None, :], total, mask=(leads & ~inside)[:, None] & columns)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel("kvb_scatter_join_runs", do_not_specialize=["count"])
 def join_runs(
-    ordered,
-    ends,  # as for ``add_runs``
-    out,
-    edges,
+    ordered,  # [count], as for ``add_runs``, and so are the others
+    ends,  # [chunks] or None
+    out,  # [C * K, V] or [touched, V]
+    edges,  # [chunks, 2, V]
     count,  # B * S * C
     V: tl.constexpr,
     END: tl.constexpr,
@@ -380,7 +417,7 @@ def join_runs(
 # --- rows moved by their gradients ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel("kvb_sgd_step", do_not_specialize=["count"])
 def move_rows(
     table,  # [C * K, V]
     rows,  # [count] of the table, each once; -1 for none

@@ -9,15 +9,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# How a codebook's keys lie in its packed bytes, by D: see ``layout`` in launch_search.py.
-CONCAT = tl.constexpr(0)  # one row [high | low | high | norm's high | norm's low]: one product of depth 32
-FOLDED = tl.constexpr(1)  # high and low apart, the norm in two spare columns of high
-ADDED = tl.constexpr(2)  # high and low apart, the norm added after the products
+from kvb.kernels import layout
+
+# How the keys of a codebook lie in its packed bytes.
+CONCAT = tl.constexpr(layout.CONCAT)
+FOLDED = tl.constexpr(layout.FOLDED)
+ADDED = tl.constexpr(layout.ADDED)
 
 CENTRE = tl.constexpr(1)  # the float where the centre begins: before it stands the scale
 NEVER = tl.constexpr(60000.0)  # half norm of what must not win: padding, broken, masked keys and later twins
 SEEN = tl.constexpr(30000.0)  # half norms of all others lie below
 EPSILON = tl.constexpr(2.0**-23)
+FLUSH = tl.constexpr(2.0**-14)  # what a float16 loses at most to MATRIX units that are "flushing"
+TINY = tl.constexpr(2.4e-38)  # twice the least normal float32: what the squares of two distances lose below it
 FAR = tl.constexpr(3.0e38)  # more than any score or distance that decides
 
 
@@ -25,7 +29,7 @@ FAR = tl.constexpr(3.0e38)  # more than any score or distance that decides
 def row_offsets(row, book, S, stride_b, stride_s, stride_c, FLAT: tl.constexpr, ALIGN: tl.constexpr):
     """Where rows of [B*S] of a codebook begin in queries [B, S, C, D]; FLAT where stride_s leads from row to row.
 
-    ALIGN divides all strides. They are not specialised on, or some batch sizes would compile anew.
+    ALIGN divides all strides. They are not specialised on, or some batch sizes would compile again.
     """
     if FLAT:
         return tl.multiple_of(row.to(tl.int64) * stride_s + book * stride_c, ALIGN)
@@ -58,18 +62,24 @@ def key_columns(column, D: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
-def largest(packed, tiles, WIDTH: tl.constexpr):
-    """The norm no scaled key exceeds: the packing left the largest of every tile."""
+def largest(radii, TILES: tl.constexpr, WIDTH: tl.constexpr):
+    """The norm that no scaled key exceeds: the packing left the square of the largest of every tile.
+
+    1.0001 is for rounding that square, and for square roots, which are approximate on a GPU.
+    """
     tile = tl.arange(0, WIDTH)
-    return tl.sqrt(tl.max(tl.load(packed + tile, mask=tile < tiles, other=0.0), 0)) * 1.0001
+    most = tl.load(radii + tile, mask=tile < TILES, other=0.0)
+    for first in range(WIDTH, TILES, WIDTH):
+        most = tl.maximum(most, tl.load(radii + first + tile, mask=first + tile < TILES, other=0.0))
+    return tl.sqrt(tl.max(most, 0)) * 1.0001
 
 
 @triton.jit
-def power_of_two(norm):
+def power_of_two(norm, MATRIX: tl.constexpr):
     """t <= 1, a power of two that brings numbers up to ``norm`` below 2^13, and whether float16 can still hold it."""
     exponent = ((norm.to(tl.int32, bitcast=True) >> 23) & 255) - 127
     shift = tl.maximum(exponent - 12, 0)
-    fits = shift <= 24
+    fits = shift <= (14 if MATRIX == "flushing" else 24)
     return ((127 - tl.minimum(shift, 24)) << 23).to(tl.float32, bitcast=True), fits
 
 
@@ -94,11 +104,13 @@ def left_parts(q, t, column, D: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
-def score_error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr):
+def score_error(norm, t, radius, D: tl.constexpr, DEPTH: tl.constexpr, MATRIX: tl.constexpr):
     """How far a score may be off; NaN or Inf where anything overflowed, which fails every comparison."""
-    small: tl.constexpr = 2.0**-25 * (D**0.5)
+    small: tl.constexpr = (1.25 * FLUSH if MATRIX == "flushing" else 2.0**-25) * (D**0.5)
     of_norm = (DEPTH + 9) * EPSILON * radius + small
     of_half = (DEPTH + 4) * EPSILON * radius * radius / 2
+    if MATRIX == "flushing":  # the lower part of a half norm
+        of_half += 1.25 * FLUSH
     return norm * of_norm + (t * of_half + small * radius)
 
 
@@ -120,8 +132,12 @@ def measured(queries, at, keys, at_keys, usable, D: tl.constexpr, BR: tl.constex
 
 @triton.jit
 def certain(least, runner, D: tl.constexpr):
-    """Whether rounding in float32 cannot explain that one distance is less than the other."""
-    return (runner - least > runner * ((D + 8) * EPSILON) + D * 2.4e-38) & (least < FAR)
+    """Whether rounding in float32 cannot explain that one distance is less than the other.
+
+    A difference, its square and D sums are D + 2 roundings of 2^-24 for each distance; the rest is for this very line.
+    Threads that share a row may differ in the last bit of a sum; where that could order two keys, none is certain.
+    """
+    return (runner - least > runner * ((D + 8) * EPSILON) + D * TINY) & (least < FAR)
 
 
 @triton.jit

@@ -13,6 +13,9 @@ are listed for ``rescan``, which looks at every key. The bound, for a row x = t 
     rounding x and k once and splitting each into two float16, leaving out low times low: 7 u |x| r
     summing DEPTH products and the norm, the small ones first: (DEPTH + 2) u (|x| r + t r^2 / 2), and 2 u t r^2 / 2
     float16 below 2^-14: 2^-25 sqrt(D) (|x| + r)
+Where matrix units flush those (MI200), a coordinate loses up to 2^-14, not 2^-25, and so does a half norm: of its two
+parts the lower is flushed first, and both together are no larger. What both factors lose at once is less than a quarter
+of that while D is below 2^18: r is at least 2^6 / sqrt(D), as the packing scales keys.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.scores import (
     ADDED,
     CENTRE,
@@ -54,23 +58,32 @@ def _centred(queries, at, row_ok, floats, d, D: tl.constexpr):
 
 @triton.jit
 def _operand(
-    queries, at, row_ok, floats, radius, D: tl.constexpr, DP: tl.constexpr, FORM: tl.constexpr, DEPTH: tl.constexpr
+    queries,
+    at,
+    row_ok,
+    floats,
+    radius,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    FORM: tl.constexpr,
+    DEPTH: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):
     """Whole rows as left factors: minus t times the query in two parts; t; and the error of a score."""
     column = tl.arange(0, DP)
     d, _, _, _, _ = key_columns(column, D, FORM)
     q, good = _centred(queries, at, row_ok, floats, d, D)
     once = tl.where((column < D)[None, :], q, 0.0)
-    t, error = _range(tl.sqrt(tl.sum(once * once, 1)), good, radius, D, DEPTH)
+    t, error = _range(tl.sqrt(tl.sum(once * once, 1)), good, radius, D, DEPTH, MATRIX)
     high, low = left_parts(q, t, column, D, FORM)
     return high, low, t, error
 
 
 @triton.jit
-def _range(norm, good, radius, D: tl.constexpr, DEPTH: tl.constexpr):
+def _range(norm, good, radius, D: tl.constexpr, DEPTH: tl.constexpr, MATRIX: tl.constexpr):
     """The t of rows of this norm, and the error of their scores; Inf where nothing can be said of them."""
-    t, fits = power_of_two(norm)
-    return t, tl.where(fits & good, score_error(norm * t, t, radius, D, DEPTH), float("inf"))
+    t, fits = power_of_two(norm, MATRIX)
+    return t, tl.where(fits & good, score_error(norm * t, t, radius, D, DEPTH, MATRIX), float("inf"))
 
 
 @triton.jit
@@ -120,14 +133,14 @@ def _measure(
     return least, runner, choice
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c"])
+@kernel("kvb_nearest_prepare", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c"])
 def prepare(
-    queries,
-    floats,
-    prepared_words,
-    prepared_floats,
-    count,
-    rows,
+    queries,  # [B, S, C, D], with the strides below and 1
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    prepared_words,  # [C, B * S, 2, DP] float16: high and low part; [C, B * S, 1, DP] if CONCAT
+    prepared_floats,  # [C, B * S, 2]: t and error
+    count,  # [1] int32: how many rows are listed, here set to 0
+    rows,  # B * S
     S,
     stride_b,
     stride_s,
@@ -142,6 +155,7 @@ def prepare(
     FORM: tl.constexpr,
     DP: tl.constexpr,
     DEPTH: tl.constexpr,
+    MATRIX: tl.constexpr,
     RADII_WIDTH: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
@@ -158,7 +172,7 @@ def prepare(
     radius = largest(floats + RADII, TILES, RADII_WIDTH)
     out = prepared_words + line[:, None] * (DP if FORM == CONCAT else 2 * DP)
     if DP == BD:
-        high, low, t, error = _operand(queries, at, row_ok, floats, radius, D, DP, FORM, DEPTH)
+        high, low, t, error = _operand(queries, at, row_ok, floats, radius, D, DP, FORM, DEPTH, MATRIX)
         _store_parts(out + tl.arange(0, DP)[None, :], high, low, row_ok, DP, FORM)
     else:
         norm = tl.zeros((BR,), tl.float32)
@@ -167,7 +181,7 @@ def prepare(
             q, some = _centred(queries, at, row_ok, floats, start + tl.arange(0, BD), D)
             norm += tl.sum(q * q, 1)
             good = good & some
-        t, error = _range(tl.sqrt(norm), good, radius, D, DEPTH)
+        t, error = _range(tl.sqrt(norm), good, radius, D, DEPTH, MATRIX)
         for start in range(0, DP, BD):
             column = start + tl.arange(0, BD)
             q, _ = _centred(queries, at, good, floats, column, D)
@@ -184,18 +198,18 @@ def _store_parts(out, high, low, row_ok, DP: tl.constexpr, FORM: tl.constexpr):
         tl.store(out + DP, low, mask=row_ok[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "per_split", "splits"])
+@kernel("kvb_nearest_filter", do_not_specialize=["rows", "per_split", "splits"])
 def search(
-    prepared_words,
-    prepared_floats,
-    floats,
-    words,
-    groups,
-    rows,
+    prepared_words,  # [C, B * S, 2, DP] float16: high and low part; [C, B * S, 1, DP] if CONCAT
+    prepared_floats,  # [C, B * S, 2]: t and error
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    words,  # [C, NBYTES / 2]: packed keys as float16
+    groups,  # [B * S, C, splits] int32: the first key of the best group, or -1 - that where not sure
+    rows,  # B * S
     C,
     K,
-    per_split,
-    splits,
+    per_split,  # tiles of a part
+    splits,  # parts of a codebook, each for programs of its own
     NBYTES: tl.constexpr,
     NORMS: tl.constexpr,
     HIGH: tl.constexpr,
@@ -242,12 +256,13 @@ def search(
     for tile in tl.range(start_tile, min(start_tile + per_split, tl.cdiv(K, BK))):
         key = tile * BK + tl.arange(0, BK)
         if DP == BD:
-            right = tl.load(words + tile * (BK * DP) + inner_at)
+            first = tl.cast(tile, tl.int64) * (BK * DP)
+            right = tl.load(words + first + inner_at)
             if FORM == CONCAT:
                 scores = tl.dot(high, right)
             else:
                 scores = tl.dot(low, right)
-                scores = tl.dot(high, tl.load(lows + tile * (BK * DP) + inner_at), scores)
+                scores = tl.dot(high, tl.load(lows + first + inner_at), scores)
                 scores = tl.dot(high, right, scores)
         else:
             scores = tl.zeros((BN, BK), tl.float32)
@@ -276,24 +291,24 @@ def search(
     tl.store(groups + cell, tl.where(sure, base, -1 - base), mask=row_ok)
 
 
-@triton.jit(do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "splits"])
+@kernel("kvb_nearest_settle", do_not_specialize=["rows", "S", "stride_b", "stride_s", "stride_c", "splits"])
 def settle(
-    queries,
-    keys,
-    floats,
-    groups,
-    indices,
-    distances,
-    listed,
-    count,
-    rows,
+    queries,  # [B, S, C, D], with the strides below and 1
+    keys,  # [C, K, D]
+    floats,  # [C, NBYTES / 4]: packed keys as float32
+    groups,  # [B * S, C, splits] int32: the first key of the best group, or -1 - that where not sure
+    indices,  # [B, S, C] int64
+    distances,  # [B, S, C] float32: squared distances
+    listed,  # [B * S * C] int32: rows of codebooks left for ``rescan``
+    count,  # [1] int32: how many are listed
+    rows,  # B * S
     S,
     stride_b,
     stride_s,
     stride_c,
     C,
     K,
-    splits,
+    splits,  # parts of a codebook, each for programs of its own
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,

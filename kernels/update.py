@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvb.kernels.named import kernel
 from kvb.kernels.pack import claim, mixed, nothing_seen, seen, slots, store_survey
 from kvb.kernels.scores import finite
 from kvb.kernels.values import rounded
@@ -29,7 +30,7 @@ def _divide(x, by):
         return tl.div_rn(x, by)
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel("kvb_update_keys", do_not_specialize=["R"])
 def update(
     keys,  # [C, K, D]
     averages,  # [C, K, D]
@@ -40,10 +41,10 @@ def update(
     divisors,  # [C, K] of averages, which makes keys of them; negative where a key stays
     places,  # [C, K] the spare row that replaces a pair, or -1; None where none does
     spare,  # [C, R, D] or None
-    surveys,  # as for ``survey``; None where another pass looks at the keys
-    table,
+    surveys,  # [C, SLICES, 4, D] as for ``survey``; None where another pass looks at the keys
+    table,  # [C, 2, SLOTS] as for ``survey``, or None
     K,
-    R,
+    R,  # spare rows per codebook
     D: tl.constexpr,
     SLICE: tl.constexpr,
     SLICES: tl.constexpr,

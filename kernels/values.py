@@ -1,6 +1,6 @@
 """Reading the value table: the kernels of ``gather``, and how a kernel finds the row of a pair.
 
-Letters as in ``kvb/ops.py``. Batch-dependent sizes and strides are plain arguments that are never specialised, so that
+Letters as in ``kvb/ops``. Batch-dependent sizes and strides are plain arguments that are never specialised, so that
 every batch size runs the same compiled kernel; C, K and V are constants of the compilation.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from kvb.kernels.named import kernel
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -52,7 +54,7 @@ def store_sums(pointers, total, mask):
     tl.store(pointers, rounded(total, pointers.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
+@kernel("kvb_gather", do_not_specialize=["count", "S", "i_b", "i_s", "i_c"])
 def gather_each(
     values,  # [C, K, V]
     indices,  # [B, S, C] with the strides i_b, i_s, i_c
@@ -94,7 +96,7 @@ def gather_each(
     tl.store(out + written[:, None] + v[None, :], value, mask=inside[:, None] & (v < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "S", "i_b", "i_s", "i_c"])
+@kernel("kvb_gather_pooled", do_not_specialize=["N", "S", "i_b", "i_s", "i_c"])
 def gather_pooled(
     values,  # [C, K, V]
     indices,  # [B, S, C] with the strides i_b, i_s, i_c

@@ -6,8 +6,9 @@ from kvb.checkpoints import CheckpointError, load, save
 from kvb.data import CodeDataset
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
-from kvb.modules.encoders import (
-    BottleneckedEncoder,
+from kvb.modules.encoders import BottleneckedEncoder
+from kvb.modules.key_learning import KeyReport
+from kvb.modules.pretrained import (
     CLIPBottleneckedEncoder,
     ConvMixerBottleneckedEncoder,
     DinoBottleneckedEncoder,
@@ -15,7 +16,6 @@ from kvb.modules.encoders import (
     SwavBottleneckedEncoder,
     VICRegBottleneckedEncoder,
 )
-from kvb.modules.key_learning import KeyReport
 
 __all__ = [
     "BottleneckOutput",

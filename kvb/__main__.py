@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 import kvb
 
 FEATURES = {"digits": "data.digits", "mnist": "data.mnist", "20ng": "data.newsgroups"}  # modules of kvb.experiments
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # there is no room for what is to be written
 STUDIES = {**FEATURES, "toy": "toy"}
 
 
@@ -85,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
     _add_bench(commands.add_parser("bench", help="how fast kvb is on this machine, against what you might use instead"))
     check = commands.add_parser("check", help="hold every operator of every backend of this machine to the contract")
-    check.add_argument("--device", metavar="D", help="cpu or cuda (all that are there)")
+    check.add_argument("--device", metavar="D", help="cpu or cuda (both, where there are both)")
+    check.add_argument("--processes", type=_count, metavar="N", help="at a time (one per CPU, 14 at most)")
+    check.add_argument("--seconds", type=float, metavar="S", help="end after so long; what did not run is no pass")
+    check.add_argument("--json", type=Path, metavar="FILE", help="gets a line of JSON for every case, when it is done")
     commands.add_parser("info", help="versions, and which backend answers on each device")
     return parser
 
@@ -165,14 +172,14 @@ def _bench(full: bool, peers: bool, target: Path | None, plots: Path | None) -> 
     return bench.main(full, peers, target, plots)
 
 
-def _check(device: str | None) -> int:
+def _check(device: str | None, **options: Any) -> int:
     from kvb import testing
 
     there = {found.type: found for found in testing.devices()}
     if device is not None and device not in there:
         sys.exit(f"--device must be one of the devices of this machine, {', '.join(there)}; got {device!r}")
     print(f"kvb {kvb.__version__}, torch {torch.__version__}")
-    return 0 if testing.run([there[device]] if device else list(there.values())) else 1
+    return 0 if testing.run([there[device]] if device else list(there.values()), **options) else 1
 
 
 def _info() -> None:
@@ -182,11 +189,10 @@ def _info() -> None:
         print(f"{name:<{width}}  {fact}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status."""
+def _run(arguments: Sequence[str] | None) -> int:
     chosen = _parser().parse_args(arguments)
     if chosen.command == "check":
-        return _check(chosen.device)
+        return _check(chosen.device, processes=chosen.processes, seconds=chosen.seconds, json_lines=chosen.json)
     if chosen.command == "bench":
         return _bench(chosen.full, chosen.peers, chosen.json, chosen.plot)
     if chosen.command == "demo":
@@ -198,6 +204,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         _info()
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status. One line says why it stopped early."""
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _stopped("Interrupted.", 130)
+    except BrokenPipeError:
+        return _stopped("Stopped: nobody reads the output any longer.", 141)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        return _stopped(f"Cannot write {error.filename or 'the output'}: {error.strerror}. Make room and try again.", 1)
+    return status
+
+
+def _stopped(why: str, status: int) -> int:
+    """Say it, and throw away what is still to be printed: nobody could read it, or there is no room."""
+    print(why, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # where the output is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 if __name__ == "__main__":

@@ -14,23 +14,27 @@ import io
 import json
 import os
 import pickle
-import secrets
+import shutil
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kvb import files
+
 VERSION = 1
-_PIECE = 1 << 24  # bytes hashed at a time
+_PIECE = 1 << 20  # bytes copied at a time
 _SHOWN = 10  # problems named in one message
+_LONG = 200  # characters of what a file holds in one message
 _VERSION, _DIGEST, _STATE = "kvb_checkpoint", "sha256", "state_dict"
-STATE_NAME = "kvb_state"  # flags and mask of a bottleneck: may be absent, and its length varies
+# Flags and mask of a bottleneck, which may be absent: together in one tensor of varying length in kvb 0.1, then apart.
+STATE_NAMES = ("kvb_state", "kvb_flags", "kvb_mask")
 _Module = TypeVar("_Module", bound=nn.Module)
 
 # Everything that torch, zipfile, pickle and json were seen to raise on files that are not what they should be.
@@ -53,33 +57,28 @@ class _Contents(NamedTuple):
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the module's state_dict to one file: either all of it is there afterwards, or the old file still is.
 
+    A file that is replaced hands on its mode and owner; the file that a symbolic link names is replaced, not the link.
+
     Args:
         module: any ``nn.Module`` whose state_dict holds dense tensors only.
         path: ends in ".safetensors" for that format (the package safetensors must be installed); anything else is a
             torch zip, ``{"kvb_checkpoint", "sha256", "state_dict"}``, which ``torch.load`` reads too.
     Raises:
         TypeError: no module, or a state_dict with more than dense tensors. RuntimeError: safetensors is not installed.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or ``path`` is no regular file.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"save(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
-    target = Path(path)
     state = {}
     for name, value in module.state_dict().items():
         if problem := _not_plain(value):
             raise TypeError(f"save() writes dense tensors only, but the state_dict holds {problem} as {name!r}")
-        plain = value.detach().cpu().resolve_conj().resolve_neg()
-        state[name] = plain.clone(memory_format=torch.contiguous_format)
-    data = _encode(state, safe=target.suffix == ".safetensors")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        plain = value.detach().resolve_conj().resolve_neg()
+        state[name] = plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    data = _encode(state, safe=Path(path).suffix == ".safetensors")
+    del state
+    with files.replacing(path) as file:
+        file.write(data)
 
 
 def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
@@ -115,32 +114,35 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is damaged, is no checkpoint, or is of another version. OSError: it cannot be read.
     """
-    data = Path(path).read_bytes()
-    zipped = data[:4] == b"PK\x03\x04"
-    if not zipped and data[8:9] != b"{":
-        raise CheckpointError(f"{path} is neither a torch zip file nor safetensors; it starts with {data[:8]!r}")
-    if not zipped:
-        _safetensors()
-    try:
-        contents = _unzip(data) if zipped else _unpack(data)
-        if contents.digest is not None:
-            _verify(contents.state, contents.digest)
-    except _BROKEN as error:
-        detail = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {type(error).__name__}: {detail}") from error
+    with open(path, "rb") as file:
+        begin = file.read(9)
+        zipped = begin[:4] == b"PK\x03\x04"
+        if not zipped and begin[8:] != b"{":
+            raise CheckpointError(f"{path} is neither a torch zip file nor safetensors; it starts with {begin[:8]!r}")
+        if not zipped:
+            _safetensors()
+        try:
+            contents = _unzip(file) if zipped else _unpack(begin + file.read())
+            if contents.digest is not None:
+                _verify(contents.state, contents.digest)
+        except _BROKEN as error:
+            _raise_interruption(error)
+            detail = str(error).partition("\n")[0][:_LONG]
+            raise CheckpointError(f"{path} is damaged or no checkpoint: {type(error).__name__}: {detail}") from error
     return contents.state
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
-def _encode(state: dict[str, Tensor], *, safe: bool) -> bytes:
+def _encode(state: dict[str, Tensor], *, safe: bool) -> bytes | memoryview:
     header = {_VERSION: VERSION, _DIGEST: _sha256(state)}
     if safe:
-        return _safetensors().save(state, {name: str(value) for name, value in header.items()})
-    file = io.BytesIO()
+        data: bytes = _safetensors().save(state, {name: str(value) for name, value in header.items()})
+        return data
+    file = io.BytesIO()  # PyTorch ends the process if writing to a Python file fails, on a full disk or by Ctrl-C
     torch.save({**header, _STATE: state}, file)
-    return file.getvalue()
+    return file.getbuffer()
 
 
 def _safetensors() -> ModuleType:
@@ -150,25 +152,28 @@ def _safetensors() -> ModuleType:
         raise RuntimeError("safetensors is not installed: pip install safetensors, or use a name like x.pt") from error
 
 
-def _unzip(data: bytes) -> _Contents:
-    found = torch.load(_clean(data), map_location="cpu", weights_only=True)
+def _unzip(file: BinaryIO) -> _Contents:
+    found = torch.load(_clean(file), map_location="cpu", weights_only=True)
     if isinstance(found, Mapping) and _VERSION in found:
         return _contents(found.get(_STATE), found[_VERSION], found.get(_DIGEST))
     return _contents(found, None, None)
 
 
-def _clean(data: bytes) -> io.BytesIO:
+def _clean(file: BinaryIO) -> io.BytesIO:
     """The same archive written anew from entries whose CRCs are right: torch looks at none, and parses differently."""
-    clean = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(clean, "w") as copy:
+    clean, size = io.BytesIO(), os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(clean, "w") as copy:
         entries = archive.infolist()
         # torch stores every entry once and compresses none: anything else can only be there to explode.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("compressed entries")
-        if len({entry.filename for entry in entries}) < len(entries) or sum(e.file_size for e in entries) > len(data):
+        if len({entry.filename for entry in entries}) < len(entries) or sum(e.file_size for e in entries) > size:
             raise ValueError("entries that overlap")
         for entry in entries:
-            copy.writestr(entry.filename, archive.read(entry))
+            new = zipfile.ZipInfo(entry.filename)
+            new.file_size = entry.file_size
+            with archive.open(entry) as source, copy.open(new, "w") as sink:
+                shutil.copyfileobj(source, sink, _PIECE)
     clean.seek(0)
     return clean
 
@@ -186,16 +191,17 @@ def _unpack(data: bytes) -> _Contents:
 
 def _contents(state: Any, version: Any, digest: Any) -> _Contents:
     if version is not None and (type(version) is not int or version != VERSION):
-        raise ValueError(f"version {version!r}, but this kvb reads version {VERSION}: upgrade kvb")
+        shown = version if type(version) is int and abs(version) < 1 << 31 else f"of type {type(version).__name__}"
+        raise ValueError(f"version {shown}, but this kvb reads version {VERSION}: upgrade kvb")
     if version is not None and not isinstance(digest, str):
-        raise ValueError(f"expected a {_DIGEST}, got {digest!r}")
+        raise ValueError(f"expected a {_DIGEST}, got {type(digest).__name__}")
     return _Contents(_flat(state, ""), digest)
 
 
 def _flat(state: Any, prefix: str) -> dict[str, Tensor]:
     """A state_dict, or a dict of them, with dotted names."""
     if not isinstance(state, Mapping):
-        raise TypeError(f"expected a state_dict{prefix and ' as ' + repr(prefix[:-1])}, got {type(state).__name__}")
+        raise TypeError(f"expected a state_dict{prefix and ' as ' + _quoted(prefix[:-1])}, got {type(state).__name__}")
     flat: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(name, str):
@@ -203,10 +209,23 @@ def _flat(state: Any, prefix: str) -> dict[str, Tensor]:
         if isinstance(value, Mapping) and not prefix:
             flat |= _flat(value, name + ".")
         elif problem := _not_plain(value):
-            raise TypeError(f"expected dense tensors, got {problem} as {prefix + name!r}")
+            raise TypeError(f"expected dense tensors, got {problem} as {_quoted(prefix + name)}")
         else:
             flat[prefix + name] = value.detach()
     return flat
+
+
+def _raise_interruption(error: BaseException | None) -> None:
+    """Raise what stopped the program, Ctrl-C say, where a library fails over it and raises an error of its own."""
+    while error is not None:
+        if not isinstance(error, Exception):
+            raise error
+        error = error.__context__
+
+
+def _quoted(name: str) -> str:
+    """A name that may come from a file, for a message."""
+    return repr(name if len(name) <= _LONG else name[:_LONG] + "...")
 
 
 def _not_plain(value: Any) -> str:
@@ -222,11 +241,8 @@ def _sha256(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name!r} {value.dtype} {tuple(value.shape)}\n".encode())
-        for piece in value.contiguous().flatten().view(torch.uint8).split(_PIECE):
-            buffer = bytearray(len(piece))
-            if buffer:
-                torch.frombuffer(buffer, dtype=torch.uint8).copy_(piece)
-            digest.update(buffer)
+        value = value.resolve_conj().resolve_neg().contiguous()
+        digest.update(files.content(value))
     return digest.hexdigest()
 
 
@@ -234,7 +250,7 @@ def _verify(state: Mapping[str, Tensor], digest: str) -> None:
     for name, value in state.items():
         # An expanded tensor may claim any size, and hashing would make it real.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"{name!r} claims more elements than it holds")
+            raise ValueError(f"{_quoted(name)} claims more elements than it holds")
     if digest != _sha256(state):
         raise ValueError("the tensors do not match their SHA-256")
 
@@ -246,17 +262,22 @@ def _misfits(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[s
     """Why a state_dict cannot be loaded in place of another."""
 
     def optional(name: str) -> bool:
-        return name.rpartition(".")[2] == STATE_NAME
+        return name.rpartition(".")[2] in STATE_NAMES
 
     problems = [f"missing {name!r}" for name in mine if name not in theirs and not optional(name)]
     for name, value in theirs.items():
         if name not in mine:
-            problems += [] if optional(name) else [f"unexpected {name!r}"]  # its module says so if it minds
+            problems += [] if optional(name) else [f"unexpected {_quoted(name)}"]  # its module says so if it minds
         elif value.shape != mine[name].shape and not (optional(name) and value.dim() == 1):
             problems.append(f"{name!r}: expected shape {tuple(mine[name].shape)}, got {tuple(value.shape)}")
-        elif not torch.can_cast(value.dtype, mine[name].dtype):
+        elif not (torch.can_cast(value.dtype, mine[name].dtype) or _are_counts(value, mine[name])):
             problems.append(f"{name!r}: expected {mine[name].dtype}, got {value.dtype}")
     return problems
+
+
+def _are_counts(given: Tensor, wanted: Tensor) -> bool:
+    """Published files hold counts as floating-point numbers."""
+    return given.is_floating_point() and wanted.dtype == torch.int64
 
 
 @contextlib.contextmanager

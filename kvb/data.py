@@ -1,4 +1,4 @@
-"""Codes once: what a frozen model finds for every sample of a data set, kept in a table for training without a search.
+"""Caches each sample's codes: what a frozen model finds for a data set, kept for training without a search.
 
 Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3: keys are frozen before
 the values learn, so that the codes of a sample never change again.
@@ -6,30 +6,46 @@ the values learn, so that the codes of a sample never change again.
 
 from __future__ import annotations
 
-import ast
-import ctypes
+import multiprocessing.context
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from kvb import validation
+from kvb import files, items, npy, validation
 
 PATIENCE = 1.0  # seconds until encoding shows its progress
-_HEADER = 128  # bytes of a .npy file before its numbers: enough for any shape, and a multiple of 64 as .npy asks
-_MAGIC = b"\x93NUMPY\x01\x00"
-_NAMES = {torch.int16: "<i2", torch.int32: "<i4", torch.int64: "<i8"}
+
+
+class _File(NamedTuple):
+    """The file that a data set's tensors are maps of."""
+
+    path: str
+    mapped: npy.Mapped
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> _File:
+        with open(path, "rb") as file:
+            return cls(os.path.abspath(path), npy.read(file, os.fspath(path)))
+
+    def is_there(self) -> bool:
+        """Whether the path still names this file."""
+        try:
+            return npy.identity(os.stat(self.path)) == self.mapped.identity
+        except OSError:
+            return False
 
 
 class CodeDataset(Dataset[Any]):
     """The codes of N samples, and their labels if there are any: an item is ``codes[i]`` or ``(codes[i], labels[i])``.
 
-    Made by ``encode_dataset``; ``decode(batch, pool="mean")`` or ``kvb.training.sgd_step`` trains on it.
+    Made by ``encode_dataset``; ``decode(batch, pool="mean")`` or ``kvb.training.sgd_step`` trains on it. Workers of a
+    DataLoader map its file, if it has one, instead of getting a copy. ``torch.load(path, weights_only=True)`` loads
+    what ``torch.save`` wrote.
 
     Equivalent to ``torch.utils.data.TensorDataset(codes, labels)``, with whole batches for a DataLoader in one read,
     and ``batches``, which is faster than any DataLoader.
@@ -41,6 +57,8 @@ class CodeDataset(Dataset[Any]):
         TypeError: codes that are not integers, labels that are no tensor. ValueError: codes with fewer than two axes,
         or another number of labels.
     """
+
+    _file: _File | None = None
 
     def __init__(self, codes: Tensor, labels: Tensor | None = None) -> None:
         validation.integer("CodeDataset", "codes", codes)
@@ -58,18 +76,41 @@ class CodeDataset(Dataset[Any]):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], labels: Tensor | None = None) -> CodeDataset:
-        """Map the codes that ``encode_dataset(..., out=path)`` wrote; nothing is read before it is used.
+        """Map the codes and labels that ``encode_dataset(..., out=path)`` wrote; nothing is read before it is used.
 
-        The file is a plain .npy: ``numpy.load(path, mmap_mode="r")`` reads it, too. Writing to the tensor does not
-        change the file.
+        The file is a .npy: ``numpy.load(path, mmap_mode="r")`` reads the codes, too. Labels follow as a second array.
+        Writing to the tensors does not change the file.
 
         Args:
             path: the .npy file.
-            labels: [N, ...], or None: the file holds none.
+            labels: [N, ...] instead of those of the file.
         Raises:
-            ValueError: the file is no .npy of int16, int32 or int64 in C order, or is cut short.
+            ValueError: the file is no .npy of int16, int32 or int64 in C order, or is damaged; labels that do not fit.
+            OSError: it cannot be read.
         """
-        return cls(_map(Path(path)), labels)
+        return cls._of(_File.open(path), labels)
+
+    @classmethod
+    def _of(cls, file: _File, labels: Tensor | None) -> CodeDataset:
+        found = cls(file.mapped.codes, file.mapped.labels if labels is None else labels)
+        found._file = file
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A worker that is being started finds the file by its path; anything else gets the numbers."""
+        file = self._file
+        if file is None or multiprocessing.context.get_spawning_popen() is None or not file.is_there():
+            return super().__reduce_ex__(protocol)
+        mapped = [name for name in ("codes", "labels") if vars(self)[name] is getattr(file.mapped, name)]
+        others = {name: value for name, value in vars(self).items() if name not in (*mapped, "_file")}
+        return _remapped, (type(self), file.path, file.mapped.identity, mapped, others)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        CodeDataset.__init__(self, state["codes"], state["labels"])  # a file may hold anything
+        vars(self).update(state)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -79,7 +120,7 @@ class CodeDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """What a DataLoader calls for a batch: one read for all its samples."""
-        rows = torch.as_tensor(indices)
+        rows = torch.as_tensor(indices, device=self.codes.device)
         codes = self.codes[rows].unbind()
         return list(codes) if self.labels is None else list(zip(codes, self.labels[rows].unbind(), strict=True))
 
@@ -108,7 +149,8 @@ class CodeDataset(Dataset[Any]):
         self, batch_size: int, shuffle: bool, drop_last: bool, generator: torch.Generator | None
     ) -> Iterator[Any]:
         N = len(self)
-        order = torch.randperm(N, generator=generator).to(self.codes.device) if shuffle else None
+        place = torch.device("cpu") if generator is None else generator.device
+        order = torch.randperm(N, generator=generator, device=place).to(self.codes.device) if shuffle else None
         for begin in range(0, N - batch_size + 1 if drop_last else N, batch_size):
             rows = slice(begin, begin + batch_size) if order is None else order[begin : begin + batch_size]
             yield self.codes[rows] if self.labels is None else (self.codes[rows], self.labels[rows])
@@ -123,14 +165,21 @@ class CodeDataset(Dataset[Any]):
         return f"CodeDataset({len(self)} samples, {codes}, {labels})"
 
 
+def _remapped(
+    kind: type[CodeDataset], path: str, identity: tuple[int, ...], mapped: list[str], others: dict[str, Any]
+) -> CodeDataset:
+    """What ``CodeDataset`` pickles for a worker, put together there."""
+    file = _File.open(path)
+    if file.mapped.identity != identity:
+        raise ValueError(f"{path!r} was written anew while a worker was about to open it: open the data set again")
+    found = kind.__new__(kind)
+    vars(found).update(others, _file=file, **{name: getattr(file.mapped, name) for name in mapped})
+    return found
+
+
+torch.serialization.add_safe_globals([CodeDataset])
+
 # --- encoding ---------------------------------------------------------------------------------------------------------
-
-
-def split_item(item: Any) -> tuple[Any, Any]:
-    """An item of a loader as its inputs and its labels: ``(inputs, labels, ...)``, or inputs alone."""
-    if isinstance(item, (tuple, list)):
-        return item[0], item[1] if len(item) > 1 else None
-    return item, None
 
 
 @torch.no_grad()
@@ -142,44 +191,52 @@ def encode(
     out: str | os.PathLike[str] | None,
     inputs_extractor: Callable[[Any], Any] | None,
     progress: bool,
+    labels: bool = True,
+    labels_extractor: Callable[[Any], Any] | None = None,
 ) -> CodeDataset:
     """Run ``search`` over data, read once, and keep its codes.
 
     Args:
-        data: a tensor of inputs, cut into batches, or an iterable of inputs or of (inputs, labels, ...) items.
+        data: a tensor of inputs, cut into batches, or an iterable of items as ``kvb.items`` takes them apart.
         search: inputs of one batch -> codes [B, C, *shape] in the dtype to store.
         cut: makes batches of a tensor.
-        out: a file for the codes; None keeps them in memory.
+        out: a file for codes and labels; None keeps them in memory.
         inputs_extractor: takes the inputs out of an item.
         progress: show a progress bar.
+        labels: keep labels where the items have them; False for none.
+        labels_extractor: takes the labels out of an item.
     Raises:
-        TypeError: data is neither. ValueError: no samples, shapes that change, or labels in some items only.
+        TypeError: data is neither; labels that are no numbers. ValueError: no samples; shapes that change; labels in
+        some items only, or one too many, or that may be in several places. OSError: the file cannot be written.
+        Whatever is raised, an old file is as it was.
     """
     if not isinstance(data, (Tensor, Iterable)):
         raise TypeError(f"data must be a Tensor or an iterable of batches, not {type(data).__name__}")
+    kept = items.Labels(labels, inputs_extractor, labels_extractor)
     batches: Iterable[Any] = cut(data) if isinstance(data, Tensor) else data
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(batches, desc="encoding", total=total, disable=not progress, leave=False, delay=PATIENCE)
-    labels: list[Tensor | None] = []
 
     def parts() -> Iterator[Tensor]:
         for item in bar:
-            inputs, label = (item, None) if isinstance(data, Tensor) else split_item(item)
-            if inputs_extractor is not None:
-                inputs = inputs_extractor(item)
+            inputs = items.inputs_of(item, inputs_extractor)
+            found = kept.find(item, inputs)
             codes = search(inputs).cpu()
-            if len(codes) == 0:
-                continue
-            if label is not None and (not isinstance(label, Tensor) or label.dim() == 0 or len(label) != len(codes)):
-                label = None  # the second element of an item that is no label: a mask or a mapping, say
-            labels.append(None if label is None else label.cpu())
-            yield codes
+            if len(codes):
+                kept.add(found, len(codes))
+                if out is not None and kept.parts and not npy.stores(kept.parts[0].dtype):
+                    raise TypeError(f"a .npy file cannot hold labels of {kept.parts[0].dtype}: convert them first")
+                yield codes
 
-    codes = _stored(parts()) if out is None else _written(parts(), Path(out))
-    if len({label is None for label in labels}) > 1:
-        raise ValueError("expected labels in all items of data or in none, got them in some only")
-    known = [label for label in labels if label is not None]
-    return CodeDataset(codes, torch.cat(known) if known else None)
+    if out is None:
+        codes = torch.cat(list(_checked(parts())))
+        return CodeDataset(codes, torch.cat(kept.parts) if kept.parts else None)
+    with files.replacing(out) as file:
+        npy.write(file, _checked(parts()), kept.parts)
+        file.flush()
+        if os.name == "posix":  # this very file is mapped, whoever else writes to its path
+            return CodeDataset._of(_File(os.path.abspath(out), npy.read(file, os.fspath(out))), None)
+    return CodeDataset.open(out)
 
 
 def _checked(parts: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -195,61 +252,3 @@ def _checked(parts: Iterator[Tensor]) -> Iterator[Tensor]:
         yield codes
     if shape is None:
         raise ValueError("data yielded no samples")
-
-
-def _stored(parts: Iterator[Tensor]) -> Tensor:
-    return torch.cat(list(_checked(parts)))
-
-
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-
-def _header(shape: Sequence[int], dtype: torch.dtype) -> bytes:
-    text = f"{{'descr': '{_NAMES[dtype]}', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
-    length = _HEADER - len(_MAGIC) - 2
-    return _MAGIC + length.to_bytes(2, "little") + text.encode().ljust(length - 1) + b"\n"
-
-
-def _written(parts: Iterator[Tensor], path: Path) -> Tensor:
-    """Append every part to a .npy file, which gets its name when it is whole; its map."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(bytes(_HEADER))
-            _append(_checked(parts), file)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return _map(path)
-
-
-def _append(parts: Iterator[Tensor], file: BinaryIO) -> None:
-    samples = 0
-    for codes in parts:
-        codes = codes.contiguous()
-        file.write(ctypes.string_at(codes.data_ptr(), codes.nbytes))  # needs no NumPy
-        samples += len(codes)
-    file.seek(0)
-    file.write(_header((samples, *codes.shape[1:]), codes.dtype))
-
-
-def _map(path: Path) -> Tensor:
-    what = f"expected a .npy file of int16, int32 or int64 codes in {str(path)!r}, as encode_dataset(out=...) writes it"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        begin = file.read(_HEADER)
-    if len(begin) < _HEADER or not begin.startswith(_MAGIC):
-        raise ValueError(f"{what}, got something else")
-    try:
-        fields = ast.literal_eval(begin[len(_MAGIC) + 2 :].decode("latin1").strip())
-    except SyntaxError as error:
-        raise ValueError(f"{what}, got a header that cannot be read") from error
-    dtypes = [dtype for dtype, name in _NAMES.items() if isinstance(fields, dict) and fields.get("descr") == name]
-    if not dtypes or fields.get("fortran_order") is not False:
-        raise ValueError(f"{what}, got {fields}")
-    shape, dtype = torch.Size(fields["shape"]), dtypes[0]
-    want = _HEADER + shape.numel() * dtype.itemsize
-    if size != want:
-        raise ValueError(f"{what}: {want} bytes for {tuple(shape)}, got {size}")
-    flat = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    return flat[_HEADER:].view(dtype).view(shape)

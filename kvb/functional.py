@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvb import ops, validation
+from kvb._torch import assert_async
 
 POOLS = ("none", "mean", "sum")
 LAYOUTS = ("bscv", "bcsv")
@@ -31,6 +32,24 @@ def _check_search(owner: str, queries: Tensor, keys: Tensor, mask: Tensor | None
         validation.mask(owner, mask, C, K)
         validation.same_device("mask", mask, "keys", keys)
     return queries if queries.stride(-1) == 1 else queries.contiguous()
+
+
+def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
+    """The packed keys that a caller brings along, if they are of these keys; else new ones."""
+    if given is None:
+        return torch.ops.kvb.pack_keys(keys)
+    validation.tensor("nearest", "packed", given)
+    validation.same_device("packed", given, "keys", keys)
+    matches = torch.ops.kvb.packed_matches(keys, given)
+    message = (
+        "packed keys do not match keys, which are others or have changed since; pack them again with pack_keys(keys)"
+    )
+    if keys.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not matches:
+            raise RuntimeError(message)
+    else:  # here the host does not wait: the device asserts it
+        assert_async(matches, message)
+    return given
 
 
 def pack_keys(keys: Tensor) -> Tensor:
@@ -66,7 +85,7 @@ def nearest(
     Args:
         queries: [B, S, C, D] float16, bfloat16, float32 or float64, any strides.
         keys: [C, K, D], same device. float64 on either side makes the whole search float64.
-        packed: ``pack_keys(keys)``, to share between calls.
+        packed: ``pack_keys(keys)``, to share between calls; every call reads the keys once to see that they match.
         mask: [C, K] bool, True where a key may be found.
         topk: how many, nearest first.
     Returns:
@@ -81,7 +100,7 @@ def nearest(
     """
     queries = _check_search("nearest", queries, keys, mask)
     validation.topk(topk, keys.shape[1])
-    packed = torch.ops.kvb.pack_keys(keys) if packed is None else packed
+    packed = _packed(keys, packed)
     indices, distances = torch.ops.kvb.nearest(queries, keys, packed, mask, topk)
     return (indices, distances) if topk > 1 else (indices[..., 0], distances[..., 0])
 
@@ -92,26 +111,30 @@ def sample(
     *,
     temperature: float,
     mask: Tensor | None = None,
+    topk: int = 1,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one key a query with probability softmax(-distance / temperature) over its codebook.
+    """Draw keys for every query with probability softmax(-distance / temperature) over its codebook.
 
-    Equivalent to ``(-d / temperature + gumbel).argmax(-1)`` with fresh Gumbel noise, in tiles.
+    Equivalent to ``(-d / temperature + gumbel).topk(topk).indices`` with fresh Gumbel noise, in tiles: ``topk`` draws
+    without replacement.
 
     Args:
         queries, keys, mask: as for ``nearest``.
-        temperature: > 0; towards 0 the draw becomes the nearest key.
+        temperature: > 0; towards 0 the draws become the nearest keys.
+        topk: draw so many different keys per query.
         generator: a CPU generator for the seed; PyTorch's default otherwise.
     Returns:
-        indices [B, S, C] int64 and their squared distances, as ``nearest`` returns them.
+        indices [B, S, C] int64 and their squared distances, as ``nearest`` returns them; [B, S, C, T] for topk > 1.
     Raises:
         as ``nearest``; ValueError: temperature <= 0.
     """
     queries = _check_search("sample", queries, keys, mask)
     validation.number("temperature", temperature, 0.0, float("inf"), open_low=True)
+    validation.topk(topk, keys.shape[1])
     seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu", generator=generator)
-    indices, distances = torch.ops.kvb.sample(queries, keys, mask, temperature, seed)
-    return indices[..., 0], distances[..., 0]
+    indices, distances = torch.ops.kvb.sample(queries, keys, mask, temperature, seed, topk)
+    return (indices, distances) if topk > 1 else (indices[..., 0], distances[..., 0])
 
 
 def gather(
@@ -176,5 +199,5 @@ def lookup(
     validation.shape("values", values, "C K V", (*keys.shape[:2], None))
     validation.same_device("values", values, "keys", keys)
     validation.choice("pool", pool, POOLS)
-    packed = torch.ops.kvb.pack_keys(keys) if packed is None else packed
+    packed = _packed(keys, packed)
     return ops.lookup(queries, keys, packed, values, mask, pool)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvb import validation
+from kvb import _torch, validation
 from kvb.optim_audit import Finding, audit, value_tables
 
 __all__ = ["Finding", "RowwiseAdagrad", "RowwiseAdam", "RowwiseSGD", "audit", "clip_grad_norm_", "param_groups"]
@@ -29,8 +29,8 @@ def _merged(grad: Tensor) -> Tensor:
     if grad.is_coalesced():
         return grad
     # autograd forgets that rows came merged and in order; looking is cheaper than sorting them again.
-    rows = _flat(grad._indices(), grad.shape)
-    return grad._coalesced_(True) if bool((rows[1:] > rows[:-1]).all()) else grad.coalesce()
+    rows = _flat(_torch.coordinates(grad), grad.shape)
+    return _torch.call_coalesced(grad) if bool((rows[1:] > rows[:-1]).all()) else grad.coalesce()
 
 
 def _flat(places: Tensor, shape: torch.Size) -> Tensor:

@@ -13,12 +13,17 @@ from kvb import validation
 MODES = ("chunk", "random_projection", "sparse_projection", "learned_projection")
 
 
-def make(mode: str, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.Module:
-    """The splitter of a published ``splitting_mode``.
+def make(mode: str | nn.Module, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.Module:
+    """The splitter of a published ``splitting_mode``, or the module given in its place.
 
     Raises:
-        ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C.
+        ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C. TypeError: neither a mode nor a
+        module.
     """
+    if isinstance(mode, nn.Module):
+        return mode
+    if not isinstance(mode, str):
+        raise TypeError(f"splitting_mode must be a string or a torch.nn.Module, got {type(mode).__name__}")
     validation.choice("splitting_mode", mode, MODES)
     if mode == "chunk":
         chunk = Chunk(num_channels, num_codebooks)
@@ -30,6 +35,16 @@ def make(mode: str, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.
         return chunk
     kinds = {"random": RandomProjection, "sparse": SparseProjection, "learned": LearnedProjection}
     return kinds[mode.removesuffix("_projection")](num_channels, num_codebooks, dim_keys)
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix [channels, n], in float32 at least: half precision, of autocast too, would move codes."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, matrix.dtype), torch.float32)
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x.to(wide) @ matrix.to(wide)
+    with torch.autocast(kind, enabled=False):
+        return x.to(wide) @ matrix.to(wide)
 
 
 def _check_features(owner: str, x: Tensor, channels: int) -> None:
@@ -90,17 +105,19 @@ class RandomProjection(nn.Module):
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
-        self.register_buffer("rand_proj", nn.functional.normalize(self._draw(generator), dim=1))
+        with torch.inference_mode(False):  # tensors made in inference mode could not be trained through
+            self.register_buffer("rand_proj", nn.functional.normalize(self._draw(generator), dim=1))
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
         """A matrix [C, channels, D]; its columns are scaled to unit norm afterwards."""
-        return torch.randn(self.num_codebooks, self.num_channels, self.dim_keys, generator=generator)
+        shape = self.num_codebooks, self.num_channels, self.dim_keys
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, *shape, channels] -> [B, C, *shape, D]; one matrix product, heads moved as a view."""
+        """x [B, *shape, channels] -> [B, C, *shape, D] in float32 or float64: one product, heads moved as a view."""
         _check_features(type(self).__name__, x, self.num_channels)
         validation.same_device("x", x, "the projections", self.rand_proj)
-        heads = x @ self.rand_proj.to(x.dtype).transpose(0, 1).flatten(1)
+        heads = _product(x, self.rand_proj.transpose(0, 1).flatten(1))
         return heads.unflatten(-1, (self.num_codebooks, self.dim_keys)).movedim(-2, 1)
 
     def extra_repr(self) -> str:
@@ -120,9 +137,9 @@ class SparseProjection(RandomProjection):
     def _draw(self, generator: torch.Generator | None) -> Tensor:
         shape = (self.num_codebooks, self.num_channels, self.dim_keys)
         entries = max(1, round(self.num_channels**0.5))
-        places = torch.rand(shape, generator=generator).topk(entries, dim=1).indices
-        signs = torch.randint(2, places.shape, generator=generator).mul_(2).sub_(1).float()
-        return torch.zeros(shape).scatter_(1, places, signs)
+        places = torch.rand(shape, generator=generator, dtype=torch.float32).topk(entries, dim=1).indices
+        signs = torch.randint(2, places.shape, generator=generator).mul_(2).sub_(1).to(torch.float32)
+        return torch.zeros(shape, dtype=torch.float32).scatter_(1, places, signs)
 
 
 class LearnedProjection(nn.Module):
@@ -145,13 +162,14 @@ class LearnedProjection(nn.Module):
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
-        self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False)
+        with torch.inference_mode(False):  # parameters made in inference mode could not learn
+            self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, *shape, channels] -> [B, C, *shape, D]; one matrix product, heads moved as a view."""
+        """x [B, *shape, channels] -> [B, C, *shape, D] in float32 or float64: one product, heads moved as a view."""
         _check_features("LearnedProjection", x, self.num_channels)
         validation.same_device("x", x, "the projections", self.proj.weight)
-        heads = nn.functional.linear(x, self.proj.weight.to(x.dtype))
+        heads = _product(x, self.proj.weight.mT)
         return heads.unflatten(-1, (self.dim_keys, self.num_codebooks)).movedim(-1, 1)
 
     def extra_repr(self) -> str:

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvb import validation
-from kvb.data import CodeDataset, split_item
+from kvb import items, validation
+from kvb.data import CodeDataset
 from kvb.modules.bottleneck import KeyValueBottleneck
-from kvb.modules.key_learning import cut
+from kvb.modules.streams import cut
 
 __all__ = ["class_hits", "erase", "forget", "hits", "mask_by_activations", "mask_by_examples", "overlap"]
 
@@ -89,7 +89,7 @@ def class_hits(
     for codes, counted, labels in _searched("class_hits", bottleneck, data):
         if labels is None:
             raise ValueError("class_hits() needs labels: a CodeDataset with labels, or (inputs, labels, ...) items")
-        validation.integer("class_hits", "labels", labels)
+        labels = validation.integer("class_hits", "labels", items.label_tensor(labels))
         validation.shape("labels", labels, "B", (len(codes),))
         low, high = labels.min().item(), labels.max().item()
         if low < 0 or (num_classes is not None and high >= num_classes):
@@ -118,10 +118,8 @@ def _histograms(codes: Tensor, counted: Tensor | None, rows: Tensor, L: int, K: 
 
 
 @torch.no_grad()
-def _searched(
-    owner: str, bottleneck: KeyValueBottleneck, data: Any
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Batches that are not empty: codes [B, C, M] int64, which of them count (None: all), and labels."""
+def _searched(owner: str, bottleneck: KeyValueBottleneck, data: Any) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
+    """Batches that are not empty: codes [B, C, M] int64, which of them count (None: all), and labels as they are."""
     found = False
     for batch, labels in _batches(owner, data):
         if validation.tensor(owner, "data", batch).is_floating_point():
@@ -135,7 +133,7 @@ def _searched(
         raise ValueError("data yielded no samples")
 
 
-def _batches(owner: str, data: Any) -> Iterator[tuple[Any, Tensor | None]]:
+def _batches(owner: str, data: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(data, CodeDataset):
         parts = cut(data.codes)
         labels = repeat(None) if data.labels is None else data.labels.split(len(parts[0]))
@@ -143,18 +141,24 @@ def _batches(owner: str, data: Any) -> Iterator[tuple[Any, Tensor | None]]:
     elif isinstance(data, Tensor):
         yield from ((part, None) for part in cut(validation.tensor(owner, "data", data)))
     elif isinstance(data, Iterable):
-        yield from map(split_item, data)
+        for item in data:
+            inputs = items.inputs_of(item)
+            yield inputs, items.labels_of(item, inputs)
     else:
         raise TypeError(f"data must be a Tensor, a CodeDataset or an iterable of batches, not {type(data).__name__}")
 
 
 def _encoded(bottleneck: KeyValueBottleneck, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [B, C, (T), *shape] of inputs, and which of them count, [B, C, M]: finite inputs do."""
+    """Codes [B, C, (T), *shape] of inputs, and which of them count, [B, C, M]: finite inputs that found a pair do."""
     codes = bottleneck.encode(x)
-    finite = x.isfinite().all(-1)
+    counted = x.isfinite().all(-1)
     if bottleneck.topk > 1:
-        finite = finite.unsqueeze(2)
-    return codes, finite.expand(codes.shape).flatten(2) if codes.dim() > 2 else finite[..., None]
+        counted = counted.unsqueeze(2)
+    counted = counted.expand(codes.shape)
+    if (present := bottleneck._present()) is not None:
+        ranks = present if bottleneck.topk > 1 else present[:, 0]
+        counted = counted & ranks.view(*ranks.shape, *[1] * (codes.dim() - 1 - ranks.dim()))
+    return codes, counted.flatten(2) if codes.dim() > 2 else counted[..., None]
 
 
 def _given(owner: str, bottleneck: KeyValueBottleneck, codes: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def tensor(owner: str, name: str, value: Any) -> Tensor:
 
 
 def floating(owner: str, name: str, value: Any) -> Tensor:
-    if not tensor(owner, name, value).is_floating_point():
+    if not tensor(owner, name, value).is_floating_point() or value.dtype.itemsize < 2:
         raise TypeError(f"{owner}(): expected a floating-point {name}, got {value.dtype}; call {name}.float() first")
     return value
 
@@ -72,6 +72,8 @@ def integer(owner: str, name: str, value: Any) -> Tensor:
     dtype = tensor(owner, name, value).dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise TypeError(f"{owner}(): expected integer {name}, got {dtype}")
+    if dtype in (torch.uint16, torch.uint32, torch.uint64):
+        raise TypeError(f"{owner}(): PyTorch cannot compute with {dtype} {name}; call {name}.long() first")
     return value
 
 

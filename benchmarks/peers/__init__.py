@@ -1,43 +1,40 @@
-"""What kvb is measured against, by name: packages, imported where they are there, and plain PyTorch.
+"""What kvb is measured against: packages, imported if they are installed, and plain PyTorch.
 
-Nothing of them is copied here. What is not there raises ``Absent`` when it is asked for, with the way to get it.
+A peer is one file here with a ``PEERS`` of its own; nothing else has to know of it. Nothing of the packages is copied.
+A peer that is not installed raises ``Absent`` when it is asked for, with the way to get it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
+
 from benchmarks.peers import need
+from benchmarks.peers.peer import Offer, Peer
 from benchmarks.timing import Absent
 
-# Every peer, what it takes part in, the module to import, and what pip calls it ("" where torch is all it needs).
-PEERS = {
-    "torch.cdist": ("searches and what holds one: torch.cdist + argmin", "torch", ""),
-    "torch baddbmm": ("searches and what holds one: baddbmm + argmin in chunks", "torch", ""),
-    "torch.compile": ("searches: the same, compiled", "torch", ""),
-    "torch index": ("gather, backward: values[c, indices] and its autograd", "torch", ""),
-    "torch index_select": ("gather: one index_select", "torch", ""),
-    "torch index_add": ("backward: one index_add_", "torch", ""),
-    "faiss": ("search, forward: IndexFlatL2", "faiss", "faiss-cpu"),
-    "scikit-learn": ("search: pairwise_distances_argmin", "sklearn", "scikit-learn"),
-    "pykeops": ("search: LazyTensor, compiled for each D", "pykeops", "pykeops pybind11"),
-    "vector-quantize": ("search, key_update", "vector_quantize_pytorch", "vector-quantize-pytorch"),
-    "dkvb-pytorch": (
-        "memories, training_step: discrete-key-value-bottleneck-pytorch",
-        "discrete_key_value_bottleneck_pytorch",
-        "discrete-key-value-bottleneck-pytorch vector-quantize-pytorch",
-    ),
-    "authors": ("forward: the authors' package", "key_value_bottleneck.core", ""),
-    "flash-kmeans": ("search on a GPU: python -m benchmarks.gpu", "flash_kmeans", "flash-kmeans"),
-}
+
+@functools.cache
+def known() -> dict[str, Peer]:
+    """Every peer by name."""
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return {peer.name: peer for module in modules for peer in getattr(module, "PEERS", ())}
+
+
+def offers(suite: str) -> dict[str, Offer]:
+    """How every peer of a suite takes part in it."""
+    return {peer.name: peer.suites[suite] for peer in known().values() if suite in peer.suites}
 
 
 def listed() -> dict[str, tuple[str, str]]:
-    """What every peer is for, and why it is absent ("" where it is there)."""
+    """What every peer is and takes part in, and why it is absent ("" if it is installed)."""
     found = {}
-    for name, (role, module, install) in PEERS.items():
+    for peer in known().values():
         why = ""
         try:
-            need.package(module, install)
+            need.package(peer.module, peer.install)
         except Absent as absent:
             why = str(absent)
-        found[name] = (role, why)
+        found[peer.name] = (f"{', '.join(peer.suites)}: {peer.about}", why)
     return found

@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.peers import need
-from benchmarks.timing import quickest
+from benchmarks.peers.finders import fetch
+from benchmarks.peers.peer import Peer
+from benchmarks.shapes import SHAPES
+from benchmarks.timing import Contestant, quickest
 
 # Small searches go one query at a time, and large ones in blocks; this threshold tells them apart.
 FAISS_PATHS = {"in blocks": 1, "one by one": 1 << 30}
@@ -74,3 +78,31 @@ def faiss_kmeans(queries: Tensor, keys: Tensor) -> Callable[[], Tensor]:
         return means
 
     return run
+
+
+def search(given: Any) -> Contestant:
+    need.cpu(given.keys.device, "faiss-cpu")
+    return given.contestant(FaissSearch(given.queries, given.keys), given.by_codebook)
+
+
+def forward(given: Any) -> Contestant:
+    B, S, C, _ = given.queries.shape
+    index = FaissSearch(given.queries, given.keys)
+
+    def run() -> tuple[Tensor, Tensor]:
+        found = index().view(C, B, S).permute(1, 2, 0)
+        return fetch(given.values, found), found
+
+    return given.contestant(run)
+
+
+PEERS = (
+    Peer(
+        "faiss",
+        "IndexFlatL2, one per codebook",
+        {"search": search, "forward": forward},
+        "faiss",
+        "faiss-cpu",
+        shapes=tuple(SHAPES),
+    ),
+)

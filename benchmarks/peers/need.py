@@ -6,6 +6,8 @@ import importlib
 import shutil
 from types import ModuleType
 
+import torch
+
 from benchmarks import machine
 from benchmarks.timing import Absent
 
@@ -13,7 +15,7 @@ SHARE = 0.5  # of the available memory may be taken by one contestant
 
 
 def package(name: str, install: str) -> ModuleType:
-    """The module of that name; ``install`` is what pip calls it, "" where it cannot get it."""
+    """The module of that name; ``install`` is what pip calls it, "" if pip cannot get it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -21,9 +23,9 @@ def package(name: str, install: str) -> ModuleType:
         raise Absent(f"{name} cannot be imported ({error}): {how}") from error
 
 
-def memory(nbytes: float, what: str) -> None:
-    """Raises ``Absent`` where so many bytes are more than the machine can spare."""
-    available = machine.available_bytes()
+def memory(nbytes: float, what: str, device: torch.device = machine.CPU) -> None:
+    """Raises ``Absent`` if so many bytes are more than the device can spare."""
+    available = machine.available_bytes(device)
     if nbytes > SHARE * available:
         raise Absent(f"{what} would take {nbytes / 1e9:.3g} GB; {SHARE:.0%} of {available / 1e9:.3g} GB may be taken")
 
@@ -31,3 +33,13 @@ def memory(nbytes: float, what: str) -> None:
 def compiler(why: str) -> None:
     if not (shutil.which("g++") or shutil.which("c++")):
         raise Absent(f"{why} needs a C++ compiler (g++)")
+
+
+def gpu(device: torch.device, what: str) -> None:
+    if device.type == "cpu":
+        raise Absent(f"{what} has no CPU kernels")
+
+
+def cpu(device: torch.device, what: str) -> None:
+    if device.type != "cpu":
+        raise Absent(f"{what} runs on CPUs only here")

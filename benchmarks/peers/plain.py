@@ -1,27 +1,28 @@
-"""The nearest keys in plain PyTorch: ``cdist``, ``baddbmm`` in chunks, and the latter compiled.
-
-A finder is prepared for its keys and takes queries [B, S, C, D] to indices [B, S, C].
-"""
+"""The nearest keys in plain PyTorch: ``cdist``, ``baddbmm`` in chunks, and the latter compiled."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers import need
-from benchmarks.timing import quickest
+from benchmarks.peers import finders, need
+from benchmarks.peers.finders import Finder
+from benchmarks.peers.peer import Peer
+from benchmarks.shapes import FEW, GPU
+from benchmarks.timing import Contestant, clock_of, quickest
 
-CHUNKS = (1 << 20, 1 << 22, 1 << 24)  # scores at a time
-Finder = Callable[[Tensor], Tensor]
+CHUNKS = {"cpu": (1 << 20, 1 << 22, 1 << 24), "cuda": (1 << 24, 1 << 26, 1 << 28)}  # scores at a time
 Least = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cdist(queries: Tensor, keys: Tensor) -> Finder:
     """``torch.cdist`` and ``argmin``: every distance at once."""
     B, S, C, _ = queries.shape
+    need.cpu(queries.device, "torch.cdist, which holds every distance,")
     need.memory(4.0 * B * S * C * keys.shape[1], "torch.cdist, which holds every distance,")
 
     def find(queries: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class Chunked:
         self.C, self.K, _ = keys.shape
         self.books = min(self.C, max(1, chunk // (N * self.K)))
         self.rows = min(N, max(1, chunk // self.K))
-        self.scratch = torch.empty(0 if least else self.books * self.rows * self.K)
+        self.scratch = keys.new_empty(0 if least else self.books * self.rows * self.K)
         self.least = least
         self.update(keys)
 
@@ -57,7 +58,7 @@ class Chunked:
     def __call__(self, queries: Tensor) -> Tensor:
         B, S, C, D = queries.shape
         N = B * S
-        indices = torch.empty(C, N, dtype=torch.int64)
+        indices = torch.empty(C, N, dtype=torch.int64, device=queries.device)
         for c in range(0, C, self.books):
             book = slice(c, c + self.books)
             # [books, N, D], in one copy where batch and positions cannot be one axis
@@ -79,13 +80,13 @@ class Chunked:
 def _best_chunk(queries: Tensor, keys: Tensor, least: Least | None = None) -> Chunked:
     """The chunk size that is quickest on as many queries and codebooks as show it in little time."""
     B, S, C, _ = queries.shape
-    K = keys.shape[1]
-    books = min(C, max(1, CHUNKS[-1] // (B * S * K)))
-    few = slice(0, max(1, CHUNKS[-1] // (S * K * books)))
+    K, chunks = keys.shape[1], CHUNKS[keys.device.type]
+    books = min(C, max(1, chunks[-1] // (B * S * K)))
+    few = slice(0, max(1, chunks[-1] // (S * K * books)))
     trial, some = queries[few, :, :books], keys[:books]
     rows = trial.shape[0] * S
-    runs = {str(chunk): functools.partial(Chunked(some, rows, chunk, least), trial) for chunk in CHUNKS}
-    return Chunked(keys, B * S, int(quickest(runs)), least)
+    runs = {str(chunk): functools.partial(Chunked(some, rows, chunk, least), trial) for chunk in chunks}
+    return Chunked(keys, B * S, int(quickest(runs, clock_of(keys.device))), least)
 
 
 def chunked(queries: Tensor, keys: Tensor) -> Chunked:
@@ -102,12 +103,46 @@ def compiled(queries: Tensor, keys: Tensor) -> Finder:
     return found
 
 
-FINDERS = {"torch.cdist": cdist, "torch baddbmm": chunked, "torch.compile": compiled}
+def key_update(given: Any) -> Contestant:
+    """Search, count and sum, move the averages, divide."""
+    (C, K, D), decay, eps = given.keys.shape, given.decay, given.eps
+    find, queries = chunked(given.queries, given.keys), given.queries
+    keys, keys_avg, cluster_size = given.keys.clone(), given.keys.clone(), torch.ones(C, K)
+    first = torch.arange(C) * K
+
+    def run() -> None:
+        find.update(keys)
+        flat = (find(queries) + first).flatten()
+        number = torch.bincount(flat, minlength=C * K).view(C, K)
+        added = torch.zeros(C * K, D).index_add_(0, flat, queries.reshape(-1, D)).view(C, K, D)
+        cluster_size.mul_(decay).add_(number, alpha=1 - decay)
+        keys_avg.mul_(decay).add_(added, alpha=1 - decay)
+        total = cluster_size.sum(-1, keepdim=True)
+        smooth = (cluster_size + eps) / (total + K * eps) * total
+        keys.copy_(torch.where((number > 0)[..., None], keys_avg / smooth[..., None], keys))
+
+    return given.contestant(run, keys, keys_avg, cluster_size)
 
 
-def fetch(values: Tensor, indices: Tensor) -> Tensor:
-    """values [C, K, V] at indices [B, S, C], as [B, C, S, V]: one ``index_select``."""
-    C, K, V = values.shape
-    B, S, _ = indices.shape
-    flat = (indices + torch.arange(C) * K).transpose(1, 2).flatten()
-    return values.view(C * K, V).index_select(0, flat).view(B, C, S, V)
+PEERS = (
+    Peer(
+        "torch.cdist",
+        "torch.cdist + argmin, every distance at once",
+        finders.offers(cdist, "search", "forward", "memories"),
+        quick=False,
+    ),
+    Peer(
+        "torch baddbmm",
+        "baddbmm + argmin in chunks",
+        {**finders.offers(chunked, *finders.SUITES), "key_update": key_update},
+        shapes=(*FEW, *(name for name in GPU if name != "paper-1m")),
+    ),
+    Peer(
+        "torch.compile",
+        "baddbmm + argmin in chunks, compiled",
+        finders.offers(compiled, "search"),
+        shapes=(*FEW, "paper-256", "seed"),
+        quick=False,
+        compiles=True,
+    ),
+)

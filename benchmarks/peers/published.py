@@ -5,9 +5,14 @@ They hold every distance, and a one-hot row for it, in memory at once: ``DISTANC
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from benchmarks.peers import need
+from benchmarks.peers.peer import Peer
+from benchmarks.shapes import FEW
+from benchmarks.timing import Contestant
 
 DISTANCES = 4.1  # as measured: distances, their negatives, and one-hot rows, int64 before they are float32
 INSTALL = "discrete-key-value-bottleneck-pytorch vector-quantize-pytorch"
@@ -15,7 +20,9 @@ INSTALL = "discrete-key-value-bottleneck-pytorch vector-quantize-pytorch"
 
 def _need_distances(what: str, N: int, keys: Tensor) -> None:
     need.memory(
-        4.0 * DISTANCES * N * keys.shape[0] * keys.shape[1], f"{what}, which holds every distance {DISTANCES}×,"
+        4.0 * DISTANCES * N * keys.shape[0] * keys.shape[1],
+        f"{what}, which holds every distance {DISTANCES}×,",
+        keys.device,
     )
 
 
@@ -25,7 +32,7 @@ def quantizer(keys: Tensor, N: int, decay: float = 0.8) -> nn.Module:
     _need_distances("vector-quantize-pytorch", N, keys)
     C, K, D = keys.shape
     sizes = {"dim": C * D, "codebook_dim": D, "codebook_size": K, "heads": C}
-    module = package.VectorQuantize(**sizes, separate_codebook_per_head=True, decay=decay).eval()
+    module = package.VectorQuantize(**sizes, separate_codebook_per_head=True, decay=decay).to(keys.device).eval()
     module._codebook.embed.data.copy_(keys)
     return module
 
@@ -39,7 +46,7 @@ def discrete(projection: Tensor, keys: Tensor, values: Tensor, N: int) -> nn.Mod
     _need_distances("discrete-key-value-bottleneck-pytorch", N, keys)
     (C, K, D), V = keys.shape, values.shape[-1]
     sizes = {"dim_embed": projection.shape[1], "num_memories": K, "num_memory_codebooks": C, "dim_memory": V}
-    module = package.DiscreteKeyValueBottleneck(D, codebook_dim=D, **sizes).eval()
+    module = package.DiscreteKeyValueBottleneck(D, codebook_dim=D, **sizes).to(keys.device).eval()
     module.rand_proj.copy_(projection)
     module.vq._codebook.embed.data.copy_(keys)
     module.values.data.copy_(values)
@@ -57,3 +64,73 @@ def authors(keys: Tensor, values: Tensor, N: int) -> nn.Module:
     module.values.data.copy_(values)
     module.freeze_keys()
     return module.eval()
+
+
+def search(given: Any) -> Contestant:
+    B, S, C, _ = given.queries.shape
+    module = quantizer(given.keys, B * S).requires_grad_(False)
+    flat = given.queries.flatten(2)
+    return given.contestant(lambda: module(flat), lambda found: found[1].view(B, S, C))
+
+
+def key_update(given: Any) -> Contestant:
+    B, S, _, _ = given.queries.shape
+    module = quantizer(given.keys, B * S, given.decay).requires_grad_(False).train()
+    book, flat = module._codebook, given.queries.flatten(2).contiguous()
+    return given.contestant(lambda: module(flat), book.embed.data, book.embed_avg.data, book.cluster_size.data)
+
+
+def memories(given: Any) -> Contestant:
+    B, S, C, _ = given.queries.shape
+    module = discrete(given.projection, given.keys, given.values, B * S).requires_grad_(False)
+
+    def run() -> tuple[Tensor, Tensor]:
+        out, (_, found, _) = module(given.x, return_intermediates=True)
+        return out, found.view(B, S, C)
+
+    return given.contestant(run)
+
+
+def training_step(given: Any) -> Contestant:
+    (B, S, C, _), (K, V) = given.queries.shape, given.start.shape[1:]
+    # The gradient of ``gather`` on memories that are expanded over the batch has the size of all of them.
+    need.memory(1.1 * 4.0 * B * C * K * V, "the gradient of dkvb-pytorch, B*C*K*V numbers,")
+    module = discrete(given.projection, given.keys, given.start, B * S).requires_grad_(False)
+
+    def look_up() -> tuple[Tensor, Tensor]:
+        out, (_, found, _) = module(given.x, return_intermediates=True)
+        return out, found.view(B, S, C)
+
+    return given.contestant(module.values, look_up)
+
+
+def forward(given: Any) -> Contestant:
+    B, S, C, _ = given.queries.shape
+    module = authors(given.keys, given.values, B * S).requires_grad_(False)
+
+    def run() -> tuple[Tensor, Tensor]:
+        out, _, found = module(given.heads)[:3]
+        return out, found.reshape(B, C, S).transpose(1, 2)
+
+    return given.contestant(run)
+
+
+PEERS = (
+    Peer(
+        "vector-quantize",
+        "vector-quantize-pytorch",
+        {"search": search, "key_update": key_update},
+        "vector_quantize_pytorch",
+        "vector-quantize-pytorch",
+        quick=False,
+    ),
+    Peer(
+        "dkvb-pytorch",
+        "discrete-key-value-bottleneck-pytorch",
+        {"memories": memories, "training_step": training_step},
+        "discrete_key_value_bottleneck_pytorch",
+        INSTALL,
+        shapes=(*FEW, "paper-256", "few-queries"),
+    ),
+    Peer("authors", "the authors' package", {"forward": forward}, "key_value_bottleneck.core"),
+)

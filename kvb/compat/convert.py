@@ -1,7 +1,8 @@
 """Checkpoints of the published packages as kvb's, and back, bit for bit; state_dicts in, state_dicts out.
 
-key_value_bottleneck has kvb's names, without kvb_state. discrete_key_value_bottleneck_pytorch and
-discrete_key_value_bottleneck have those of ``_TO_KVB``.
+key_value_bottleneck has kvb's names, without its flags and mask. discrete_key_value_bottleneck_pytorch and
+discrete_key_value_bottleneck have those of ``_TO_KVB``. Version 0.0.x of the former has them too, with one projection
+[dim, C*D] for all codebooks, or none: its columns, cut into C heads, are kvb's [C, dim, D].
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvb import validation
-from kvb.checkpoints import STATE_NAME
+from kvb import splitters, validation
+from kvb.checkpoints import STATE_NAMES
 from kvb.modules import bottleneck, discrete
 
-PACKAGES = ("key_value_bottleneck", "discrete_key_value_bottleneck_pytorch", "discrete_key_value_bottleneck")
+PACKAGES = (
+    "key_value_bottleneck",
+    "discrete_key_value_bottleneck_pytorch",
+    "discrete_key_value_bottleneck_pytorch-0.0",
+    "discrete_key_value_bottleneck",
+)
 _PROJECTIONS = ("project_in.weight", "project_in.bias", "project_out.weight", "project_out.bias")
 _TO_KVB = {
     "values": "bottleneck.values",
@@ -28,6 +34,7 @@ _TO_KVB = {
     **{f"vq.{name}": f"splitter.{name}" for name in _PROJECTIONS},
 }
 _TO_PUBLISHED = {ours: theirs for theirs, ours in _TO_KVB.items()}
+_ALWAYS = {ours for ours in _TO_PUBLISHED if ours.startswith("bottleneck.")}
 
 
 class AccidentalProjections(nn.Module):
@@ -36,28 +43,32 @@ class AccidentalProjections(nn.Module):
     Equivalent to ``project_in(einsum("b...d,cde->b...ce", x, rand_proj).flatten(-2))``, cut into C heads.
 
     Args:
-        rand_proj: [C, dim_embed, dim].
+        num_channels: of the embeddings.
+        num_codebooks: C.
+        dim: of what the random projections give each head; None for a checkpoint without them, of version 0.0.x.
         dim_keys: D of each head; C·dim in every checkpoint made by accident.
     State:
-        rand_proj; project_in.*; project_out.*, which belongs to the quantised output of the published class and is
-        carried along unused.
+        rand_proj [C, num_channels, dim]; project_in.*; project_out.*, which belongs to the quantised output of the
+        published class and is carried along unused.
     """
 
-    rand_proj: Tensor
+    rand_proj: Tensor | None
 
-    def __init__(self, rand_proj: Tensor, dim_keys: int) -> None:
+    def __init__(self, num_channels: int, num_codebooks: int, dim: int | None, dim_keys: int) -> None:
         super().__init__()
-        C, self.num_channels, dim = rand_proj.shape
+        C, self.num_channels = num_codebooks, num_channels
         self.num_codebooks, self.dim_keys = C, dim_keys
-        self.register_buffer("rand_proj", torch.empty_like(rand_proj))
-        self.project_in = nn.Linear(C * dim, C * dim_keys)
-        self.project_out = nn.Linear(C * dim_keys, C * dim)
+        joined = num_channels if dim is None else C * dim
+        self.register_buffer("rand_proj", None if dim is None else torch.empty(C, num_channels, dim))
+        self.project_in = nn.Linear(joined, C * dim_keys)
+        self.project_out = nn.Linear(C * dim_keys, joined)
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, *shape, dim_embed] -> [B, C, *shape, D]."""
-        heads = torch.einsum("b...d,cde->b...ce", x, self.rand_proj.to(x.dtype)).flatten(-2)
-        return self.project_in(heads).unflatten(-1, (self.num_codebooks, self.dim_keys)).movedim(-2, 1)
+        """x [B, *shape, num_channels] -> [B, C, *shape, D]."""
+        if self.rand_proj is not None:
+            x = torch.einsum("b...d,cde->b...ce", x, self.rand_proj.to(x.dtype)).flatten(-2)
+        return self.project_in(x).unflatten(-1, (self.num_codebooks, self.dim_keys)).movedim(-2, 1)
 
     def extra_repr(self) -> str:
         return f"{self.num_channels} channels -> {self.num_codebooks} heads of {self.dim_keys}, mixed"
@@ -72,7 +83,7 @@ def from_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
     Returns:
         a state_dict for ``kvb.KeyValueBottleneck``, ``kvb.BottleneckedEncoder`` or ``kvb.DiscreteKeyValueBottleneck``.
     Raises:
-        ValueError: the names are of none of them.
+        ValueError: the names are of none of them, or some are missing; one codebook of keys for several of values.
     """
     flat: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -89,6 +100,17 @@ def from_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _from_discrete(state: dict[str, Tensor]) -> dict[str, Tensor]:
     converted = {_ours(name): value for name, value in state.items()}
+    if missing := [theirs for ours, theirs in _TO_PUBLISHED.items() if ours in _ALWAYS - converted.keys()]:
+        raise ValueError(f"expected the state_dict of a whole DiscreteKeyValueBottleneck, {', '.join(missing)} missing")
+    C = converted["bottleneck.values"].shape[0]
+    if converted["bottleneck.keys"].shape[0] != C:
+        raise ValueError(
+            f"expected a codebook of keys for each of the {C} of values, got {converted['bottleneck.keys'].shape[0]}: "
+            "versions up to 0.0.4 share one among all, which kvb cannot hold"
+        )
+    projection = converted.get("splitter.rand_proj")
+    if projection is not None and projection.dim() == 2:  # of version 0.0.x
+        converted["splitter.rand_proj"] = projection.unflatten(1, (C, -1)).transpose(0, 1).contiguous()
     initted = converted["bottleneck.initted"]
     converted["bottleneck.initted"] = initted.to(torch.float32).reshape(1)
     converted["bottleneck.cluster_size_counter"] = torch.zeros_like(converted["bottleneck.cluster_size"])
@@ -108,19 +130,21 @@ def to_published(state: Mapping[str, Tensor], package: str, *, old_initted: bool
 
     Args:
         state: a state_dict of a kvb module.
-        package: one of ``PACKAGES``.
+        package: one of ``PACKAGES``; "-0.0" is for version 0.0.x.
         old_initted: write ``initted`` as [1] float, for vector-quantize-pytorch up to 1.21; or else as [] bool.
     Raises:
         ValueError: another package, or a state_dict that such a module cannot have.
     """
     validation.choice("package", package, PACKAGES)
-    kept = {name: value for name, value in state.items() if name.rpartition(".")[2] != STATE_NAME}
-    if package == "key_value_bottleneck":
-        return kept
+    kept = {name: value for name, value in state.items() if name.rpartition(".")[2] not in STATE_NAMES}
+    if package == "key_value_bottleneck":  # whose counts are floats
+        return {name: value.float() if name.endswith("cluster_size_counter") else value for name, value in kept.items()}
     kept.pop("bottleneck.cluster_size_counter", None)
     if strange := [name for name in kept if name not in _TO_PUBLISHED and not name.startswith("encoder.")]:
         raise ValueError(f"expected the state_dict of a kvb.DiscreteKeyValueBottleneck, got {', '.join(strange)}")
     converted = {_TO_PUBLISHED.get(name, name): value for name, value in kept.items()}
+    if package.endswith("-0.0") and "rand_proj" in converted:
+        converted["rand_proj"] = converted["rand_proj"].transpose(0, 1).flatten(1)
     initted = converted["vq._codebook.initted"].reshape(1)
     converted["vq._codebook.initted"] = initted if old_initted else initted[0] != 0
     return converted
@@ -131,8 +155,10 @@ def module_from(
 ) -> bottleneck.KeyValueBottleneck | discrete.DiscreteKeyValueBottleneck:
     """A kvb module with the sizes and the state of a published checkpoint.
 
-    A checkpoint with learned projections gives a module whose splitter is ``AccidentalProjections``; every other one
-    gives kvb's own. For a ``BottleneckedEncoder``, build it yourself and load ``from_published(state)``.
+    A checkpoint with learned projections gives a module whose splitter is ``AccidentalProjections``, one of version
+    0.0.x without random projections gives one with ``kvb.splitters.Chunk``; every other one gives kvb's own. Version
+    0.0.x joins its memories: ``module(x).movedim(1, -2).flatten(-2)``. For a ``BottleneckedEncoder``, build it yourself
+    and load ``from_published(state)``.
 
     Args:
         state: as for ``from_published``, of a bottleneck.
@@ -145,15 +171,28 @@ def module_from(
         C, K, V = converted["values"].shape
         module: Any = bottleneck.KeyValueBottleneck(C, K, converted["keys"].shape[-1], V, **options)
     elif "vq._codebook.embed" in state:
-        C, K, V = converted["bottleneck.values"].shape
-        projections, D = converted["splitter.rand_proj"], converted["bottleneck.keys"].shape[-1]
-        sizes = {"num_memories": K, "num_memory_codebooks": C, "dim_memory": V, "codebook_dim": D}
-        module = discrete.DiscreteKeyValueBottleneck(
-            projections.shape[-1], dim_embed=projections.shape[1], **sizes, **options
-        )
-        if "splitter.project_in.weight" in converted:
-            module.splitter = AccidentalProjections(projections, D)
+        module = _discrete_module(state, converted, options)
     else:
         raise ValueError("expected the state_dict of a bottleneck; build a BottleneckedEncoder yourself, and load it")
     module.load_state_dict(converted)
+    return module
+
+
+def _discrete_module(
+    state: Mapping[str, Any], converted: dict[str, Tensor], options: dict[str, Any]
+) -> discrete.DiscreteKeyValueBottleneck:
+    (C, K, V), D = converted["bottleneck.values"].shape, converted["bottleneck.keys"].shape[-1]
+    projections, mixed = converted.get("splitter.rand_proj"), converted.get("splitter.project_in.weight")
+    if projections is not None:
+        channels, dim = projections.shape[1:]
+    else:
+        channels, dim = (C * D if mixed is None else mixed.shape[1]), None
+    if projections is None or state["rand_proj"].dim() == 2:  # of version 0.0.x
+        options = {"average_pool_memories": False, **options}
+    sizes = {"num_memories": K, "num_memory_codebooks": C, "dim_memory": V, "dim_embed": channels, "codebook_dim": D}
+    module = discrete.DiscreteKeyValueBottleneck(D, **sizes, **options)
+    if mixed is not None:
+        module.splitter = AccidentalProjections(channels, C, dim, D)
+    elif projections is None:
+        module.splitter = splitters.Chunk(channels, C)
     return module

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import functional, validation
-from kvb.compat.quantize import VectorQuantize
+from kvb.compat.quantize import VectorQuantize, adopted
 
 
 class DiscreteKeyValueBottleneck(nn.Module):
@@ -83,10 +83,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
     def _recall(
         self, x: Any, average_pool_memories: bool | None, encoder_arguments: dict[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        if self.encoder is not None:
-            self.encoder.eval()
-            with torch.no_grad():
-                x = self.encoder(x, **encoder_arguments).detach()
+        x = embedded(self.encoder, x, encoder_arguments)
         validation.floating(type(self).__name__, "x", x)
         validation.shape("x", x, "b n dim_embed", (None, None, self.dim_embed), "dim_embed defaults to dim")
         heads = torch.einsum("bnd,cde->bnce", x, self.rand_proj)
@@ -95,3 +92,27 @@ class DiscreteKeyValueBottleneck(nn.Module):
         pooled = self.average_pool_memories if average_pool_memories is None else average_pool_memories
         memories = functional.gather(self.values, indices, pool="mean" if pooled else "none", layout="bcsv")
         return memories, intermediates
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of a pickle of the published class.
+
+        Raises:
+            ValueError: it is one of version 0.0.x.
+        """
+        if "random_project_embed" in state:
+            raise ValueError(
+                "this pickle holds a module of discrete-key-value-bottleneck-pytorch 0.0.x, which concatenates its "
+                'memories: call kvb.compat.alias("published-0.0") before loading it'
+            )
+        super().__setstate__(state)
+        self.dim_embed = self.rand_proj.shape[1]
+        self.vq = adopted(VectorQuantize, self.vq)
+
+
+def embedded(encoder: nn.Module | None, x: Any, arguments: dict[str, Any]) -> Any:
+    """x, or what the encoder makes of it in eval mode and without gradients."""
+    if encoder is None:
+        return x
+    encoder.eval()
+    with torch.no_grad():
+        return encoder(x, **arguments).detach()

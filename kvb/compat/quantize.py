@@ -5,14 +5,14 @@ One codebook a head, keys learned by moving averages; same state, same random in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvb import functional, validation
-from kvb.modules import key_learning
+from kvb.compat.codebook import Codebook, own_attributes, unit
 
 # Arguments of the published class that only do something else than here at values other than these.
 FIXED: dict[str, Any] = {
@@ -45,112 +45,7 @@ FIXED: dict[str, Any] = {
     "return_zeros_for_masked_padding": True,
     "route_gradients_to_input": True,
 }
-
-
-class Codebook(nn.Module):
-    """C codebooks of K keys that learn from every batch in training mode, also those without a hit.
-
-    With ``learnable`` the keys are a parameter instead, and learn from the gradients of the loss.
-
-    State: initted [] bool, cluster_size [C, K], embed_avg and embed [C, K, D]. A state with initted [1] float, of
-    vector-quantize-pytorch up to 1.21, loads too.
-    """
-
-    initted: Tensor
-    cluster_size: Tensor
-    embed_avg: Tensor
-    embed: Tensor
-
-    def __init__(
-        self,
-        C: int,
-        K: int,
-        D: int,
-        *,
-        kmeans_init: bool,
-        kmeans_iters: int,
-        decay: float,
-        eps: float,
-        threshold_ema_dead_code: float,
-        use_cosine_sim: bool,
-        ema_update: bool,
-        sync: bool,
-        learnable: bool,
-    ) -> None:
-        super().__init__()
-        self.kmeans_iters = validation.positive_int("kmeans_iters", kmeans_iters)
-        self.decay = 1.0 if decay == 1 else validation.number("decay", decay, 0.0, 1.0)
-        self.eps = validation.number("eps", eps, 0.0, float("inf"), open_low=True)
-        self.threshold_ema_dead_code = threshold_ema_dead_code
-        self.use_cosine_sim = use_cosine_sim
-        self.ema_update = ema_update
-        self.sync = sync
-        self.learnable = learnable
-        keys = torch.zeros(C, K, D) if kmeans_init else nn.init.kaiming_uniform_(torch.empty(C, K, D))
-        if use_cosine_sim:
-            keys = _unit(keys)
-        self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(C, K))
-        self.register_buffer("embed_avg", keys.clone())
-        if learnable:
-            self.embed = nn.Parameter(keys)
-        else:
-            self.register_buffer("embed", keys)
-        self._waiting = kmeans_init  # the host's copy of ``initted``
-
-    def forward(self, queries: Tensor, *, learn: bool) -> tuple[Tensor, Tensor]:
-        """queries [b, n, C, D] float32 -> the nearest keys [b, n, C, D], indices [b, n, C]; no gradient for queries."""
-        queries = queries.detach()
-        if self._waiting:
-            self._initialise(queries)
-        indices, _ = functional.nearest(queries, self.embed.detach())
-        found = functional.gather(self.embed, indices)
-        if learn:
-            self._learn(queries, indices)
-        return found, indices
-
-    @torch.no_grad()
-    def _initialise(self, queries: Tensor) -> None:
-        """k-means on the first batch, in every mode."""
-        K = self.embed.shape[1]
-        passes = key_learning.passes_needed("kmeans", self.kmeans_iters, 0)
-        stream = key_learning.Stream(queries, _as_it_is, None, passes=passes, progress=False)
-        keys = key_learning.kmeans(stream, K, self.embed, iters=self.kmeans_iters, plus=False, generator=None)
-        self.cluster_size.copy_(torch.ops.kvb.count(queries, functional.nearest(queries, keys)[0], K))
-        self.embed_avg.copy_(keys * self.cluster_size[..., None])
-        self.embed.copy_(_unit(keys) if self.use_cosine_sim else keys)
-        self.initted.fill_(True)
-        self._waiting = False
-
-    @torch.no_grad()
-    def _learn(self, queries: Tensor, indices: Tensor) -> None:
-        if not self.ema_update and self.threshold_ema_dead_code <= 0:
-            return
-        statistics = torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1])
-        synced = key_learning.sync_statistics(*statistics) if self.sync else statistics
-        state = (self.embed.detach(), self.embed_avg, self.cluster_size)
-        threshold, at_once = self.threshold_ema_dead_code, self.ema_update and not self.use_cosine_sim
-        # Without ema_update the statistics still tell which codes are dead.
-        moved = (state if self.ema_update else (state[0].clone(), *state[1:])) + synced
-        key_learning.update(
-            *(*moved, queries),
-            decay=self.decay,
-            eps=self.eps,
-            threshold=threshold if at_once else 0.0,
-            start=threshold,
-            rescale_all=True,
-        )
-        if self.ema_update and self.use_cosine_sim:
-            self.embed.copy_(_unit(self.embed))
-        if threshold > 0 and not at_once:
-            key_learning.replace_dead(*state, queries, threshold=threshold, start=threshold)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        initted = state_dict.get(prefix + "initted")
-        if isinstance(initted, Tensor) and initted.shape == (1,):
-            state_dict[prefix + "initted"] = initted[0] != 0
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._waiting = not bool(self.initted)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class VectorQuantize(nn.Module):
@@ -191,14 +86,9 @@ class VectorQuantize(nn.Module):
         **others: Any,
     ) -> None:
         super().__init__()
-        for name, value in others.items():
-            if name not in FIXED:
-                raise TypeError(f"VectorQuantize() got an unexpected keyword argument {name!r}")
-            if value != FIXED[name]:
-                raise ValueError(
-                    f"{name}={value!r} is not part of this replica, which has {name}={FIXED[name]!r} only; "
-                    "vector-quantize-pytorch has it"
-                )
+        for name in others.keys() - FIXED.keys():
+            raise TypeError(f"VectorQuantize() got an unexpected keyword argument {name!r}")
+        _require_fixed(others)
         learnable = bool(learnable_codebook)
         ema_update = True if ema_update is None else ema_update
         if learnable and (ema_update or use_cosine_sim):
@@ -224,8 +114,8 @@ class VectorQuantize(nn.Module):
             threshold_ema_dead_code=threshold_ema_dead_code,
             use_cosine_sim=use_cosine_sim,
             ema_update=ema_update,
-            sync=sync_codebook is not False,
-            learnable=learnable,
+            sync_codebook=sync_codebook is not False,
+            learnable_codebook=learnable,
         )
 
     @property
@@ -233,34 +123,109 @@ class VectorQuantize(nn.Module):
         """The keys [C, K, D]."""
         return self._codebook.embed
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @codebook.setter
+    def codebook(self, codes: Tensor) -> None:
+        with torch.no_grad():
+            self._codebook.embed.copy_(codes)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        freeze_codebook: bool | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [b, n, dim] -> (quantized [b, n, dim], indices [b, n, C], or [b, n] for one head, commitment loss []).
 
-        In training mode the loss is the mean squared distance times ``commitment_weight``, and x gets a gradient
-        through both; in eval mode it is 0.
+        One position a sample may go without its axis: x [b, dim]. In training mode the loss is the mean squared
+        distance times ``commitment_weight``, and x gets a gradient through both; in eval mode it is 0.
+
+        Args:
+            mask: bool [b, n], True where a position counts. At the others quantized is 0 and the index -1, and they
+                enter neither keys nor loss.
+            lens: [b], the first so many positions of each sample count; instead of ``mask``.
+            freeze_codebook: overrides the module's for this call.
+        Raises:
+            ValueError: both ``mask`` and ``lens``, or one of another shape.
         """
-        heads = self.project_in(x).float().unflatten(-1, (self.heads, -1))
+        counts = self._counts(x, mask, lens)
+        heads = self.project_in(x[:, None] if x.dim() == 2 else x).float().unflatten(-1, (self.heads, -1))
         if self._codebook.use_cosine_sim:
-            heads = _unit(heads)
-        learn = self._codebook.training and not self.freeze_codebook
-        quantized, indices = self._codebook(heads, learn=learn)
+            heads = unit(heads)
+        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
+        quantized, indices = self._codebook(heads, learn=self._codebook.training and not frozen, mask=counts)
         loss = heads.new_zeros((), requires_grad=self.training)
         if self.training:
             if self.commitment_weight > 0:
-                found = quantized.detach() if self.freeze_codebook else quantized
-                loss = loss + F.mse_loss(found, heads) * self.commitment_weight
+                found, wanted = quantized.detach() if frozen else quantized, heads
+                if counts is not None:
+                    found, wanted = found[counts], wanted[counts]
+                loss = loss + F.mse_loss(found, wanted) * self.commitment_weight
             if x.requires_grad:
                 quantized = _rotated(heads, quantized) if self.rotation_trick else heads + (quantized - heads).detach()
         joined = self.project_out(quantized.to(x.dtype).flatten(-2))
+        if counts is not None:
+            joined, indices = joined.masked_fill(~counts[..., None], 0), indices.masked_fill(~counts[..., None], -1)
+        if x.dim() == 2:
+            joined, indices = joined[:, 0], indices[:, 0]
         return joined, indices if self.heads > 1 else indices[..., 0], loss
 
+    def _counts(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
+        if mask is not None and lens is not None:
+            raise ValueError("expected mask or lens, got both")
+        if lens is not None:
+            mask = torch.arange(x.shape[1], device=x.device) < lens[:, None]
+        if mask is not None and (x.dim() != 3 or mask.dtype != torch.bool or mask.shape != x.shape[:2]):
+            raise ValueError(
+                f"expected a mask torch.bool (b, n) for x (b, n, dim) = {tuple(x.shape)}, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+        return mask
 
-def _as_it_is(queries: Tensor) -> Tensor:
-    return queries
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The keys of indices [b, ..., C], joined: [b, ..., C*D]. For one head the indices have no axis C."""
+        shape = indices.shape if self.heads > 1 else (*indices.shape, 1)
+        keys = functional.gather(self._codebook.embed, indices.reshape(1, -1, self.heads))
+        return keys.reshape(*shape[:-1], -1)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What ``forward`` in eval mode returns as quantized for these indices."""
+        output: Tensor = self.project_out(self.get_codes_from_indices(indices))
+        return output
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of a pickle of the published class, of any version.
+
+        Raises:
+            ValueError: it was made with one of ``FIXED`` at another value.
+        """
+        _require_fixed({name: state[name] for name in FIXED if name in state})
+        super().__setstate__(own_attributes(lambda: VectorQuantize(1, 1), state))
+        self._buffers.pop("zero", None)  # version 1.32 keeps one
+        self._non_persistent_buffers_set.discard("zero")
+        cosine = type(self._codebook).__name__ == "CosineSimCodebook"  # a class of its own up to version 1.27
+        self._codebook = adopted(Codebook, self._codebook)
+        self._codebook.use_cosine_sim |= cosine
+        self.dim = getattr(self.project_in, "in_features", self.heads * self.codebook.shape[-1])
 
 
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1, eps=1e-6)
+def adopted(kind: type[_Module], module: nn.Module) -> _Module:
+    """The replica of a published module that came out of a pickle, where the package is installed."""
+    if isinstance(module, kind):
+        return module
+    replica = kind.__new__(kind)
+    replica.__setstate__(dict(vars(module)))
+    return replica
+
+
+def _require_fixed(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value != FIXED[name]:
+            raise ValueError(
+                f"{name}={value!r} is not part of this replica, which has {name}={FIXED[name]!r} only; "
+                "vector-quantize-pytorch has it"
+            )
 
 
 def _rotated(source: Tensor, target: Tensor) -> Tensor:
@@ -272,6 +237,6 @@ def _rotated(source: Tensor, target: Tensor) -> Tensor:
     target = target.detach()
     wide = target.norm(dim=-1, keepdim=True)
     start, end = source.detach() / long, target / wide.clamp(min=1e-6)
-    middle = _unit(start + end)
+    middle = unit(start + end)
     reflected = source - 2 * middle * (middle * source).sum(-1, keepdim=True)
     return (reflected + 2 * end * (start * source).sum(-1, keepdim=True)) * (wide / long)

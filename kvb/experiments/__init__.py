@@ -6,6 +6,7 @@
 pretrained networks behind them. Commands, figures and data need the packages of ``kvb[demo]``; this module does not.
 """
 
+from kvb.experiments.baselines import NearestMeanHead
 from kvb.experiments.class_incremental import (
     SCENARIOS,
     Examples,
@@ -17,7 +18,7 @@ from kvb.experiments.class_incremental import (
     learn,
     stratified_split,
 )
-from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head, NearestMeanHead, NetworkHead
+from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head, NetworkHead
 
 __all__ = [
     "SCENARIOS",

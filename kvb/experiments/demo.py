@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvb.experiments import plots
+from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import (
     Examples,
     Result,
@@ -26,7 +27,7 @@ from kvb.experiments.class_incremental import (
     learn,
     stratified_split,
 )
-from kvb.experiments.heads import BASELINES, BottleneckHead, Budget, Head
+from kvb.experiments.heads import BottleneckHead, Budget, Head
 from kvb.experiments.seeding import seeded
 from kvb.experiments.studies import Study
 from kvb.experiments.versions import versions
@@ -51,7 +52,7 @@ def bottleneck_head(study: Study, features: Tensor) -> Head:
 
 
 def baseline(name: str, study: Study, features: Tensor) -> Head:
-    (head,) = BASELINES[name](features.shape[1], [len(study.classes)], hidden=HIDDEN, from_zero=False)
+    (head,) = BASELINES[name](features.shape[1], [len(study.classes)], hidden=HIDDEN, projected=0, from_zero=False)
     return head
 
 

@@ -6,7 +6,6 @@ the linear and the MLP head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,64 +113,3 @@ class BottleneckHead(_VotingHead):
     def prepare(self, features: Tensor) -> Tensor:
         parts = (self.splitter(part) for part in features.split(ROWS))
         return self.bottleneck.encode_dataset(parts, progress=False).codes
-
-
-class NearestMeanHead(Head):
-    """The class with the nearest mean of the features: one pass, no rate, nothing to forget; a strong, simple baseline.
-
-    Classes without an example so far are never answered.
-
-    Source: Mensink et al., Distance-based image classification, TPAMI 2013; in class-incremental learning, Rebuffi et
-    al., iCaRL, CVPR 2017 (arXiv:1611.07725).
-    """
-
-    passes = 1
-
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.sums = torch.zeros(num_classes, channels, dtype=torch.float64)
-        self.counts = torch.zeros(num_classes, dtype=torch.int64)
-
-    def forward(self, prepared: Tensor) -> Tensor:
-        means = self.sums / self.counts.clamp(min=1)[:, None]
-        gaps = torch.cdist(prepared.double(), means, compute_mode="donot_use_mm_for_euclid_dist")
-        return (-gaps).masked_fill(self.counts == 0, -torch.inf)
-
-    def step(self, prepared: Tensor, labels: Tensor, *, rate: float, budget: Budget) -> Tensor:
-        self.sums.index_add_(0, labels, prepared.double())
-        self.counts += labels.bincount(minlength=len(self.counts))
-        return prepared.new_zeros(())
-
-
-# --- baselines by name ------------------------------------------------------------------------------------------------
-# Each: (channels, sizes, *, hidden, from_zero) -> one head for every size, a number of classes. ``from_zero`` starts
-# output layers at zero, as the bottleneck's values do: from PyTorch's own start, heads forget more.
-
-
-def _output(channels: int, num_classes: int, from_zero: bool) -> nn.Linear:
-    layer = nn.Linear(channels, num_classes)
-    if from_zero:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def linear_heads(channels: int, sizes: Sequence[int], *, hidden: int, from_zero: bool) -> list[Head]:
-    return [NetworkHead(_output(channels, size, from_zero)) for size in sizes]
-
-
-def mlp_heads(channels: int, sizes: Sequence[int], *, hidden: int, from_zero: bool) -> list[Head]:
-    """One hidden layer, which all of them share."""
-    shared = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU())
-    return [NetworkHead(nn.Sequential(*shared, _output(hidden, size, from_zero))) for size in sizes]
-
-
-def nearest_mean_heads(channels: int, sizes: Sequence[int], *, hidden: int, from_zero: bool) -> list[Head]:
-    return [NearestMeanHead(channels, size) for size in sizes]
-
-
-BASELINES: dict[str, Callable[..., list[Head]]] = {
-    "linear": linear_heads,
-    "MLP": mlp_heads,
-    "nearest mean": nearest_mean_heads,
-}

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import (
     SCENARIOS,
     Examples,
@@ -28,7 +29,7 @@ from kvb.experiments.class_incremental import (
     learn,
     stratified_split,
 )
-from kvb.experiments.heads import BASELINES, BottleneckHead, Budget, CodesHead, Head
+from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head
 from kvb.experiments.seeding import seeded
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.key_learning import KeyReport
@@ -53,8 +54,8 @@ class Recipe:
     codebooks, pairs, dim_keys: C, K and D. key_init: as ``init_mode`` of the bottleneck. key_steps: batches that the
     keys learn from, at least; whole passes (the paper's 10 passes over 50,000 images). decay: of their moving averages.
     dead: pairs with fewer hits than ``dead * batch_size / K`` are replaced. rate: of the bottleneck. patience,
-    min_delta: end a task on a plateau of the loss; None ends it after its epochs. hidden: of the MLP. rates: of the
-    linear head and the MLP, to choose from on validation examples; the paper's is 0.001.
+    min_delta: end a task on a plateau of the loss; None ends it after its epochs. hidden: of the MLP. projected: of
+    RanPAC. rates: of the linear head and the MLP, to choose from on validation examples; the paper's is 0.001.
     """
 
     codebooks: int = 256
@@ -73,6 +74,7 @@ class Recipe:
     min_delta: float = 0.0
     classes_per_task: int = 2
     hidden: int = 128
+    projected: int = 2000
     rates: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.1, 1.0, 3.0)
 
     @property
@@ -184,7 +186,10 @@ def _other(name: str, recipe: Recipe, tasks: Sequence[Tensor], scenario: str, se
     """A head for these features, or one for every task; those of an MLP share their hidden layer."""
     with seeded(seed):
         sizes = _sizes(tasks, scenario)
-        return _of(scenario, BASELINES[name](features.shape[1], sizes, hidden=recipe.hidden, from_zero=True))
+        return _of(
+            scenario,
+            BASELINES[name](features.shape[1], sizes, hidden=recipe.hidden, projected=recipe.projected, from_zero=True),
+        )
 
 
 # --- one seed ---------------------------------------------------------------------------------------------------------
@@ -252,7 +257,7 @@ def run(
                 build = partial(_other, name, recipe, tasks, scenario, seed)
                 built, rate = build(data.train.features), 0.0
                 train, test = data.train, data.test
-                if name != "nearest mean":
+                if not (built if isinstance(built, Head) else built[0]).passes:
                     rate, _ = choose_rate(build, *parts, tasks, rates=recipe.rates, **arguments)
             result = Result(list(learn(built, train, test, tasks, rate=rate, **arguments)))
             rates[scenario][name], results[scenario][name] = rate, result

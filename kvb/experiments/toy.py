@@ -26,8 +26,9 @@ from torch import Tensor, nn
 import kvb
 from kvb import optim
 from kvb.experiments import plots
+from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import Examples, Result, Score
-from kvb.experiments.heads import BASELINES, BottleneckHead, Head
+from kvb.experiments.heads import BottleneckHead, Head
 from kvb.experiments.seeding import seeded
 from kvb.experiments.versions import versions
 from kvb.modules.bottleneck import KeyValueBottleneck
@@ -111,7 +112,7 @@ def bottleneck_head(toy: Toy, splitter: nn.Module, codebooks: int, pairs: int) -
 
 
 def baseline(toy: Toy, name: str) -> Head:
-    (head,) = BASELINES[name](2, [toy.classes], hidden=HIDDEN, from_zero=False)
+    (head,) = BASELINES[name](2, [toy.classes], hidden=HIDDEN, projected=0, from_zero=False)
     return head
 
 

@@ -1,22 +1,20 @@
-"""``KeyValueBottleneck``: parameters, buffers, state and modes. The maths lives in the operators and in ``keys``."""
+"""``KeyValueBottleneck``: the lookup, and keys that learn. The maths lives in the operators and in ``key_learning``."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from kvb import functional, ops, validation
-from kvb.checkpoints import STATE_NAME
-from kvb.data import CodeDataset, encode
-from kvb.modules import key_learning
+from kvb._torch import register_namedtuple
+from kvb.modules import key_learning, recomputation
+from kvb.modules.datasets import ReadsData
+from kvb.modules.state import BottleneckState
+from kvb.modules.streams import Stream
 
-STATE_VERSION = 1
-_HEADER = 8  # bytes of kvb_state before the mask bits: version, initialised, learning, counting, has a mask, 3 unused
 _Self = TypeVar("_Self", bound="KeyValueBottleneck")
 
 
@@ -30,10 +28,10 @@ class BottleneckOutput(NamedTuple):
 
 
 # torch.export.save needs a name for the output type.
-_pytree._register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
+register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
 
 
-class KeyValueBottleneck(nn.Module):
+class KeyValueBottleneck(ReadsData, BottleneckState):
     """C codebooks of K key-value pairs: every head of the input fetches the value of its nearest key.
 
     Equivalent to, per codebook c: ``i = ((x[:, c, ..., None, :] - keys[c])**2).sum(-1).argmin(-1); values[c, i]``,
@@ -54,7 +52,8 @@ class KeyValueBottleneck(nn.Module):
         decay: g of the moving averages, in [0, 1).
         eps: of the Laplace smoothing, > 0.
         threshold_ema_dead_code: pairs whose moving hit count falls below it are replaced by queries of the batch.
-        sample_codebook_temperature: > 0 draws keys from softmax(-distance / temperature) instead of the nearest.
+        sample_codebook_temperature: > 0 draws ``topk`` keys from softmax(-distance / temperature), without replacement,
+            instead of the nearest.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
         topk: fetch so many nearest pairs; > 1 adds an axis after C.
         sparse_grad: give ``values`` a sparse gradient: the rows fetched, merged, never a dense [C, K, V]. For the
@@ -64,22 +63,17 @@ class KeyValueBottleneck(nn.Module):
     Shape:
         x [B, C, *shape, D] -> values [B, C, *shape, V].
     State:
-        values [C, K, V] parameter; buffers initted [1], cluster_size [C, K], cluster_size_counter [C, K],
-        keys_avg [C, K, D], keys [C, K, D]: the published names. ``kvb_state`` (uint8) adds the flags and the mask to
-        a state_dict; a state_dict without it loads too, and leaves the flags as they are. Keys and their statistics
-        stay float32 under ``half()`` and ``bfloat16()``.
+        values [C, K, V] parameter; buffers initted [1], cluster_size [C, K], keys_avg [C, K, D], keys [C, K, D]
+        float32 and cluster_size_counter [C, K] int64: the published names. Keys and their statistics are float32 with
+        every default dtype, and stay so under ``half()`` and ``bfloat16()``. Buffers kvb_flags [3] and kvb_mask [C, K]
+        hold whether keys learn, whether hits are counted, and the mask of ``mask_pairs``; a state_dict without them
+        loads too, and leaves all that as it is.
     Not for two threads at once while keys learn or are counted; eval-mode forwards are safe.
 
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
     values: nn.Parameter
-    initted: Tensor
-    cluster_size: Tensor
-    cluster_size_counter: Tensor
-    keys_avg: Tensor
-    keys: Tensor
-    pair_mask: Tensor | None
 
     def __init__(
         self,
@@ -99,14 +93,16 @@ class KeyValueBottleneck(nn.Module):
         sparse_grad: bool = False,
         check_finite: bool = False,
     ) -> None:
-        super().__init__()
         infinity = float("inf")
-        C = self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
+        C = validation.positive_int("num_codebooks", num_codebooks)
         K = validation.positive_int("key_value_pairs_per_codebook", key_value_pairs_per_codebook)
-        self.key_value_pairs_per_codebook = K
-        D = self.dim_keys = validation.positive_int("dim_keys", dim_keys)
-        V = self.dim_values = validation.positive_int("dim_values", dim_values)
-        self.init_mode = validation.choice("init_mode", init_mode, key_learning.METHODS)
+        D = validation.positive_int("dim_keys", dim_keys)
+        V = validation.positive_int("dim_values", dim_values)
+        validation.choice("init_mode", init_mode, key_learning.METHODS)
+        with torch.inference_mode(False):  # tensors made in inference mode could never learn
+            super().__init__(C, K, D, initialised=init_mode == "random")
+            self.values = nn.Parameter(torch.randn(C, K, V))
+        self.init_mode = init_mode
         self.kmeans_iters = validation.positive_int("kmeans_iters", kmeans_iters)
         self.decay = validation.number("decay", decay, 0.0, 1.0)
         self.eps = validation.number("eps", eps, 0.0, infinity, open_low=True)
@@ -116,24 +112,14 @@ class KeyValueBottleneck(nn.Module):
             "sample_codebook_temperature", sample_codebook_temperature, 0.0, infinity
         )
         self.topk = validation.topk(topk, K)
-        if topk > 1 and sample_codebook_temperature > 0:
-            raise ValueError("topk > 1 cannot be combined with sample_codebook_temperature > 0: one key is drawn")
         self.return_values_only = return_values_only
         self.sparse_grad = sparse_grad
         self.check_finite = check_finite
-        self.update_keys = True
-        self.count_cluster_size = True
-        self._initialised = init_mode == "random"
 
-        fresh = torch.randn(C, K, D) if self._initialised else torch.zeros(C, K, D)
-        self.values = nn.Parameter(torch.randn(C, K, V))
-        self.register_buffer("initted", torch.tensor([float(self._initialised)]))
-        self.register_buffer("cluster_size", torch.ones(C, K))
-        self.register_buffer("cluster_size_counter", torch.zeros(C, K))
-        self.register_buffer("keys_avg", fresh.clone())
-        self.register_buffer("keys", fresh)
-        self.register_buffer("pair_mask", None, persistent=False)
-        self._forget_packed()
+    @property
+    def dim_values(self) -> int:
+        """V: that of the tensor, which may be exchanged for another."""
+        return self.values.shape[2]
 
     # --- lookup -------------------------------------------------------------------------------------------------------
 
@@ -142,37 +128,36 @@ class KeyValueBottleneck(nn.Module):
     ) -> Tensor | BottleneckOutput:
         """x [B, C, *shape, D] -> values [B, C, *shape, V], or a ``BottleneckOutput``.
 
-        Gradients reach ``values``; ``x`` gets one through ``distances`` only.
+        Gradients reach ``values``; ``x`` gets one through ``distances`` only. A topk slot for which no pair is usable
+        has the value zero, and the distance +inf.
 
         Args:
             pool: "mean" or "sum" over codebooks, without the unpooled values in between: values [B, *shape, V].
             return_values_only: overrides the module's for this call.
         Raises:
-            TypeError: not a floating-point tensor. ValueError: its shape does not fit, ``check_finite`` found NaN, or
-            pooling with topk > 1. RuntimeError: another device, or keys that still wait for data in eval mode.
+            TypeError: not a floating-point tensor. ValueError: its shape does not fit, or ``check_finite`` found NaN.
+            RuntimeError: another device, or keys that still wait for data in eval mode.
         """
-        if validation.choice("pool", pool, functional.POOLS) != "none" and self.topk > 1:
-            raise ValueError(f"pool={pool!r} needs topk=1, got topk={self.topk}; pool the result yourself")
+        validation.choice("pool", pool, functional.POOLS)
         values_only = self.return_values_only if return_values_only is None else return_values_only
         queries = self._queries(x)
+        self._look()
         if not self._initialised:
             self._initialise_from(x)
+        keys, packed = self._keys_for(queries, learns=self.training and self._learning)
         shape = x.shape[2:-1]
         if values_only and self._in_one_pass(pool, shape):
-            mask, packed = self._search_mask(), self._packed_keys()
-            values, codes = ops.lookup(queries, self.keys, packed, self.values, mask, pool)
+            values, codes = ops.lookup(queries, keys, packed, self.values, self._usable, pool)
+            del packed  # its memory is that of the keys' next packed form
             if self.training:
                 self._observe(queries, codes[..., None])
-            return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), self.dim_values)
-        indices, distances = self._search(queries.detach() if values_only else queries)
-        if pool == "none":
-            values = self._fetch(self.values, indices, shape)
-        else:
-            pooled = self._gather(self.values, indices[..., 0], pool, "bscv")
-            values = pooled.view(x.shape[0], *shape, self.dim_values)
-        output: Tensor | BottleneckOutput = values
+            return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), values.shape[-1])
+        indices, distances = self._search(queries.detach() if values_only else queries, keys, packed)
+        del packed
+        output: Tensor | BottleneckOutput
+        output = values = self._fetch_values(indices, shape, pool)
         if not values_only:
-            fetched = self._fetch(self.keys, indices, shape)
+            fetched = self._fetch(keys, indices, shape)
             output = BottleneckOutput(values, fetched, self._unfold(indices, shape), self._unfold(distances, shape))
         if self.training:
             self._observe(queries, indices)
@@ -191,46 +176,13 @@ class KeyValueBottleneck(nn.Module):
         storage = validation.code_dtype(dtype, self.key_value_pairs_per_codebook)
         queries = self._queries(x)
         self._require_keys()
-        return self._unfold(self._search(queries)[0].to(storage), x.shape[2:-1])
-
-    def encode_dataset(
-        self,
-        data: Tensor | Iterable[Any],
-        *,
-        dtype: torch.dtype | str = "auto",
-        out: str | os.PathLike[str] | None = None,
-        inputs_extractor: Callable[[Any], Any] | None = None,
-        progress: bool = True,
-    ) -> CodeDataset:
-        """The codes of a whole data set, searched once: read in batches, kept as small integers on the host.
-
-        Equivalent to ``CodeDataset(torch.cat([encode(x, dtype=dtype) for x, y in data]), torch.cat([y ...]))``.
-
-        Args:
-            data: a tensor [N, C, *shape, D], or an iterable (a DataLoader, say) of [B, C, *shape, D] or of
-                (x, labels, ...) items, read once; the labels are kept where they are tensors of length B.
-            dtype: as for ``encode``; "auto" is int16 up to K = 32768, int32 above.
-            out: a file (.npy) to write the codes to as they come; the result is then a map of it. None keeps them in
-                memory. ``CodeDataset.open`` maps the file again.
-            inputs_extractor: takes x out of an item of ``data``; its first element by default.
-            progress: show a progress bar.
-        Returns:
-            a ``CodeDataset``: codes [N, C, *shape] (topk axis after C), labels [N, ...] or None.
-        Raises:
-            as ``encode``; TypeError: data that is no tensor and cannot be iterated. ValueError: no samples, samples of
-            different shapes, or labels in some items only.
-        """
-        storage = validation.code_dtype(dtype, self.key_value_pairs_per_codebook)
-
-        def search(x: Any) -> Tensor:
-            return self.encode(x.to(self.keys.device) if isinstance(x, Tensor) else x, dtype=storage)
-
-        return encode(data, search, cut=key_learning.cut, out=out, inputs_extractor=inputs_extractor, progress=progress)
+        return self._unfold(self._search(queries, *self._packed_keys())[0].to(storage), x.shape[2:-1])
 
     def decode(self, indices: Tensor, pool: str = "none") -> Tensor:
         """The values of cached indices: [B, C, *shape] -> [B, C, *shape, V], pooled over codebooks [B, *shape, V].
 
         Equivalent to ``values[arange(C), indices]`` and ``.mean(1)`` or ``.sum(1)``; differentiable for ``values``.
+        With topk above the pairs that a mask leaves, masked ones have the value zero, as in ``forward``.
 
         Raises:
             TypeError: not integers. ValueError: shape or pool. IndexError: an index outside [0, K).
@@ -241,15 +193,20 @@ class KeyValueBottleneck(nn.Module):
         validation.same_device("indices", indices, "values", self.values)
         shape = indices.shape[2:]
         flat = indices.reshape(*indices.shape[:2], shape.numel()).transpose(1, 2)
-        out = self._gather(self.values, flat, pool, "bcsv")
-        return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), self.dim_values)
+        usable = self._search_mask()
+        if self.topk > 1 and usable is not None and self._fewest < self.topk:
+            out = self._decode_usable(flat, usable)
+            out = out if pool == "none" else getattr(out, pool)(1)
+        else:
+            out = self._gather(self.values, flat, pool, "bcsv")
+        return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), out.shape[-1])
 
     def _queries(self, x: Tensor) -> Tensor:
         """x [B, C, *shape, D] as [B, S, C, D], without a copy for both seed layouts."""
         owner = type(self).__name__
         validation.floating(owner, "x", x)
         validation.split_features(x, self.num_codebooks, self.dim_keys)
-        validation.same_device("x", x, "keys", self.keys)
+        validation.same_device("x", x, "keys", self._taken_quietly("initted"))
         if self.check_finite:
             validation.finite("x", x)
         if x.dim() == 3:
@@ -258,29 +215,64 @@ class KeyValueBottleneck(nn.Module):
             flat = x.reshape(*x.shape[:2], x.shape[2:-1].numel(), x.shape[-1]).transpose(1, 2)
         return flat if flat.stride(-1) == 1 else flat.contiguous()
 
-    def _search(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys_for(self, queries: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
+        """The keys to search, and their packed form: the current ones, or in a recomputation those of before."""
+        if not learns:
+            return self._packed_keys()
+        if recomputation.in_backward():
+            return self._forwards.recall(queries)
+        keys, packed = self._packed_keys()
+        if recomputation.under_checkpoint():
+            self._forwards.remember(queries, keys, packed)
+        return keys, packed
+
+    def _search(self, queries: Tensor, keys: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
         """Indices and distances [B, S, C, T]."""
-        mask = self._search_mask()
+        mask = self._usable
         if self.sample_codebook_temperature > 0:
             seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
-            return torch.ops.kvb.sample(queries, self.keys, mask, self.sample_codebook_temperature, seed)
-        return torch.ops.kvb.nearest(queries, self.keys, self._packed_keys(), mask, self.topk)
+            return torch.ops.kvb.sample(queries, keys, mask, self.sample_codebook_temperature, seed, self.topk)
+        return torch.ops.kvb.nearest(queries, keys, packed, mask, self.topk)
 
     def _in_one_pass(self, pool: str, shape: torch.Size) -> bool:
         """Whether ``lookup`` gives the values as they are wanted: not with codebooks before more than one position."""
-        nearest = self.topk == 1 and self.sample_codebook_temperature == 0
+        nearest = self.topk == 1 and self.sample_codebook_temperature == 0 and self._fewest > 0
         return nearest and not self.sparse_grad and (pool != "none" or len(shape) == 0)
+
+    def _present(self) -> Tensor | None:
+        """Which ranks of a search find a usable pair, [C, T]; None where all do."""
+        if self._usable is None or self._fewest >= self.topk:
+            return None
+        return torch.arange(self.topk, device=self._usable.device) < self._usable.sum(-1, keepdim=True)
 
     def _gather(self, table: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
         fetch = ops.gather_row_grad if self.sparse_grad else torch.ops.kvb.gather
         return fetch(table, indices, pool, layout)
 
-    def _fetch(self, table: Tensor, indices: Tensor, shape: Iterable[int]) -> Tensor:
-        """Rows of table [C, K, *] at indices [B, S, C, T], as [B, C, (T), *shape, *]."""
+    def _fetch_values(self, indices: Tensor, shape: torch.Size, pool: str) -> Tensor:
+        """Values at indices [B, S, C, T], as [B, C, (T), *shape, V], or pooled over C."""
+        present = self._present()
+        if present is None:
+            return self._fetch(self.values, indices, shape, pool)
+        # The first rank in place of one that found nothing: no masked row is read, and none gets a gradient.
+        fetched = self._fetch(self.values, torch.where(present, indices, indices[..., :1]), shape)
+        fetched = torch.where(self._unfold(present.expand_as(indices), shape)[..., None], fetched, 0)
+        return fetched if pool == "none" else getattr(fetched, pool)(1)
+
+    def _decode_usable(self, indices: Tensor, usable: Tensor) -> Tensor:
+        """Values [B, C, M, V] at indices [B, M, C]; a masked pair stands for a rank that found none, as in a search."""
+        present = torch.ops.kvb.gather(usable[..., None].float(), indices, "none", "bcsv") > 0
+        some = usable.to(torch.uint8).argmax(-1)
+        safe = torch.where(present[..., 0].transpose(1, 2), indices, some)
+        return torch.where(present, self._gather(self.values, safe, "none", "bcsv"), 0)
+
+    def _fetch(self, table: Tensor, indices: Tensor, shape: Iterable[int], pool: str = "none") -> Tensor:
+        """Rows of table [C, K, *] at indices [B, S, C, T], as [B, C, (T), *shape, *], or pooled over C."""
         B, S, C, T = indices.shape
         positions = indices.permute(0, 3, 1, 2).reshape(B, T * S, C)
-        fetched = self._gather(table, positions, "none", "bcsv")
-        return fetched.view(B, C, *self._ranks(), *shape, table.shape[-1])
+        fetched = self._gather(table, positions, pool, "bcsv")
+        books = (C,) if pool == "none" else ()
+        return fetched.view(B, *books, *self._ranks(), *shape, table.shape[-1])
 
     def _unfold(self, found: Tensor, shape: Iterable[int]) -> Tensor:
         """[B, S, C, T] as contiguous [B, C, (T), *shape]."""
@@ -290,156 +282,85 @@ class KeyValueBottleneck(nn.Module):
     def _ranks(self) -> tuple[int, ...]:
         return (self.topk,) if self.topk > 1 else ()
 
-    def _search_mask(self) -> Tensor | None:
-        """The pairs that may be fetched: the manual mask, and the counted ones while counts are deactivated."""
-        if self.update_keys or self.count_cluster_size:
-            return self.pair_mask
-        counted = self.cluster_size_counter > 0
-        return counted if self.pair_mask is None else counted & self.pair_mask
+    # --- learning the keys --------------------------------------------------------------------------------------------
 
-    # --- packed keys: a plain attribute, never saved, copied or shared ------------------------------------------------
-
-    def _forget_packed(self) -> None:
-        self._packed: tuple[Tensor, int, Tensor] | None = None  # keys, their version, their packed form
-
-    def _packed_keys(self) -> Tensor:
-        current = self.keys
-        # A traced graph packs for itself, and an inference tensor has no version that would show a change.
-        if torch.compiler.is_compiling() or current.is_inference():
-            return torch.ops.kvb.pack_keys(current)
-        known = self._packed
-        if known is not None and known[0] is current and known[1] == current._version:
-            return known[2]
-        return self._keep_packed(torch.ops.kvb.pack_keys(current))
-
-    def _keep_packed(self, packed: Tensor) -> Tensor:
-        """Search with ``packed`` as long as the keys stay what they are now."""
-        if not (torch.compiler.is_compiling() or self.keys.is_inference()):
-            self._packed = self.keys, self.keys._version, packed
-        return packed
-
-    def refresh_keys(self: _Self) -> _Self:
-        """Call after writing keys through ``.data``, the one change that cannot be noticed; returns self."""
-        self._forget_packed()
+    def _target(self) -> KeyValueBottleneck:
         return self
 
-    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        before = {name: getattr(self, name) for name in ("keys", "keys_avg", "cluster_size", "cluster_size_counter")}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype in (torch.float16, torch.bfloat16) and old.dtype.itemsize > new.dtype.itemsize:
-                setattr(self, name, old.to(new.device))  # moving averages and counts are lost in half precision
-        return self.refresh_keys()
+    def _features(self, inputs: Any) -> Any:
+        return inputs
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
-
-    # --- learning the keys --------------------------------------------------------------------------------------------
+    def _heads(self, features: Any) -> Any:
+        return features
 
     def _observe(self, queries: Tensor, indices: Tensor) -> None:
         """Learn the keys or count the hits of one batch in training mode; indices [B, S, C, T]."""
-        if self.update_keys:
+        if recomputation.in_backward():
+            return  # the forward that runs again has been observed
+        if self._learning:
             self._learn(queries.detach(), indices[..., 0])
-        elif self.count_cluster_size:
+        elif self._counting:
+            present = self._present()
             for t in range(indices.shape[-1]):
                 hits = torch.ops.kvb.count(queries.detach(), indices[..., t], self.key_value_pairs_per_codebook)
-                self.cluster_size_counter.add_(hits)
+                self._taken_quietly("cluster_size_counter").add_(
+                    hits if present is None else hits * present[:, t, None]
+                )
 
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
         """One step of the moving averages, taken by every process, also by one with an empty batch."""
-        self._forget_packed()  # before the statistics need memory
-        statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
-        packed = key_learning.update(
-            *(self.keys, self.keys_avg, self.cluster_size),
-            *(*key_learning.sync_statistics(*statistics), queries),
-            decay=self.decay,
-            eps=self.eps,
-            threshold=self.threshold_ema_dead_code,
-        )
+        self._packed.release()  # before the statistics need memory
+        packed = key_learning.step(self._moving(), queries, indices, self._usable, self._rates())
         self._keep_packed(packed)
+
+    def _moving(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What moves: keys, keys_avg, cluster_size."""
+        keys, keys_avg, cluster_size = map(self._taken_quietly, ("keys", "keys_avg", "cluster_size"))
+        return keys, keys_avg, cluster_size
+
+    def _rates(self) -> key_learning.Rates:
+        return key_learning.Rates(self.decay, self.eps, self.threshold_ema_dead_code)
 
     def _initialise_from(self, batch: Tensor) -> None:
         """The first batch in training mode initialises keys that wait for data."""
-        if not (self.training and self.update_keys):
+        if not (self.training and self._learning):
             self._require_keys()
         if batch.numel() > 0:
             self.init_keys(batch.detach(), epochs=0, progress=False)
 
     def _require_keys(self) -> None:
+        self._look()
         if not self._initialised:
             raise RuntimeError("keys are not initialised: call init_keys(...) or run one batch in training mode")
 
-    def init_keys(
-        self,
-        data: Tensor | Iterable[Any],
-        method: str | None = None,
-        *,
-        epochs: int = 1,
-        inputs_extractor: Callable[[Any], Any] | None = None,
-        generator: torch.Generator | None = None,
-        progress: bool = True,
+    @torch.no_grad()
+    def _initialise(
+        self, stream: Stream, method: str, epochs: int, generator: torch.Generator | None
     ) -> key_learning.KeyReport:
-        """Initialise the keys from data, then let them learn for ``epochs`` passes of moving averages.
-
-        "random" keeps the keys (standard normal, if there are none yet); "sample" takes random rows; "kmeans" and
-        "kmeans++" run ``kmeans_iters`` iterations on the first 64*K rows. Data is streamed and read once a pass.
-        Rows with NaN or Inf are skipped. Values and counts do not change.
-
-        Args:
-            data: a tensor [B, C, *shape, D], or an iterable (a DataLoader, say) of them or of (tensor, ...) items.
-            method: one of the ``init_mode``s; None takes the module's.
-            epochs: passes of moving averages with dead-code replacement; 0 for none.
-            inputs_extractor: takes the tensor out of an item of ``data``; its first element by default.
-            generator: makes "sample" and "kmeans" reproducible.
-            progress: show a progress bar.
-        Returns:
-            a ``KeyReport`` (inertia, dead codes), measured on the last pass.
-        Raises:
-            RuntimeError: the keys are frozen. ValueError: no rows, none finite, or a one-shot iterator where several
-            passes are needed.
-        """
-        method = validation.choice("method", method or self.init_mode, key_learning.METHODS)
-        validation.epochs(epochs)
-        if not self.update_keys:
-            raise RuntimeError("keys are frozen: call unfreeze_keys() before init_keys(...)")
-        stream = key_learning.Stream(
-            data,
-            lambda x: self._queries(x.to(self.keys.device) if isinstance(x, Tensor) else x),
-            inputs_extractor,
-            passes=key_learning.passes_needed(method, self.kmeans_iters, epochs),
-            progress=progress,
+        """``init_keys`` on copies, which become the state when all went well."""
+        keys, keys_avg, cluster_size = (part.clone() for part in self._moving())
+        moving = keys, keys_avg, cluster_size
+        report = key_learning.initialise(
+            moving,
+            stream,
+            method,
+            fresh=not self._initialised,
+            kmeans_iters=self.kmeans_iters,
+            epochs=epochs,
+            mask=self._usable,
+            rates=self._rates(),
+            generator=generator,
         )
-        K, like = self.key_value_pairs_per_codebook, self.keys
-        if method == "sample":
-            self._start_from(key_learning.sample_keys(stream, K, like, generator))
-        elif method in ("kmeans", "kmeans++"):
-            plus = method == "kmeans++"
-            found = key_learning.kmeans(stream, K, like, iters=self.kmeans_iters, plus=plus, generator=generator)
-            self._start_from(found)
-        elif not self._initialised:
-            self._start_from(torch.randn(like.shape, generator=generator).to(like))
-        for epoch in range(max(1, epochs)):
-            meter = key_learning.Meter(like)
-            for queries in stream.queries("moving averages" if epoch < epochs else "measuring"):
-                with torch.no_grad():
-                    indices, distances = torch.ops.kvb.nearest(
-                        queries, self.keys, self._packed_keys(), self._search_mask(), 1
-                    )
-                    meter.add(indices[..., 0], distances[..., 0], queries)
-                    if epoch < epochs:
-                        self._learn(queries, indices[..., 0])
-        return meter.report(method)
+        self._commit(*moving)
+        return report
 
-    def _start_from(self, fresh: Tensor) -> None:
-        """New keys with the statistics of a new module."""
-        with torch.no_grad():
-            self.keys.copy_(fresh)
-            self.keys_avg.copy_(fresh)
-            self.cluster_size.fill_(1)
-            self.initted.fill_(1)
-        self._initialised = True
-        self._forget_packed()
+    def _commit(self, keys: Tensor, keys_avg: Tensor, cluster_size: Tensor) -> None:
+        """Make them the state of keys that are initialised."""
+        for name, part in (("keys", keys), ("keys_avg", keys_avg), ("cluster_size", cluster_size)):
+            self._write(name, part)
+        self._write("initted", torch.ones(1))
+        self._packed.forget()
+        self._look()
 
     # --- modes; each returns self -------------------------------------------------------------------------------------
 
@@ -450,13 +371,13 @@ class KeyValueBottleneck(nn.Module):
             RuntimeError: the keys still await their initialisation from data.
         """
         self._require_keys()
-        self.update_keys = False
+        self._set_flags(learning=False)
         self._packed_keys()
         return self
 
     def unfreeze_keys(self: _Self) -> _Self:
         """Keys learn again on forwards in training mode."""
-        self.update_keys = True
+        self._set_flags(learning=True)
         return self
 
     def enable_update_keys(self: _Self) -> _Self:
@@ -469,7 +390,7 @@ class KeyValueBottleneck(nn.Module):
 
     def activate_counts(self: _Self) -> _Self:
         """Count fetched pairs on forwards in training mode with frozen keys; every pair may be fetched."""
-        self.count_cluster_size = True
+        self._set_flags(counting=True)
         return self
 
     def deactivate_counts(self: _Self) -> _Self:
@@ -483,21 +404,13 @@ class KeyValueBottleneck(nn.Module):
                 "no pair was counted yet, so deactivate_counts() would leave nothing to fetch: "
                 "run batches in training mode with frozen keys first"
             )
-        self.count_cluster_size = False
+        self._set_flags(counting=False)
         return self
 
     def reset_cluster_size_counter(self: _Self) -> _Self:
         """Forget all counts, and count again."""
-        self.cluster_size_counter.zero_()
+        self._write("cluster_size_counter", torch.zeros((), dtype=torch.int64))
         return self.activate_counts()
-
-    def mask_pairs(self: _Self, mask: Tensor | None) -> _Self:
-        """Restrict the search to pairs where ``mask`` [C, K] (bool) is True; None lifts it. Saved with the module."""
-        if mask is not None:
-            validation.mask("mask_pairs", mask, self.num_codebooks, self.key_value_pairs_per_codebook)
-            mask = mask.to(self.keys.device, copy=True)
-        self.pair_mask = mask
-        return self
 
     # --- what was used ------------------------------------------------------------------------------------------------
 
@@ -518,105 +431,10 @@ class KeyValueBottleneck(nn.Module):
 
     def extra_repr(self) -> str:
         megabytes = self.values.numel() * self.values.element_size() / 1e6
-        state = "learning" if self.update_keys else "frozen"
+        state = "frozen" if self.keys_frozen else "learning"
         return (
             f"{self.num_codebooks} codebooks x {self.key_value_pairs_per_codebook} pairs, "
             f"keys {self.dim_keys}-d {state}{'' if self._initialised else ' (not initialised)'}, "
             f"values {self.dim_values}-d ({megabytes:.4g} MB), topk={self.topk}, "
-            f"backend={ops.backend(self.keys.device.type)}"
+            f"backend={ops.backend(self.values.device.type)}"
         )
-
-    # --- state_dict ---------------------------------------------------------------------------------------------------
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + STATE_NAME] = self._pack_state()
-
-    def _pack_state(self) -> Tensor:
-        mask = self.pair_mask
-        flags = [STATE_VERSION, self._initialised, self.update_keys, self.count_cluster_size, mask is not None]
-        header = torch.tensor([int(flag) for flag in flags] + [0] * (_HEADER - len(flags)), dtype=torch.uint8)
-        if mask is None:
-            return header
-        bits = nn.functional.pad(mask.cpu().flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-        return torch.cat([header, (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)])
-
-    def _state_problem(self, state: Tensor) -> str | None:
-        pairs = self.num_codebooks * self.key_value_pairs_per_codebook
-        if state.dtype != torch.uint8 or state.dim() != 1 or len(state) < _HEADER:
-            return f"expected {STATE_NAME} of at least {_HEADER} bytes, got {state.dtype} {tuple(state.shape)}"
-        version, *flags = state[: _HEADER - 3].tolist()
-        if version != STATE_VERSION:
-            return f"{STATE_NAME} has version {version}, but this kvb reads version {STATE_VERSION}: upgrade kvb"
-        want = _HEADER + (-(-pairs // 8) if flags[3] else 0)
-        if max(flags) > 1 or len(state) != want:
-            got = f"{flags} and {len(state)} bytes"
-            return f"{STATE_NAME} is damaged: expected flags of 0 or 1 and {want} bytes, got {got}"
-        return None
-
-    def _unpack_state(self, state: Tensor) -> None:
-        _, self._initialised, self.update_keys, self.count_cluster_size, masked = map(bool, state[: _HEADER - 3])
-        mask = None
-        if masked:
-            bits = (state[_HEADER:, None].cpu() >> torch.arange(8, dtype=torch.uint8)) & 1
-            pairs = (self.num_codebooks, self.key_value_pairs_per_codebook)
-            mask = bits.flatten()[: pairs[0] * pairs[1]].view(pairs).bool()
-        self.mask_pairs(mask)
-
-    def _problems(self, incoming: dict[str, Any]) -> list[str]:
-        """Why these entries cannot be loaded; nothing was changed yet."""
-        problems = []
-        for name, current in [*self._parameters.items(), *self._buffers.items()]:
-            value = incoming.get(name)
-            if name in self._non_persistent_buffers_set or current is None or value is None:
-                continue
-            if not isinstance(value, Tensor):
-                problems.append(f'While copying "{name}", expected torch.Tensor but received {type(value)}')
-            elif value.shape != current.shape:
-                problems.append(
-                    f"size mismatch for {name}: copying a param with shape {value.shape} from checkpoint, "
-                    f"the shape in current model is {current.shape}."
-                )
-            elif name in ("keys", "keys_avg") and not value.isfinite().all():
-                bad = int((~value.isfinite().all(-1)).sum())
-                problems.append(f"{name} contains NaN or Inf in {bad} of {value[..., 0].numel()} pairs")
-            elif name in ("cluster_size", "cluster_size_counter") and not (value >= 0).all():
-                problems.append(f"{name} holds negative or NaN counts")
-        if isinstance(incoming.get(STATE_NAME), Tensor) and (problem := self._state_problem(incoming[STATE_NAME])):
-            problems.append(problem)
-        return problems
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ``torch.nn.Module.load_state_dict``, but all or nothing: what does not fit changes nothing.
-
-        Raises:
-            RuntimeError: strict and names missing or left over; shapes that differ; keys with NaN or Inf; negative
-            counts; a ``kvb_state`` that is damaged or of a newer version.
-        """
-        expected = {*self._parameters, *self._buffers} - self._non_persistent_buffers_set
-        complaints = {
-            "Missing key(s) in state_dict": sorted(expected - state_dict.keys()),
-            "Unexpected key(s) in state_dict": sorted(state_dict.keys() - expected - {STATE_NAME}),
-        }
-        if strict and any(complaints.values()):
-            lines = [
-                f"{what}: " + ", ".join(f'"{name}"' for name in names) for what, names in complaints.items() if names
-            ]
-            raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}:\n\t" + ". \n\t".join(lines))
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        """Also called for a bottleneck inside another module; ``rest`` ends with the list of error messages."""
-        incoming = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        state = state_dict.pop(prefix + STATE_NAME, None)
-        if problems := self._problems(incoming):
-            rest[-1].extend(problems)
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        if "initted" in incoming:
-            self._initialised = bool(incoming["initted"].any())
-        if state is not None:
-            self._unpack_state(state)
-        self._forget_packed()

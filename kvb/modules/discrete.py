@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from kvb import splitters, validation
-from kvb.data import CodeDataset, encode
-from kvb.modules import key_learning
+from kvb._torch import register_namedtuple
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
-
-_Self = TypeVar("_Self", bound="DiscreteKeyValueBottleneck")
+from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +27,10 @@ class DiscreteKeyValueBottleneckConfig:
         average_pool_memories: return the mean over codebooks.
         encoder: a module that makes the embeddings; always in eval mode, and never gets a gradient.
         codebook_dim: D, where keys shall have another size than ``dim``.
-        init_mode, kmeans_iters, decay, eps, threshold_ema_dead_code, check_finite: as for ``KeyValueBottleneck``.
+        splitter: a module that makes heads [B, C, *shape, D] of embeddings; a ``RandomProjection`` by default.
+        others: the options of ``KeyValueBottleneck``, but for ``return_values_only``, with ``decay`` as published.
     Raises:
-        TypeError, ValueError: a size that is no positive integer. TypeError: an encoder that is no module.
+        TypeError, ValueError: a size that is no positive integer. TypeError: an encoder or splitter that is no module.
     """
 
     dim: int
@@ -45,11 +41,15 @@ class DiscreteKeyValueBottleneckConfig:
     average_pool_memories: bool = True
     encoder: nn.Module | None = None
     codebook_dim: int | None = None
+    splitter: nn.Module | None = None
     init_mode: str = "random"
     kmeans_iters: int = 10
     decay: float = 0.8
     eps: float = 1e-5
     threshold_ema_dead_code: float = 0.0
+    sample_codebook_temperature: float = 0.0
+    topk: int = 1
+    sparse_grad: bool = False
     check_finite: bool = False
 
     def __post_init__(self) -> None:
@@ -58,8 +58,14 @@ class DiscreteKeyValueBottleneckConfig:
         for name in ("dim_embed", "dim_memory", "codebook_dim"):
             if getattr(self, name) is not None:
                 validation.positive_int(name, getattr(self, name))
-        if not (self.encoder is None or isinstance(self.encoder, nn.Module)):
-            raise TypeError(f"encoder must be a torch.nn.Module or None, got {type(self.encoder).__name__}")
+        for name in ("encoder", "splitter"):
+            if not isinstance(module := getattr(self, name), nn.Module | None):
+                raise TypeError(f"{name} must be a torch.nn.Module or None, got {type(module).__name__}")
+
+    def bottleneck_options(self) -> BottleneckOptions:
+        """The fields that are options of ``KeyValueBottleneck``."""
+        names = BottleneckOptions.__optional_keys__ - {"return_values_only"}
+        return BottleneckOptions(**{name: getattr(self, name) for name in names})  # type: ignore[typeddict-item]
 
 
 class Intermediates(NamedTuple):
@@ -71,10 +77,10 @@ class Intermediates(NamedTuple):
 
 
 # torch.export.save needs a name for the output type.
-_pytree._register_namedtuple(Intermediates, serialized_type_name="kvb.Intermediates")
+register_namedtuple(Intermediates, serialized_type_name="kvb.Intermediates")
 
 
-class DiscreteKeyValueBottleneck(nn.Module):
+class DiscreteKeyValueBottleneck(BottleneckWrapper):
     """Project embeddings to C codebooks of K key-value pairs, fetch the nearest pair's memory in each, average them.
 
     Equivalent to ``bottleneck(splitter(encoder(x))).mean(1)``. Only the memories, ``bottleneck.values``, are a
@@ -85,11 +91,14 @@ class DiscreteKeyValueBottleneck(nn.Module):
         config: a ``DiscreteKeyValueBottleneckConfig``, or ``dim``, or nothing where all comes by keyword.
         options: the fields of the config by keyword; they win over ``config``.
     Shape:
-        x [B, *shape, dim_embed], any number of axes -> [B, *shape, V]; not pooled: [B, C, *shape, V].
+        x [B, *shape, dim_embed], any number of axes -> [B, *shape, V]; not pooled: [B, C, *shape, V]. A topk axis comes
+        after C, or after B where there is no C.
     State:
         ``splitter.rand_proj`` [C, dim_embed, D], and ``bottleneck.*`` as ``KeyValueBottleneck`` has it.
     Raises:
         as the config and ``KeyValueBottleneck``.
+    Methods:
+        those of ``KeyValueBottleneck``, which take what ``forward`` takes.
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
@@ -107,25 +116,10 @@ class DiscreteKeyValueBottleneck(nn.Module):
         self.dim_embed = config.dim_embed or config.dim
         C, D = config.num_memory_codebooks, config.codebook_dim or config.dim
         self.encoder = config.encoder
-        self.splitter: nn.Module = splitters.RandomProjection(self.dim_embed, C, D)
-        self.bottleneck = KeyValueBottleneck(
-            C,
-            config.num_memories,
-            D,
-            config.dim_memory or config.dim,
-            init_mode=config.init_mode,
-            kmeans_iters=config.kmeans_iters,
-            decay=config.decay,
-            eps=config.eps,
-            threshold_ema_dead_code=config.threshold_ema_dead_code,
-            check_finite=config.check_finite,
-        )
+        self.splitter = config.splitter or splitters.RandomProjection(self.dim_embed, C, D)
+        V = config.dim_memory or config.dim
+        self.bottleneck = KeyValueBottleneck(C, config.num_memories, D, V, **config.bottleneck_options())
         self.train()
-
-    @property
-    def values(self) -> nn.Parameter:
-        """[C, K, V], ``bottleneck.values``."""
-        return self.bottleneck.values
 
     @property
     def rand_proj(self) -> Tensor:
@@ -139,6 +133,8 @@ class DiscreteKeyValueBottleneck(nn.Module):
         x: Any,
         return_intermediates: bool = False,
         average_pool_memories: bool | None = None,
+        *,
+        pool: str | None = None,
         **encoder_arguments: Any,
     ) -> Tensor | tuple[Tensor, Intermediates]:
         """x [B, *shape, dim_embed], or what the encoder takes -> memories [B, *shape, V].
@@ -148,15 +144,16 @@ class DiscreteKeyValueBottleneck(nn.Module):
         Args:
             return_intermediates: return ``(memories, Intermediates)``.
             average_pool_memories: overrides the module's for this call; False gives [B, C, *shape, V].
+            pool: "none", "mean" or "sum" over codebooks; None leaves it to ``average_pool_memories``.
             encoder_arguments: go to the encoder.
         Raises:
             TypeError: not a floating-point tensor, or arguments for an encoder that is not there. ValueError: the
             shape does not fit. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
-        heads = self._heads(x, encoder_arguments)
-        pooled = self.average_pool_memories if average_pool_memories is None else average_pool_memories
-        pool = "mean" if pooled else "none"
-        found = self.bottleneck(heads, pool=pool, return_values_only=not return_intermediates)
+        heads = self.forward_splitter(x, **encoder_arguments)
+        if pool is None and average_pool_memories is not None:
+            pool = "mean" if average_pool_memories else "none"
+        found = self.bottleneck(heads, pool=self._pool(pool), return_values_only=not return_intermediates)
         return (found.values, self._intermediates(found)) if isinstance(found, BottleneckOutput) else found
 
     def _intermediates(self, found: BottleneckOutput) -> Intermediates:
@@ -167,49 +164,10 @@ class DiscreteKeyValueBottleneck(nn.Module):
             commit_loss = torch.where(finite, distances, 0).sum() / (finite.sum() * found.keys.shape[-1]).clamp(min=1)
         return Intermediates(found.keys.movedim(1, -2).flatten(-2), found.indices, commit_loss)
 
-    def encode(self, x: Any, *, dtype: torch.dtype | str = torch.int64, **encoder_arguments: Any) -> Tensor:
-        """The indices [B, C, *shape] that ``forward`` would fetch; see ``KeyValueBottleneck.encode``.
+    def _pool(self, pool: str | None) -> str:
+        return pool or ("mean" if self.average_pool_memories else "none")
 
-        ``bottleneck.decode(indices, "mean")`` gives the pooled memories back, as often as you train on them.
-        """
-        return self.bottleneck.encode(self._heads(x, encoder_arguments), dtype=dtype)
-
-    def encode_dataset(
-        self,
-        data: Tensor | Iterable[Any],
-        *,
-        dtype: torch.dtype | str = "auto",
-        out: str | os.PathLike[str] | None = None,
-        inputs_extractor: Callable[[Any], Any] | None = None,
-        progress: bool = True,
-    ) -> CodeDataset:
-        """The codes of a whole data set: an encoder, the projection and the search run once for every sample.
-
-        Equivalent to ``CodeDataset(torch.cat([encode(x, dtype=dtype) for x, y in data]), torch.cat([y ...]))``.
-
-        Args:
-            data: a tensor such as ``forward`` takes, or an iterable (a DataLoader, say) of inputs or of
-                (inputs, labels, ...) items, read once.
-            dtype, out, inputs_extractor, progress: as for ``KeyValueBottleneck.encode_dataset``.
-        Returns:
-            a ``CodeDataset``: codes [N, C, *shape], labels [N, ...] or None.
-        Raises:
-            as ``forward`` and ``KeyValueBottleneck.encode_dataset``.
-        """
-        storage = validation.code_dtype(dtype, self.bottleneck.key_value_pairs_per_codebook)
-        device = self.bottleneck.keys.device
-
-        def search(x: Any) -> Tensor:
-            return self.encode(x.to(device) if isinstance(x, Tensor) else x, dtype=storage)
-
-        return encode(data, search, cut=key_learning.cut, out=out, inputs_extractor=inputs_extractor, progress=progress)
-
-    def _heads(self, x: Any, encoder_arguments: dict[str, Any]) -> Tensor:
-        """The projected embeddings of x, one head a codebook: [B, C, *shape, D]."""
-        heads: Tensor = self.splitter(self._embeddings(x, encoder_arguments))
-        return heads
-
-    def _embeddings(self, x: Any, encoder_arguments: dict[str, Any]) -> Tensor:
+    def forward_encoder(self, x: Any, **encoder_arguments: Any) -> Tensor:
         """x itself, or what the encoder makes of it: [B, *shape, dim_embed]."""
         owner, what = type(self).__name__, "x"
         if self.encoder is not None:
@@ -227,75 +185,6 @@ class DiscreteKeyValueBottleneck(nn.Module):
                 f"got {tuple(x.shape)}; dim_embed defaults to dim"
             )
         return x if self.encoder is None else x.detach()
-
-    # --- keys ---------------------------------------------------------------------------------------------------------
-
-    def init_keys(
-        self,
-        data: Tensor | Iterable[Any],
-        method: str | None = None,
-        *,
-        epochs: int = 1,
-        inputs_extractor: Callable[[Any], Any] | None = None,
-        generator: torch.Generator | None = None,
-        progress: bool = True,
-    ) -> key_learning.KeyReport:
-        """Initialise the keys from unlabelled data, such as ``forward`` takes; see ``KeyValueBottleneck.init_keys``.
-
-        Args:
-            data: a tensor, or an iterable (a DataLoader, say) of inputs or of (inputs, ...) items.
-            method, epochs, generator, progress: as there.
-            inputs_extractor: takes the inputs out of an item of ``data``; its first element by default.
-        Returns:
-            a ``KeyReport``.
-        Raises:
-            as there.
-        """
-        if isinstance(data, Tensor):
-            data = key_learning.cut(data)
-            inputs_extractor = None
-        extract, bottleneck = inputs_extractor or key_learning.first, self.bottleneck
-        device = bottleneck.keys.device
-
-        def embedded(item: Any) -> Tensor:
-            inputs = extract(item)
-            return self._embeddings(inputs.to(device) if isinstance(inputs, Tensor) else inputs, {})
-
-        def initialise(source: Iterable[Any], take: Callable[[Any], Tensor], how: str, passes: int) -> Any:
-            return bottleneck.init_keys(
-                source, how, epochs=passes, inputs_extractor=take, generator=generator, progress=progress
-            )
-
-        method = method or bottleneck.init_mode
-        if method not in ("kmeans", "kmeans++"):
-            return initialise(data, lambda item: self.splitter(embedded(item)), method, epochs)
-        # k-means passes many times over its rows: the encoder sees them once.
-        rows = key_learning.ROWS_PER_KEY * bottleneck.key_value_pairs_per_codebook
-        kept = key_learning.first_rows(data, embedded, rows, progress=progress, passes=1 + epochs)
-        report = initialise(kept, lambda embeddings: self.splitter(embeddings.to(device)), method, 0)
-        if epochs == 0:
-            return report
-        learnt = initialise(
-            data, lambda item: self.splitter(embedded(item)), "random", epochs
-        )  # from the keys there are
-        return learnt._replace(method=method)
-
-    def freeze_keys(self: _Self) -> _Self:
-        """Keys stop learning; see ``KeyValueBottleneck.freeze_keys``. Returns self."""
-        self.bottleneck.freeze_keys()
-        return self
-
-    def unfreeze_keys(self: _Self) -> _Self:
-        """Keys learn again on forwards in training mode. Returns self."""
-        self.bottleneck.unfreeze_keys()
-        return self
-
-    def train(self: _Self, mode: bool = True) -> _Self:
-        """As ``torch.nn.Module.train``, but the encoder stays in eval mode."""
-        super().train(mode)
-        if self.encoder is not None:
-            self.encoder.eval()
-        return self
 
     def extra_repr(self) -> str:
         return f"{self.dim_embed}-d embeddings, memories {'averaged' if self.average_pool_memories else 'by codebook'}"

@@ -1,24 +1,27 @@
-"""``BottleneckedEncoder``: a frozen encoder, a splitter and a bottleneck in one module; and the named ones."""
+"""``BottleneckedEncoder``: a frozen encoder, a splitter and a bottleneck in one module."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kvb import checkpoints, splitters, validation
-from kvb.data import CodeDataset, encode
-from kvb.modules import backbones, key_learning
+from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
-BATCH = 256  # samples of one batch cut from a tensor
+_OF_THE_BOTTLENECK = (  # arguments that go to it unchanged
+    *("num_codebooks", "key_value_pairs_per_codebook", "dim_keys", "dim_values"),
+    *sorted(BottleneckOptions.__optional_keys__),
+)
 _Self = TypeVar("_Self", bound="BottleneckedEncoder")
 
 
-class BottleneckedEncoder(nn.Module):
+class BottleneckedEncoder(BottleneckWrapper):
     """An encoder whose features are split over C codebooks and replaced by the values of their nearest keys.
 
     Equivalent to ``bottleneck(splitter(encoder(x)))``, with the channels of the encoder's output moved last before it,
@@ -35,7 +38,8 @@ class BottleneckedEncoder(nn.Module):
         dim_keys: D; d / C for "chunk".
         dim_values: V.
         init_mode, kmeans_iters: as for ``KeyValueBottleneck``.
-        splitting_mode: "chunk", "random_projection", "sparse_projection" or "learned_projection".
+        splitting_mode: "chunk", "random_projection", "sparse_projection" or "learned_projection"; or any ``nn.Module``
+            that makes heads [B, C, *spatial, D] of features [B, *spatial, d].
         decay, eps, threshold_ema_dead_code: as for ``KeyValueBottleneck``.
         encoder_is_channel_last: its output is [B, *spatial, d]; or else [B, d, *spatial]. Embeddings [B, d] are both.
         concat_values_from_all_codebooks: join the codebooks' values in one axis of C·V.
@@ -43,6 +47,11 @@ class BottleneckedEncoder(nn.Module):
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
         topk: fetch so many nearest pairs; > 1 adds an axis after C, or after B with concatenated values.
         outputs_extractor: takes the features out of what the encoder returns, where it is neither of the two.
+        sparse_grad, check_finite: as for ``KeyValueBottleneck``.
+    Methods:
+        those of ``KeyValueBottleneck``, which take what ``forward`` takes.
+    Attributes:
+        every argument under its name, as it was given.
     Shape:
         | encoder output                | values          | concatenated    |
         | channel-first [B, d, *spatial] | [B, C, V, *spatial] | [B, C·V, *spatial] |
@@ -57,6 +66,9 @@ class BottleneckedEncoder(nn.Module):
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
+    encoder: nn.Module
+    splitting_mode: str | nn.Module
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -67,7 +79,7 @@ class BottleneckedEncoder(nn.Module):
         dim_values: int,
         init_mode: str = "random",
         kmeans_iters: int = 10,
-        splitting_mode: str = "random_projection",
+        splitting_mode: str | nn.Module = "random_projection",
         decay: float = 0.95,
         eps: float = 1e-5,
         threshold_ema_dead_code: float = 0.0,
@@ -78,110 +90,75 @@ class BottleneckedEncoder(nn.Module):
         topk: int = 1,
         *,
         outputs_extractor: Callable[[Any], Tensor] | None = None,
+        sparse_grad: bool = False,
+        check_finite: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
         self.num_channels = validation.positive_int("num_channels", num_channels)
-        self.splitting_mode = splitting_mode
+        self.num_codebooks = num_codebooks
+        self.key_value_pairs_per_codebook = key_value_pairs_per_codebook
+        self.dim_keys = dim_keys
+        self.dim_values = dim_values
+        self.init_mode = init_mode
+        self.kmeans_iters = kmeans_iters
+        self.__dict__["splitting_mode"] = splitting_mode  # a module among the children it is only as the splitter
+        self.decay = decay
+        self.eps = eps
+        self.threshold_ema_dead_code = threshold_ema_dead_code
         self.encoder_is_channel_last = encoder_is_channel_last
         self.concat_values_from_all_codebooks = concat_values_from_all_codebooks
+        self.sample_codebook_temperature = sample_codebook_temperature
+        self.return_values_only = return_values_only
+        self.topk = topk
+        self.sparse_grad = sparse_grad
+        self.check_finite = check_finite
         self.outputs_extractor = outputs_extractor
         self.transforms: Callable[[Any], Any] | None = None  # what makes the encoder's input of an image
         self.activate_pre_transform = False  # whether forward applies it
         self.frozen_encoder = self.frozen_splitter = False
         self.key_report: key_learning.KeyReport | None = None  # of the last ``initialize_keys``
         self.encoder = encoder.eval()
-        self.splitter = splitters.make(splitting_mode, num_channels, num_codebooks, dim_keys)
-        self.bottleneck = KeyValueBottleneck(
-            num_codebooks,
-            key_value_pairs_per_codebook,
-            dim_keys,
-            dim_values,
-            init_mode,
-            kmeans_iters,
-            decay,
-            eps,
-            threshold_ema_dead_code,
-            sample_codebook_temperature,
-            return_values_only,
-            topk,
-        )
+        self.splitter = self._init_splitter()
+        self.bottleneck = self._init_bottleneck()
+
+    def _init_splitter(self) -> nn.Module:
+        """The splitter of a new module, from the attributes of the constructor; subclasses may return another."""
+        return splitters.make(self.splitting_mode, self.num_channels, self.num_codebooks, self.dim_keys)
+
+    def _init_bottleneck(self) -> KeyValueBottleneck:
+        """The bottleneck of a new module, built after the splitter; subclasses may return another."""
+        return KeyValueBottleneck(**self._bottleneck_options())
+
+    def _bottleneck_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OF_THE_BOTTLENECK}
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Any, **encoder_options: Any) -> Tensor | BottleneckOutput:
+    def forward(
+        self, x: Any, *, pool: str | None = None, return_values_only: bool | None = None, **encoder_options: Any
+    ) -> Tensor | BottleneckOutput:
         """x, as the encoder wants it, -> values, or a ``BottleneckOutput``; shapes as above, contiguous.
 
         Args:
             x: the encoder's first argument; a mapping (of a tokenizer, say) is given as its keyword arguments.
+            pool: "mean" or "sum" over codebooks: values [B, *spatial, V], channel-first [B, V, *spatial].
+            return_values_only: overrides the module's for this call.
             encoder_options: more keyword arguments of the encoder.
         Raises:
             TypeError: the encoder returned something without features, or not floating-point ones. ValueError: their
             shape does not fit. RuntimeError: keys that still wait for data in eval mode.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.bottleneck.return_values_only):
+        own = self.bottleneck
+        values_only = own.return_values_only if return_values_only is None else return_values_only
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not values_only):
             heads = self.forward_splitter(x, **encoder_options)
-        output = self.bottleneck(heads)
+        output = own(heads, pool=self._pool(pool), return_values_only=values_only)
         if isinstance(output, Tensor):
-            return self._arranged(output, self.concat_values_from_all_codebooks)
-        values = self._arranged(output.values, self.concat_values_from_all_codebooks)
-        return output._replace(values=values, keys=self._arranged(output.keys, False))
-
-    def encode(self, x: Any, *, dtype: torch.dtype | str = torch.int64, **encoder_options: Any) -> Tensor:
-        """The indices [B, C, *spatial] that ``forward`` would fetch; see ``KeyValueBottleneck.encode``."""
-        with torch.no_grad():
-            return self.bottleneck.encode(self.forward_splitter(x, **encoder_options), dtype=dtype)
-
-    def encode_dataset(
-        self,
-        data: Tensor | Iterable[Any],
-        *,
-        dtype: torch.dtype | str = "auto",
-        out: str | os.PathLike[str] | None = None,
-        inputs_extractor: Callable[[Any], Any] | None = None,
-        progress: bool = True,
-    ) -> CodeDataset:
-        """The codes of a whole data set of raw inputs: the encoder and the search run once for every sample.
-
-        Equivalent to ``CodeDataset(torch.cat([encode(x, dtype=dtype) for x, y in data]), torch.cat([y ...]))``.
-        Train on the result with ``decode``.
-
-        Args:
-            data: an iterable (a DataLoader, say) of inputs or of (inputs, labels, ...) items, read once; or a tensor
-                of inputs.
-            dtype, out, inputs_extractor, progress: as for ``KeyValueBottleneck.encode_dataset``.
-        Returns:
-            a ``CodeDataset``: codes [N, C, *spatial] (topk axis after C), labels [N, ...] or None.
-        Raises:
-            as ``forward`` and ``KeyValueBottleneck.encode_dataset``.
-        """
-        storage = validation.code_dtype(dtype, self.bottleneck.key_value_pairs_per_codebook)
-
-        def search(x: Any) -> Tensor:
-            return self.encode(self._moved(x), dtype=storage)
-
-        def cut(inputs: Tensor) -> tuple[Tensor, ...]:
-            return inputs.split(BATCH)
-
-        return encode(data, search, cut=cut, out=out, inputs_extractor=inputs_extractor, progress=progress)
-
-    def decode(self, codes: Tensor, pool: str = "none") -> Tensor:
-        """The values of codes [B, C, *spatial], in the layout of ``forward``; pooled over codebooks, without C.
-
-        Equivalent to ``forward`` on the inputs that the codes were made from, without encoder and search;
-        differentiable for the values.
-
-        Args:
-            codes: of ``encode`` or ``encode_dataset``.
-            pool: "none", or "mean" or "sum" over codebooks: [B, *spatial, V], channel-first [B, V, *spatial].
-        Raises:
-            as ``KeyValueBottleneck.decode``.
-        """
-        fetched = self.bottleneck.decode(codes, pool)
-        if pool == "none":
-            return self._arranged(fetched, self.concat_values_from_all_codebooks)
-        return (fetched if self.encoder_is_channel_last else fetched.movedim(-1, 1)).contiguous()
+            return self._arranged(output, self._pool(pool))
+        keys = self._channels_placed(output.keys, books=True)
+        return output._replace(values=self._arranged(output.values, self._pool(pool)), keys=keys)
 
     def forward_encoder(self, x: Any, **encoder_options: Any) -> Tensor:
         """x -> features [B, *spatial, d], channels last; without gradients from a frozen encoder."""
@@ -194,7 +171,7 @@ class BottleneckedEncoder(nn.Module):
                 output = self.encoder(**x, **encoder_options)
             else:
                 output = self.encoder(x, **encoder_options)
-        features = self._features(output)
+        features = self._picked(output)
         if not torch.compiler.is_compiling() and features.is_inference() and torch.is_grad_enabled():
             features = features.clone()  # autograd refuses what an encoder made in inference mode
         first = not self.encoder_is_channel_last
@@ -208,11 +185,7 @@ class BottleneckedEncoder(nn.Module):
             )
         return features.movedim(1, -1) if first else features
 
-    def forward_splitter(self, x: Any, **encoder_options: Any) -> Tensor:
-        """x -> heads [B, C, *spatial, D], what the keys are compared with."""
-        return self._split(self.forward_encoder(x, **encoder_options))
-
-    def _features(self, output: Any) -> Tensor:
+    def _picked(self, output: Any) -> Tensor:
         if self.outputs_extractor is not None:
             output = self.outputs_extractor(output)
         elif not isinstance(output, Tensor):
@@ -229,29 +202,20 @@ class BottleneckedEncoder(nn.Module):
             heads: Tensor = self.splitter(features)
         return heads
 
-    def _arranged(self, fetched: Tensor, concat: bool) -> Tensor:
-        """[B, C, (T), *spatial, V] in the layout of the encoder's output."""
-        ranks = int(self.bottleneck.topk > 1)
-        first = not self.encoder_is_channel_last
-        if not concat:
-            return (fetched.movedim(-1, 2 + ranks) if first else fetched).contiguous()
-        books = 1 + ranks
+    def _arranged(self, fetched: Tensor, pool: str) -> Tensor:
+        """[B, C, (T), *spatial, V], without C where pooled, in the layout of the encoder's output."""
+        if pool != "none" or not self.concat_values_from_all_codebooks:
+            return self._channels_placed(fetched, books=pool == "none")
+        books = 1 + int(self.bottleneck.topk > 1)
         fetched = fetched.movedim(1, books)  # [B, (T), C, *spatial, V]
-        if first:
-            return fetched.movedim(-1, books + 1).flatten(books, books + 1).contiguous()
-        return fetched.movedim(books, -2).flatten(-2).contiguous()
+        if self.encoder_is_channel_last:
+            return fetched.movedim(books, -2).flatten(-2).contiguous()
+        return fetched.movedim(-1, books + 1).flatten(books, books + 1).contiguous()
 
-    def _moved(self, x: Any) -> Any:
-        """Tensors, also in a mapping, on the device of the keys."""
-        if isinstance(x, Mapping):
-            return {name: self._moved(value) for name, value in x.items()}
-        return x.to(self.bottleneck.keys.device) if isinstance(x, Tensor) else x
-
-    def train(self: _Self, mode: bool = True) -> _Self:
-        """As ``nn.Module.train``, but the encoder stays in eval mode."""
-        super().train(mode)
-        self.encoder.eval()
-        return self
+    def _channels_placed(self, fetched: Tensor, *, books: bool) -> Tensor:
+        """The last axis after B, C (if there is one) and T, where channels come first."""
+        place = 1 + int(books) + int(self.bottleneck.topk > 1)
+        return (fetched if self.encoder_is_channel_last else fetched.movedim(-1, place)).contiguous()
 
     # --- preparation; each returns self -------------------------------------------------------------------------------
 
@@ -281,44 +245,20 @@ class BottleneckedEncoder(nn.Module):
         generator: torch.Generator | None = None,
         progress: bool = True,
     ) -> _Self:
-        """Initialise the keys from unlabelled data, then let them learn for ``epochs`` passes of moving averages.
-
-        The first step is that of ``init_mode``: nothing for "random"; "sample" reads all data; "kmeans" and "kmeans++"
-        encode the first 64·K rows once, and keep the features in the host's memory meanwhile. ``key_report`` then
-        tells inertia and dead codes.
+        """The published name of ``init_keys``; its report is in ``key_report``. Reads nothing for no epoch of "random".
 
         Args:
-            loader: an iterable (a DataLoader, say) of inputs or of (inputs, ...) items; or a tensor of inputs.
-            epochs: passes of moving averages with dead-code replacement; 0 for none.
-            inputs_extractor: takes the inputs out of an item; its first element by default.
-            generator: makes "sample" and "kmeans" reproducible.
-            progress: show a progress bar.
+            loader: the ``data`` of ``init_keys``; the others are those of ``init_keys``.
+        Returns:
+            self.
         Raises:
-            RuntimeError: the keys are frozen. ValueError: no rows, none finite, or a one-shot iterator where several
-            passes are needed.
+            as ``init_keys``.
         """
         validation.epochs(epochs)
-        bottleneck = self.bottleneck
-        data = loader.split(BATCH) if isinstance(loader, Tensor) else loader
-        extract = inputs_extractor or key_learning.first
-
-        @torch.no_grad()
-        def encoded(item: Any) -> Tensor:
-            return self.forward_encoder(self._moved(extract(item)))
-
-        def initialise(source: Iterable[Any], take: Callable[[Any], Tensor], method: str | None, passes: int) -> None:
-            self.key_report = bottleneck.init_keys(
-                source, method, epochs=passes, inputs_extractor=take, generator=generator, progress=progress
+        if epochs or self.bottleneck.init_mode != "random":
+            self.key_report = self.init_keys(
+                loader, epochs=epochs, inputs_extractor=inputs_extractor, generator=generator, progress=progress
             )
-
-        if bottleneck.init_mode in ("kmeans", "kmeans++"):
-            rows = key_learning.ROWS_PER_KEY * bottleneck.key_value_pairs_per_codebook
-            kept = key_learning.first_rows(data, encoded, rows, progress=progress, passes=1 + epochs)
-            initialise(kept, lambda features: self._split(features.to(bottleneck.keys.device)), None, 0)
-            if epochs:
-                initialise(data, lambda item: self._split(encoded(item)), "random", epochs)  # from the keys there are
-        elif epochs or bottleneck.init_mode == "sample":
-            initialise(data, lambda item: self._split(encoded(item)), None, epochs)
         return self
 
     def freeze_encoder(self: _Self) -> _Self:
@@ -345,46 +285,6 @@ class BottleneckedEncoder(nn.Module):
         self.splitter.requires_grad_(True)
         return self
 
-    def freeze_keys(self: _Self) -> _Self:
-        """As ``KeyValueBottleneck.freeze_keys``, like all the following."""
-        self.bottleneck.freeze_keys()
-        return self
-
-    def unfreeze_keys(self: _Self) -> _Self:
-        self.bottleneck.unfreeze_keys()
-        return self
-
-    def enable_update_keys(self: _Self) -> _Self:
-        return self.unfreeze_keys()
-
-    def disable_update_keys(self: _Self) -> _Self:
-        return self.freeze_keys()
-
-    def activate_counts(self: _Self) -> _Self:
-        self.bottleneck.activate_counts()
-        return self
-
-    def deactivate_counts(self: _Self) -> _Self:
-        self.bottleneck.deactivate_counts()
-        return self
-
-    def reset_cluster_size_counter(self: _Self) -> _Self:
-        self.bottleneck.reset_cluster_size_counter()
-        return self
-
-    def mask_pairs(self: _Self, mask: Tensor | None) -> _Self:
-        self.bottleneck.mask_pairs(mask)
-        return self
-
-    def fraction_of_unused_keys(self) -> Tensor:
-        return self.bottleneck.fraction_of_unused_keys()
-
-    def usage(self) -> Tensor:
-        return self.bottleneck.usage()
-
-    def perplexity(self) -> Tensor:
-        return self.bottleneck.perplexity()
-
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _learnt(self) -> nn.ModuleDict:
@@ -410,158 +310,5 @@ class BottleneckedEncoder(nn.Module):
     def extra_repr(self) -> str:
         layout = "channel-last" if self.encoder_is_channel_last else "channel-first"
         frozen = [name for name in ("encoder", "splitter") if getattr(self, f"frozen_{name}")]
-        return f"{layout}, {self.splitting_mode}, frozen: {', '.join(frozen) or 'nothing'}"
-
-
-# --- the named ones ---------------------------------------------------------------------------------------------------
-
-
-class PretrainedEncoder(BottleneckedEncoder):
-    """What the named encoders share; channel-first, and by default chunked and concatenated.
-
-    Args:
-        num_codebooks: C.
-        key_value_pairs_per_codebook: K.
-        dim_keys: D; channels / C by default.
-        dim_values: V; ``dim_keys`` by default.
-        init_mode, kmeans_iters: as for ``KeyValueBottleneck``.
-        backbone: one of ``BACKBONES``; the first by default.
-        extracted_layer: of a ResNet, 1 to 4.
-        pool_embedding: average a ResNet's map over its positions, [B, d, 1, 1].
-        splitting_mode, concat_values_from_all_codebooks: as for ``BottleneckedEncoder``, with other defaults.
-        input_is_embedding: inputs are features already, [B, d] or [B, d, *spatial]: nothing is loaded.
-    Raises:
-        ValueError: an unknown backbone or layer; a number of channels that C does not divide. ModuleNotFoundError: a
-        package is missing that loads the backbone. NotImplementedError: there is nothing to load.
-    """
-
-    BACKBONES: ClassVar[Mapping[str, backbones.Backbone]]
-
-    def __init__(
-        self,
-        num_codebooks: int,
-        key_value_pairs_per_codebook: int,
-        dim_keys: int | None = None,
-        dim_values: int | None = None,
-        init_mode: str = "random",
-        kmeans_iters: int = 10,
-        backbone: str | None = None,
-        extracted_layer: int = 3,
-        pool_embedding: bool = True,
-        splitting_mode: str = "chunk",
-        decay: float = 0.95,
-        eps: float = 1e-5,
-        threshold_ema_dead_code: float = 0.0,
-        concat_values_from_all_codebooks: bool = True,
-        sample_codebook_temperature: float = 0.0,
-        return_values_only: bool = True,
-        topk: int = 1,
-        input_is_embedding: bool = False,
-    ) -> None:
-        validation.positive_int("num_codebooks", num_codebooks)
-        backbone = validation.choice("backbone", backbone or next(iter(self.BACKBONES)), tuple(self.BACKBONES))
-        chosen = self.BACKBONES[backbone]
-        channels = chosen.channels
-        if isinstance(channels, dict):
-            if extracted_layer not in channels:
-                raise ValueError(f"extracted_layer must be one of {list(channels)}, got {extracted_layer!r}")
-            channels = channels[extracted_layer]
-        if dim_keys is None and channels % num_codebooks:
-            raise ValueError(
-                f"the {channels} channels of {backbone} must be divisible by num_codebooks ({num_codebooks}); or pass "
-                "dim_keys and another splitting_mode than 'chunk'"
-            )
-        dim_keys = channels // num_codebooks if dim_keys is None else dim_keys
-        loaded = backbones.Loaded(nn.Identity()) if input_is_embedding else chosen.load()
-        network = loaded.network
-        if not input_is_embedding and isinstance(chosen.channels, dict):
-            network = backbones.truncated(network, extracted_layer, pool=pool_embedding)
-        super().__init__(
-            network if input_is_embedding else self._wrapped(network),
-            channels,
-            num_codebooks,
-            key_value_pairs_per_codebook,
-            dim_keys,
-            dim_keys if dim_values is None else dim_values,
-            init_mode,
-            kmeans_iters,
-            splitting_mode,
-            decay,
-            eps,
-            threshold_ema_dead_code,
-            False,
-            concat_values_from_all_codebooks,
-            sample_codebook_temperature,
-            return_values_only,
-            topk,
-        )
-        self.backbone = backbone
-        self.extracted_layer = extracted_layer
-        self.transforms = loaded.transforms
-
-    @staticmethod
-    def _wrapped(network: nn.Module) -> nn.Module:
-        return network
-
-
-class DinoBottleneckedEncoder(PretrainedEncoder):
-    """DINO (Caron et al., ICCV 2021): "dino_resnet50" or "dino_vits8" of torch.hub; arguments: ``PretrainedEncoder``.
-
-    Channels: 256, 512, 1024 or 2048 by layer; 384.
-    """
-
-    BACKBONES = backbones.DINO
-
-
-class SwavBottleneckedEncoder(PretrainedEncoder):
-    """SwAV (Caron et al., NeurIPS 2020): "swav_resnet50" or "swav_resnet50w2"; arguments: ``PretrainedEncoder``.
-
-    Channels: 256, 512, 1024 or 2048 by layer; twice as many for "w2". On a GPU under autocast, as published.
-    """
-
-    BACKBONES = backbones.SWAV
-
-    @staticmethod
-    def _wrapped(network: nn.Module) -> nn.Module:
-        return backbones.HalfOnGPU(network)
-
-
-class VICRegBottleneckedEncoder(PretrainedEncoder):
-    """VICReg (Bardes et al., ICLR 2022): "vicreg_resnet50" or "vicreg_resnet50w2"; arguments: ``PretrainedEncoder``.
-
-    Channels: 256, 512, 1024 or 2048 by layer; twice as many for "w2".
-    """
-
-    BACKBONES = backbones.VICREG
-
-
-class SLPretrainedBottleneckedEncoder(PretrainedEncoder):
-    """Supervised ResNets, of CIFAR-10, CIFAR-100 or ImageNet; arguments: ``PretrainedEncoder``.
-
-    "cifar10_resnet56", "cifar10_resnet22", "cifar100_resnet56", "cifar100_resnet22": 16, 32 or 64 channels by layer.
-    "resnet50_imagenet_v2", of torchvision: 256, 512, 1024 or 2048, and ``transforms`` for images.
-    """
-
-    BACKBONES = backbones.SUPERVISED
-
-
-class CLIPBottleneckedEncoder(PretrainedEncoder):
-    """CLIP (Radford et al., ICML 2021): "clip_vit_b32", 512 channels; arguments: ``PretrainedEncoder``.
-
-    ``transforms`` makes its input of a PIL image. Loaded in float32 on the CPU: move the whole module with ``to``.
-    """
-
-    BACKBONES = backbones.CLIP
-
-    @staticmethod
-    def _wrapped(network: nn.Module) -> nn.Module:
-        return backbones.ImageTower(network)
-
-
-class ConvMixerBottleneckedEncoder(PretrainedEncoder):
-    """Embeddings of 256 numbers of a ConvMixer (Bricken et al., ICLR 2023); arguments: ``PretrainedEncoder``.
-
-    Its weights are nowhere to be loaded from: ``input_is_embedding`` must be True.
-    """
-
-    BACKBONES = backbones.CONVMIXER
+        mode = self.splitting_mode if isinstance(self.splitting_mode, str) else type(self.splitter).__name__
+        return f"{layout}, {mode}, frozen: {', '.join(frozen) or 'nothing'}"

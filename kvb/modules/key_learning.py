@@ -11,20 +11,28 @@ Learning (arXiv:1711.00937), appendix A.1, for the moving averages.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kvb import functional
+from kvb.modules.streams import BATCH, Stream
 
 ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
 SEEDS_PER_KEY = 8  # k-means++ chooses K seeds from a sample of 8*K rows
 JITTER = 1e-3  # of the data's spread: keeps keys apart that were filled from the same row
-PATIENCE = 1.0  # seconds until a pass shows its progress
 METHODS = ("random", "sample", "kmeans", "kmeans++")
+
+
+class Rates(NamedTuple):
+    """How keys move: the options of ``update`` that a module has."""
+
+    decay: float
+    eps: float
+    threshold: float
 
 
 class KeyReport(NamedTuple):
@@ -60,7 +68,9 @@ def sync_statistics(hits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     return both[..., 0], both[..., 1:]
 
 
-def spare_rows(queries: Tensor, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def spare_rows(
+    queries: Tensor, K: int, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Random queries [C, R, D] that may replace dead pairs, and how many of each codebook may: the first, all finite.
 
     Different pairs get different queries while there are enough. An empty batch has none to give.
@@ -72,9 +82,12 @@ def spare_rows(queries: Tensor, K: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     if B * S == 0:
         return None, None
     # A random subset first: drawing K rows from 4*K is as random, and far cheaper than permuting all rows C times.
-    some = torch.randperm(B * S, device=queries.device)[: 4 * K]
+    if generator is None:
+        some = torch.randperm(B * S, device=queries.device)[: 4 * K]
+    else:
+        some = torch.randperm(B * S, device=generator.device, generator=generator)[: 4 * K].to(queries.device)
     rows = queries[some // S, some % S].transpose(0, 1).to(dtype)
-    priority = torch.rand(rows.shape[:2], device=rows.device)
+    priority = _draw(rows.shape[:2], rows, generator)
     priority = torch.where(rows.isfinite().all(-1), priority, -1)
     drawn = priority.topk(min(K, rows.shape[1]))
     return rows.gather(1, drawn.indices[..., None].expand(-1, -1, D)), (drawn.values >= 0).sum(-1)
@@ -94,6 +107,7 @@ def update(
     threshold: float,
     start: float | None = None,
     rescale_all: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Move every hit key towards the mean of its queries, then replace dead pairs, in place; the new keys, packed.
 
@@ -108,7 +122,8 @@ def update(
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
     state = keys, keys_avg, cluster_size
-    spare, usable = spare_rows(queries, keys.shape[1], keys.dtype) if threshold > 0 else (None, None)
+    K, dtype = keys.shape[1], keys.dtype
+    spare, usable = spare_rows(queries, K, dtype, generator) if threshold > 0 else (None, None)
     packed = torch.ops.kvb.update_keys_(
         *(moved := [part.contiguous() for part in state]),
         *(part.to(exact).contiguous() for part in (hits, sums)),
@@ -119,6 +134,27 @@ def update(
         if new is not part:
             part.copy_(new)
     return packed
+
+
+def step(
+    moving: tuple[Tensor, Tensor, Tensor],
+    queries: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    rates: Rates,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``update`` with the statistics of one batch, in all processes together; the new keys, packed.
+
+    Args:
+        moving: keys, keys_avg, cluster_size. queries: [B, S, C, D]. indices: [B, S, C], of the search with ``mask``.
+    """
+    hits, sums = torch.ops.kvb.accumulate(queries, indices, moving[0].shape[1])
+    if mask is not None:  # a codebook in which nothing may be found learns nothing
+        found = mask.any(-1, keepdim=True)
+        hits, sums = hits * found, sums * found[..., None]
+    statistics = sync_statistics(hits, sums)
+    return update(*moving, *statistics, queries, **rates._asdict(), generator=generator)
 
 
 def replace_dead(
@@ -136,102 +172,7 @@ def replace_dead(
     update(*state, hits, sums, queries, decay=1.0, eps=1.0, threshold=threshold, start=start)
 
 
-# --- streams of queries -----------------------------------------------------------------------------------------------
-
-
-BATCH = 1 << 22  # elements of one batch cut from a tensor
-
-
-def cut(data: Tensor) -> tuple[Tensor, ...]:
-    """A tensor in batches that fit in memory beside what is computed of them."""
-    return data.split(max(1, BATCH // max(1, data[:1].numel()))) if data.dim() else (data,)
-
-
-class Stream:
-    """Passes over data as queries [B, S, C, D]: a tensor cut into batches, or any loader iterated anew for each pass.
-
-    Args:
-        data: a tensor [B, C, *shape, D], or an iterable of them or of (tensor, ...) items.
-        to_queries: checks a tensor, moves it to the keys' device and returns its queries.
-        inputs_extractor: takes the tensor out of an item; by default the item itself or its first element.
-        passes: how often the data will be read.
-    """
-
-    def __init__(
-        self,
-        data: Tensor | Iterable[Any],
-        to_queries: Callable[[Any], Tensor],
-        inputs_extractor: Callable[[Any], Any] | None,
-        *,
-        passes: int,
-        progress: bool,
-    ) -> None:
-        if not isinstance(data, (Tensor, Iterable)):
-            raise TypeError(f"data must be a Tensor or an iterable of batches, not {type(data).__name__}")
-        _require_passes(data, passes)
-        self.data, self.to_queries, self.extract = data, to_queries, inputs_extractor or first
-        self.passes, self.progress = passes, progress
-        self._begun = 0
-
-    def _batches(self) -> Iterable[Any]:
-        return cut(self.data) if isinstance(self.data, Tensor) else self.data
-
-    def queries(self, label: str, limit: int | None = None) -> Iterator[Tensor]:
-        """One pass; ``limit`` stops it after so many rows of one codebook, rounded up to whole samples."""
-        self._begun += 1
-        batches = self._batches()
-        length = len(batches) if isinstance(batches, Sized) else None
-        title = f"keys: {label} (pass {self._begun} of {self.passes})"
-        rows = 0
-        for item in _shown(batches, title, length) if self.progress else batches:
-            queries = self.to_queries(item if isinstance(self.data, Tensor) else self.extract(item))
-            if limit is not None:
-                queries = queries[: -(-(limit - rows) // max(1, queries.shape[1]))]
-            rows += queries.shape[0] * queries.shape[1]
-            yield queries
-            if limit is not None and rows >= limit:
-                break
-        if rows == 0:
-            raise ValueError("data yielded no rows")
-
-
-def _require_passes(data: Any, passes: int) -> None:
-    if isinstance(data, Iterator) and passes > 1:
-        raise ValueError(
-            f"data can be iterated only once, but {passes} passes are needed: give a DataLoader, a list or a tensor"
-        )
-
-
-def _shown(batches: Iterable[Any], title: str, length: int | None) -> Iterable[Any]:
-    from tqdm import tqdm  # here, so that searching and training do without it
-
-    return tqdm(batches, desc=title, total=length, leave=False, delay=PATIENCE)
-
-
-def first(item: Any) -> Any:
-    """The inputs in one item of a loader: its first element, or itself."""
-    return item[0] if isinstance(item, (tuple, list)) else item
-
-
-@torch.no_grad()
-def first_rows(
-    data: Iterable[Any], features: Callable[[Any], Tensor], limit: int, *, progress: bool, passes: int
-) -> list[Tensor]:
-    """Batches of features [B, *shape, d] with at least ``limit`` rows, or all there are, kept on the host.
-
-    Args:
-        data: an iterable of items. features: makes features of an item.
-        passes: how often the data will be read, this time included.
-    """
-    _require_passes(data, passes)
-    kept: list[Tensor] = []
-    rows = 0
-    for item in _shown(data, "keys: encoding", None) if progress else data:
-        kept.append(features(item).cpu())
-        rows += kept[-1].shape[:-1].numel()
-        if rows >= limit:
-            break
-    return kept
+# --- samples of rows --------------------------------------------------------------------------------------------------
 
 
 def _rows(queries: Tensor) -> Tensor:
@@ -241,8 +182,9 @@ def _rows(queries: Tensor) -> Tensor:
 
 def _draw(shape: Iterable[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform numbers on the device of ``like``, drawn where the generator lives."""
-    device = like.device if generator is None else generator.device
-    return torch.rand(tuple(shape), generator=generator, device=device).to(like.device)
+    if generator is None:  # not an argument that is None: no graph with sizes that vary takes that
+        return torch.rand(tuple(shape), device=like.device)
+    return torch.rand(tuple(shape), generator=generator, device=generator.device).to(like.device)
 
 
 class Reservoir:
@@ -379,10 +321,59 @@ def kmeans(
     return keys
 
 
-def passes_needed(method: str, iters: int, epochs: int) -> int:
-    """How often ``init_keys`` reads the data: seeding, iterations, then epochs or one measuring pass."""
-    initial = {"random": 0, "sample": 1, "kmeans": 1 + iters, "kmeans++": 1 + iters}[method]
-    return initial + max(1, epochs)
+def passes_needed(method: str, iters: int, epochs: int, *, replay: bool = False) -> int:
+    """How often ``init_keys`` reads the data: seeding, iterations, then epochs or one measuring pass.
+
+    Args:
+        replay: a ``Stream`` that reads the rows of k-means once, and measures on them where no epoch follows.
+    """
+    if method.startswith("kmeans"):
+        return 1 + epochs if replay else 1 + iters + max(1, epochs)
+    return int(method == "sample") + max(1, epochs)
+
+
+@torch.no_grad()
+def initialise(
+    moving: tuple[Tensor, Tensor, Tensor],
+    stream: Stream,
+    method: str,
+    *,
+    fresh: bool,
+    kmeans_iters: int,
+    epochs: int,
+    mask: Tensor | None,
+    rates: Rates,
+    generator: torch.Generator | None,
+) -> KeyReport:
+    """Find keys in the data, and let them learn; all in place.
+
+    Args:
+        moving: keys, keys_avg, cluster_size. fresh: there are no keys yet. mask: [C, K], pairs that may be hit.
+    """
+    like, plus = moving[0], method == "kmeans++"
+    K, found = like.shape[1], None
+    if method == "sample":
+        found = sample_keys(stream, K, like, generator)
+    elif method in ("kmeans", "kmeans++"):
+        found = kmeans(stream, K, like, iters=kmeans_iters, plus=plus, generator=generator)
+    elif fresh:
+        device = like.device if generator is None else generator.device
+        found = torch.randn(like.shape, generator=generator, device=device)
+    if found is not None:
+        for part, start in zip(moving, (found, found, torch.ones(())), strict=True):
+            part.copy_(start)
+    packed = functional.pack_keys(moving[0])
+    for epoch in range(max(1, epochs)):
+        meter = Meter(like)
+        learns = epoch < epochs
+        # Without epochs, what k-means looked at is measured where reading more would cost an encoder's time.
+        limit = ROWS_PER_KEY * K if stream.replay and not learns and method.startswith("kmeans") else None
+        for queries in stream.queries("moving averages" if learns else "measuring", limit):
+            indices, distances = torch.ops.kvb.nearest(queries, moving[0], packed, mask, 1)
+            meter.add(indices[..., 0], distances[..., 0], queries)
+            if learns:
+                packed = step(moving, queries, indices[..., 0], mask, rates, generator)
+    return meter.report(method)
 
 
 class Meter:

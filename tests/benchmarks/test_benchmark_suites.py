@@ -18,9 +18,10 @@ from kvb import __main__ as command_line
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # the benchmarks are not part of the package
 
-from benchmarks import bars, bench, cpu, machine, overhead, plots, report, results, scaling, suites  # noqa: E402
-from benchmarks.peers import PEERS, need, plain  # noqa: E402
-from benchmarks.shapes import SHAPES, Module  # noqa: E402
+from benchmarks import bars, bench, machine, overhead, peers, plots, report, results, scaling, suites, table  # noqa: E402
+from benchmarks.peers import finders, need, plain  # noqa: E402
+from benchmarks.shapes import GPU, SHAPES, Module  # noqa: E402
+from benchmarks.suites import measuring  # noqa: E402
 from benchmarks.timing import Absent, Contestant, Effort, Ratio, WrongResult, run_on  # noqa: E402
 
 ONCE = Effort(rounds=1, seconds=0.0)
@@ -28,7 +29,7 @@ BY_HAND = "torch baddbmm"
 
 
 def measure(suite="search", shape="seed_a", only=lambda peer: peer == BY_HAND):
-    return suites.measure(suite, SHAPES[shape].small(), ONCE, only, limits=False)
+    return measuring.measure(suite, SHAPES[shape].small(), ONCE, only, limits=False)
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
@@ -53,8 +54,8 @@ def test_a_search_that_is_off_is_not_timed(monkeypatch):
 
 
 def test_values_that_are_off_are_not_timed(monkeypatch):
-    fetch = plain.fetch
-    monkeypatch.setattr(plain, "fetch", lambda values, indices: fetch(values, indices) * 1.001)
+    fetch = finders.fetch
+    monkeypatch.setattr(finders, "fetch", lambda values, indices: fetch(values, indices) * 1.001)
     for suite in ("forward", "memories", "training_step", "end_to_end"):
         assert measure(suite).absent[BY_HAND].startswith("wrong, not timed: "), suite
 
@@ -85,12 +86,12 @@ def test_a_peer_that_breaks_is_listed(monkeypatch):
     def broken(queries, keys):
         raise AttributeError("no such name")
 
-    monkeypatch.setattr(plain, "chunked", broken)
+    monkeypatch.setattr(plain, "_best_chunk", broken)
     assert measure("forward").absent == {BY_HAND: "failed: AttributeError: no such name"}
 
 
 def test_what_does_not_fit_is_absent_with_its_size(monkeypatch):
-    monkeypatch.setattr(machine, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 1000)
     found = measure(only=lambda peer: peer == "torch.cdist")
     assert "would take" in found.absent["torch.cdist"]
     assert "GB" in found.absent["torch.cdist"]
@@ -119,19 +120,39 @@ def test_absent_peers_are_listed_with_the_way_to_get_them(monkeypatch, capsys):
     monkeypatch.setattr(need.importlib, "import_module", absent)
     bench.list_peers()
     text = capsys.readouterr().out
-    assert all(name in text for name in PEERS)
+    assert all(name in text for name in peers.known())
     assert "absent: faiss cannot be imported (No module named 'faiss'): pip install faiss-cpu" in text
     assert (
         "key_value_bottleneck.core cannot be imported (No module named 'key_value_bottleneck.core'): it is not" in text
     )
 
 
-def test_every_peer_that_takes_part_is_in_the_list():
-    takes_part = set()
-    with torch.no_grad():
-        for suite in suites.SUITES.values():
-            takes_part |= set(suite(SHAPES["one_sample"].small()).peers)
-    assert takes_part <= set(PEERS)
+def test_a_peer_is_one_file(monkeypatch, tmp_path):
+    """The recipe: a file in benchmarks/peers is all that it takes to be listed, verified and timed."""
+    (tmp_path / "dummy.py").write_text(
+        "from benchmarks.peers import finders\n"
+        "from benchmarks.peers.peer import Peer\n\n\n"
+        "def prepare(queries, keys):\n"
+        "    return lambda q: (q[..., None, :] - keys).square().sum(-1).argmin(-1)\n\n\n"
+        'PEERS = (Peer("dummy", "by broadcasting", finders.offers(prepare, *finders.SUITES)),)\n'
+    )
+    monkeypatch.setattr(peers, "__path__", [*peers.__path__, str(tmp_path)])
+    peers.known.cache_clear()
+    try:
+        assert peers.listed()["dummy"][1] == ""
+        for suite in finders.SUITES:
+            found = measure(suite, only=lambda peer: peer == "dummy")
+            assert (found.peers, found.absent) == (["dummy"], {}), suite
+    finally:
+        sys.modules.pop("benchmarks.peers.dummy", None)
+        peers.known.cache_clear()
+
+
+def test_suites_of_peers_and_shapes_are_known():
+    known = {*suites.SUITES}
+    for peer in peers.known().values():
+        assert set(peer.suites) <= known, peer.name
+        assert set(peer.shapes) <= {*SHAPES, *GPU}, peer.name
 
 
 def test_the_authors_package_where_it_is_there(monkeypatch):
@@ -217,6 +238,11 @@ def test_readme_and_plots_show_the_committed_results():
     assert report.stale(ROOT, results.committed()) == [], "run python -m benchmarks.report"
 
 
+def test_every_suite_has_its_place_on_the_page():
+    shown = {name for _, name, *_ in report.BLOCK.findall((ROOT / "docs" / "benchmarks.md").read_text())}
+    assert shown == {*suites.SUITES, "scaling", "gpu"}
+
+
 def test_a_stale_readme_is_found_and_written_anew(document, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "docs").mkdir()
@@ -252,7 +278,7 @@ def test_the_table_of_what_people_use_now(document):
     assert bench.seconds(row["contestants"][BY_HAND]["median"]) in line
     assert report.section("against", {"search": document}) == "Not measured yet.\n"
     for way in report.INSTEAD:
-        assert way.peer in bench.peers.PEERS
+        assert way.peer in peers.known()
         assert way.shape in suites.shapes(way.suite)
 
 
@@ -272,7 +298,7 @@ def test_axes_span_three_decades():
 
 def test_the_scaling_study_makes_a_document_and_a_picture(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "BASE", Module(16, 2, 20, 4, 3, ()))
-    monkeypatch.setattr(suites, "_ceiling", lambda kind, threads: (Contestant(lambda: 0, lambda found: None), 1e3))
+    monkeypatch.setattr(measuring, "_ceiling", lambda kind, threads: (Contestant(lambda: 0, lambda found: None), 1e3))
     found = scaling.study(ONCE, dict.fromkeys(scaling.AXES, (4, 8)), cubes=(1, 2))
     assert set(found["crossover"]["ratios"]) == {"1", "2"}
     assert found["overhead"]["gradient"]["ratio"] > 0
@@ -293,8 +319,8 @@ def test_a_call_that_is_wrong_is_not_timed(monkeypatch):
 @pytest.mark.parametrize(("ratio", "status"), [(1.9, 1), (2.0, 0)])
 def test_bars_fail_where_a_ratio_falls_short(ratio, status, monkeypatch, capsys):
     threads = torch.get_num_threads()
-    found = cpu.Measured(1.0, ratio, "s", "somebody", Ratio(ratio, ratio, ratio))
-    monkeypatch.setattr(bars, "ROWS", (cpu.Row("one:row", lambda quick: found, 2.0),))
+    found = table.Measured(1.0, ratio, "s", "somebody", Ratio(ratio, ratio, ratio))
+    monkeypatch.setattr(bars, "ROWS", (table.Row("one:row", lambda quick: found, 2.0),))
     assert bars.main([]) == status
     assert ("below their bars: one:row" in capsys.readouterr().out) == bool(status)
     torch.set_num_threads(threads)

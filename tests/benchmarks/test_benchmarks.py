@@ -18,8 +18,8 @@ from kvb import functional, reference
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # the benchmarks are not part of the package
 
-from benchmarks import ceilings, cpu, training, verify  # noqa: E402
-from benchmarks.peers import plain  # noqa: E402
+from benchmarks import ceilings, cpu, table, training, verify  # noqa: E402
+from benchmarks.peers import finders, plain  # noqa: E402
 from benchmarks.timing import Absent, Contestant, Effort, Race, Ratio, WrongResult, race  # noqa: E402
 
 ONCE = Effort(rounds=1, seconds=0.0)
@@ -129,7 +129,7 @@ def test_chunked_lookup_is_right(chunk):
     queries, keys, values = torch.randn(4, 5, 3, 6), torch.randn(3, 50, 6), torch.randn(3, 50, 2)
     indices = plain.Chunked(keys, 20, chunk)(queries)
     verify.sampled_choice(queries, keys, indices)
-    verify.fetched(values, indices, plain.fetch(values, indices), "none", "bcsv")
+    verify.fetched(values, indices, finders.fetch(values, indices), "none", "bcsv")
 
 
 def test_multiply_add_peak():
@@ -149,10 +149,10 @@ def test_no_compiler_is_absent(monkeypatch):
 
 
 def test_verdicts():
-    assert cpu.Row("a", None, 1.5).verdict(1.5) == "ok"
-    assert cpu.Row("a", None, 1.5).verdict(1.4) == "below must"
-    assert cpu.Row("a", None, 1.5, at_most=True).verdict(1.6) == "above must"
-    assert cpu.Row("a", None).verdict(1.0) == ""
+    assert table.Row("a", None, 1.5).verdict(1.5) == "ok"
+    assert table.Row("a", None, 1.5).verdict(1.4) == "below must"
+    assert table.Row("a", None, 1.5, at_most=True).verdict(1.6) == "above must"
+    assert table.Row("a", None).verdict(1.0) == ""
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def one_row(monkeypatch):
     threads = torch.get_num_threads()
 
     def run(measure, *arguments):
-        monkeypatch.setattr(cpu, "ROWS", (cpu.Row("one:row", measure, 2.0),))
+        monkeypatch.setattr(cpu, "ROWS", (table.Row("one:row", measure, 2.0),))
         return cpu.main(["--quick", "--only", "one", *arguments])
 
     yield run
@@ -186,7 +186,7 @@ def test_absent_peer_is_no_error(one_row, capsys):
 
 def test_slow_is_no_error(one_row, capsys, tmp_path):
     report = tmp_path / "report.json"
-    slow = cpu.Measured(2e-3, 1e-3, "s", "somebody", Ratio(0.5, 0.4, 0.6))
+    slow = table.Measured(2e-3, 1e-3, "s", "somebody", Ratio(0.5, 0.4, 0.6))
     assert one_row(lambda quick: slow, "--json", str(report)) == 0
     assert "below must" in capsys.readouterr().out
     (row,) = json.loads(report.read_text())["rows"]
@@ -231,7 +231,7 @@ def test_the_steps_of_training_are_verified_as_they_are_raced(monkeypatch):
 def test_command_line():
     if importlib.util.find_spec("faiss") is None:
         pytest.skip("faiss is not installed")
-    command = [sys.executable, "-m", "benchmarks.cpu", "--quick", "--only", cpu.HIDDEN]
+    command = [sys.executable, "-m", "benchmarks.cpu", "--quick", "--only", "nearest:smoke"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "faiss" in done.stdout.splitlines()[-1]

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import kvb
-
 HERE = Path(__file__).parent
 DATA = HERE.parent / "data"
 SCRIPTS = sorted((HERE / "user_scripts").glob("*.py"))
-
-
-@pytest.fixture
-def aliased(monkeypatch):
-    for name in kvb.compat.aliases.NAMES:  # where a package is installed, another test may have imported it
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield kvb.compat.alias
-    kvb.compat.unalias()
 
 
 def check(source: str, capsys) -> None:
@@ -49,9 +38,10 @@ def test_with_the_import_line_changed(script, capsys):
     check(source, capsys)
 
 
-def test_there_are_two_for_each_contract():
+def test_both_contracts_have_users():
     users = [re.search(r"(?m)^from (\w*key_value_bottleneck\w*)", script.read_text())[1] for script in SCRIPTS]
-    assert users.count("key_value_bottleneck") == users.count("discrete_key_value_bottleneck_pytorch") == 2
+    assert users.count("key_value_bottleneck") >= 5
+    assert users.count("discrete_key_value_bottleneck_pytorch") >= 3
 
 
 # --- the usage example of the other seed document, word for word ------------------------------------------------------
@@ -79,7 +69,7 @@ def test_seed_a(contract, aliased, capsys):
 
 
 def test_seed_a_keys_stay_bitwise_once_frozen(aliased):
-    aliased()
+    aliased("seed")
     names: dict = {}
     exec(EXAMPLE, names)
     module, x = names["bottleneck"], names["input_tensor"]

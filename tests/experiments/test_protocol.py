@@ -36,6 +36,7 @@ RECIPE = protocol.Recipe(
     batch_size=16,
     rates=(0.1, 1.0),
     hidden=8,
+    projected=32,
 )
 TASKS = tuple(torch.tensor([5, 0, 3, 1, 4, 2]).split(2))
 
@@ -149,7 +150,9 @@ def test_nothing_is_searched_during_training(keys, monkeypatch):
     monkeypatch.setattr(head, "prepare", spy)
     original = KeyValueBottleneck._search
     calls = []
-    monkeypatch.setattr(KeyValueBottleneck, "_search", lambda self, q: calls.append(len(q)) or original(self, q))
+    monkeypatch.setattr(
+        KeyValueBottleneck, "_search", lambda self, q, *rest: calls.append(len(q)) or original(self, q, *rest)
+    )
     list(train(head))
     assert searched == [len(DATA.train.labels), len(DATA.test.labels)]
     assert sum(calls) == sum(searched)

@@ -1,12 +1,13 @@
-"""``kvb.save`` and ``kvb.load``: all or nothing, whatever is in the file; and published checkpoints, there and back."""
+"""``kvb.save`` and ``kvb.load``: all or nothing, whatever is in the file."""
 
 from __future__ import annotations
 
-import collections
+import gc
+import itertools
 import json
 import os
 import pickle
-import random
+import subprocess
 import sys
 import zipfile
 
@@ -15,8 +16,7 @@ import torch
 from torch import nn
 
 import kvb
-from kvb import CheckpointError, DiscreteKeyValueBottleneck, KeyValueBottleneck, checkpoints
-from kvb.compat import discrete_key_value_bottleneck_pytorch as lucidrains
+from kvb import CheckpointError, KeyValueBottleneck, checkpoints
 from kvb.compat.key_value_bottleneck import core
 
 try:
@@ -87,7 +87,7 @@ def test_without_safetensors_its_name_says_what_to_do(tmp_path, monkeypatch):
 @pytest.mark.parametrize("safe", [False, pytest.param(True, marks=with_safetensors)])
 def test_plain_state_dicts_of_others_load_under_any_name(safe, tmp_path):
     source, target = trained(), make()
-    state = {name: value for name, value in source.state_dict().items() if not name.endswith("kvb_state")}
+    state = {name: value for name, value in source.state_dict().items() if not name.endswith(("kvb_flags", "kvb_mask"))}
     save = safetensors.save_file if safe else torch.save
     save(state, tmp_path / "file.bin")
     kvb.load(target, tmp_path / "file.bin")
@@ -140,6 +140,90 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "file.pt").read_bytes() == old
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_that_is_replaced_hands_on_its_place_and_mode(name, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / name).symlink_to(f"real/{name}")
+    source = trained()
+    kvb.save(make(), tmp_path / name)
+    (tmp_path / "real" / name).chmod(0o600)
+    kvb.save(source, tmp_path / name)
+    assert (tmp_path / name).is_symlink()
+    assert os.listdir(tmp_path / "real") == [name]
+    assert (tmp_path / "real" / name).stat().st_mode & 0o777 == 0o600
+    assert same(snapshot(kvb.load(make(), tmp_path / name)), snapshot(source))
+    with pytest.raises(OSError, match="only a regular file can be replaced"):
+        kvb.save(source, "/dev/full")
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_old_file(tmp_path):
+    """In a process whose files may have 20,000 bytes."""
+    code = """if True:
+        import os, resource, sys, torch, kvb
+        module = kvb.KeyValueBottleneck(2, 9, 3, 4)
+        kvb.save(module, sys.argv[1])
+        old = open(sys.argv[1], "rb").read()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        large = kvb.KeyValueBottleneck(2, 9, 3, 4000)
+        data = [torch.randn(2000, 2, 3), torch.randn(2000, 2, 3)]
+        for write in (lambda: kvb.save(large, sys.argv[1]), lambda: module.encode_dataset(data * 9, out=sys.argv[1])):
+            try:
+                write()
+            except OSError as error:
+                print(error.strerror)
+            print(open(sys.argv[1], "rb").read() == old, os.listdir(os.path.dirname(sys.argv[1])))
+    """
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "file.pt"], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["File too large", "True ['file.pt']"] * 2, done.stderr
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_is_never_damage_and_leaves_everything_as_it_was(name, tmp_path):
+    """Ctrl-C between any two calls of Python, of which every tenth or so is tried."""
+    source, path = trained(), tmp_path / name
+    kvb.save(source, path)
+    other, old = trained(), path.read_bytes()
+    before, late = snapshot(other), 0
+
+    def interrupted(action, call):
+        calls = itertools.count()
+
+        def watch(frame, event, argument):
+            if next(calls) == call:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        sys.setprofile(watch)
+        try:
+            action()
+        finally:
+            sys.setprofile(None)
+            torch.set_grad_enabled(True)  # an interruption within torch.no_grad() leaves gradients off
+        return next(calls)
+
+    for action in (lambda: kvb.load(other, path), lambda: kvb.save(other, path)):
+        for call in range(0, 10**5, 13):
+            path.write_bytes(old)
+            try:
+                interrupted(action, call)
+            except KeyboardInterrupt:
+                loaded, written = not same(snapshot(other), before), path.read_bytes() != old
+                assert not loaded or same(snapshot(other), snapshot(source))
+                assert not written or same(snapshot(kvb.load(trained(), path)), before)
+                assert len(os.listdir(tmp_path)) == 1 or not written
+                late = late + (loaded or written)
+                other.load_state_dict(before)
+            else:
+                break
+        assert call > 500
+        other.load_state_dict(before)
+    assert late < 10  # all but the last of all calls leave everything as it was
+    kvb.save(other, path)
+    assert os.listdir(tmp_path) == [name]
+    gc.collect()  # archives that were left half written complain, here and not in another test
+
+
 def test_save_takes_modules_of_tensors_only(tmp_path):
     class Extra(nn.Linear):
         def get_extra_state(self):
@@ -162,10 +246,11 @@ def refused(path, message, module=None):
     """A typed error, and a module that is as it was, flags included."""
     module = trained() if module is None else module
     before, mask = snapshot(module), module[-1].pair_mask
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         kvb.load(module, path)
+    assert len(str(error.value)) < 2000
     assert same(snapshot(module), before)
-    assert module[-1].pair_mask is mask
+    assert torch.equal(module[-1].pair_mask, mask)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +270,14 @@ def test_files_of_another_kind(data, message, tmp_path):
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil was here",)
+
+
+def doubled(times):
+    """A list whose text has 2**times parts, though the file is small."""
+    found = []
+    for _ in range(times):
+        found = [found, found]
+    return found
 
 
 def hostile():
@@ -212,8 +305,14 @@ def hostile():
     yield kvb_file, "the tensors do not match their SHA-256"
     yield {**kvb_file, "state_dict": {**state, name: big}}, "'3.values' claims more elements than it holds"
     yield {**kvb_file, "kvb_checkpoint": 2}, "version 2, but this kvb reads version 1: upgrade kvb"
-    yield {**kvb_file, "kvb_checkpoint": torch.ones(1)}, "this kvb reads version 1"
-    yield {**kvb_file, "sha256": None}, "expected a sha256, got None"
+    yield {**kvb_file, "kvb_checkpoint": torch.ones(1)}, "version of type Tensor, but this kvb reads version 1"
+    yield {**kvb_file, "kvb_checkpoint": 1 << 60}, "version of type int, but"
+    yield {**kvb_file, "kvb_checkpoint": "x" * 10**6}, "version of type str, but"
+    yield {**kvb_file, "kvb_checkpoint": doubled(60)}, "version of type list, but"
+    yield {**kvb_file, "sha256": doubled(60)}, "expected a sha256, got list"
+    yield {**state, "x" * 10**6: torch.zeros(1)}, r"unexpected 'x{200}...'$"
+    yield {**state, "x" * 10**6: 1}, r"got a int as 'x{60}"
+    yield {**kvb_file, "sha256": None}, "expected a sha256, got NoneType"
     yield {"kvb_checkpoint": 1, "sha256": "0"}, "expected a state_dict, got NoneType"
 
 
@@ -284,141 +383,3 @@ def test_a_module_that_fails_halfway_is_put_back(tmp_path):
     exact = (x[..., None, :] - module[3].keys).square().sum(-1)
     exact[:, ~module[3].pair_mask] = torch.inf
     assert torch.equal(module[3].encode(x), exact.argmin(-1))
-
-
-def damaged(data, chance):
-    """A truncation, one to three flipped bits, or a block of noise."""
-    kind, bent = chance.choice(("cut", "flip", "flip", "noise")), bytearray(data)
-    if kind == "cut":
-        return data[: chance.randrange(len(data))]
-    if kind == "noise":
-        start = chance.randrange(len(data))
-        bent[start : start + 64] = chance.randbytes(len(bent[start : start + 64]))
-        return bytes(bent)
-    for _ in range(chance.randint(1, 3)):
-        bent[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    return bytes(bent)
-
-
-@pytest.mark.parametrize("kind", ["kvb.pt", "plain.pt", pytest.param("kvb.safetensors", marks=with_safetensors)])
-def test_a_thousand_damaged_files(kind, tmp_path):
-    """A typed error and the module as it was, or the very tensors that were saved."""
-    source, target = trained(), trained()
-    path = tmp_path / kind
-    torch.save(source.state_dict(), path) if kind == "plain.pt" else kvb.save(source, path)
-    data, saved, before = path.read_bytes(), snapshot(source), snapshot(target)
-    chance, outcomes = random.Random(0), collections.Counter()
-    for _ in range(1000):
-        path.write_bytes(damaged(data, chance))
-        try:
-            kvb.load(target, path)
-        except CheckpointError:
-            assert same(snapshot(target), before)
-            outcomes["refused"] += 1
-        else:
-            assert same(snapshot(target), saved)
-            target.load_state_dict(before)
-            outcomes["equal"] += 1
-    assert outcomes["refused"] > 700
-    assert outcomes.total() == 1000
-
-
-# --- published checkpoints, there and back ----------------------------------------------------------------------------
-
-
-def through_a_file(state, path):
-    torch.save(state, path)
-    return torch.load(path, weights_only=True)
-
-
-def bitwise(state, other):
-    return same(state, other) and all(value.dtype == other[name].dtype for name, value in state.items())
-
-
-def test_the_authors_bottleneck(tmp_path):
-    published = core.KeyValueBottleneck(2, 9, 3, 4)
-    published.freeze_keys()(torch.randn(20, 2, 5, 3))
-    state = through_a_file(published.state_dict(), tmp_path / "file")
-    module = kvb.compat.module_from(state)
-    assert type(module) is KeyValueBottleneck
-    back = kvb.compat.to_published(module.state_dict(), "key_value_bottleneck")
-    assert bitwise(back, state)
-    core.KeyValueBottleneck(2, 9, 3, 4).load_state_dict(back, strict=True)
-
-
-@pytest.mark.parametrize("mode", ["chunk", "random_projection", "learned_projection"])
-def test_the_authors_encoder(mode, tmp_path):
-    sizes = (nn.Linear(3, 12), 12, 4, 16, 3, 6)
-    published = core.BottleneckedEncoder(*sizes, splitting_mode=mode)
-    published(torch.randn(20, 3))
-    state = through_a_file(published.state_dict(), tmp_path / "file")
-    module = kvb.BottleneckedEncoder(*sizes, splitting_mode=mode)
-    module.load_state_dict(kvb.compat.from_published(state), strict=True)
-    assert bitwise(kvb.compat.to_published(module.state_dict(), "key_value_bottleneck"), state)
-    published.save(tmp_path / "saved")
-    saved = kvb.compat.from_published(torch.load(tmp_path / "saved", weights_only=True))
-    assert bitwise(saved, {name: value for name, value in state.items() if not name.startswith("encoder.")})
-    assert bitwise(saved, checkpoints.read_state(tmp_path / "saved"))
-
-
-@pytest.mark.parametrize("package", ["discrete_key_value_bottleneck_pytorch", "discrete_key_value_bottleneck"])
-@pytest.mark.parametrize("old_initted", [False, True])
-@pytest.mark.parametrize("projections", [False, True])
-@pytest.mark.parametrize("encoder", [False, True])
-def test_the_discrete_bottleneck(package, old_initted, projections, encoder, tmp_path):
-    def make(**options):
-        options |= {} if projections else {"codebook_dim": 4}
-        options |= {"encoder": nn.Linear(7, 6)} if encoder else {}
-        return lucidrains.DiscreteKeyValueBottleneck(
-            4, num_memories=9, dim_embed=6, num_memory_codebooks=3, dim_memory=5, **options
-        )
-
-    published = make()
-    published(torch.randn(20, 8, 7 if encoder else 6))
-    state = published.state_dict()
-    assert ("vq.project_in.weight" in state) == projections
-    if old_initted:
-        state["vq._codebook.initted"] = torch.ones(1)
-    state = through_a_file(state, tmp_path / "file")
-    module = kvb.compat.module_from(state, **({"encoder": nn.Linear(7, 6)} if encoder else {}))
-    assert type(module) is DiscreteKeyValueBottleneck
-    back = kvb.compat.to_published(module.state_dict(), package, old_initted=old_initted)
-    assert bitwise(back, state)
-    twin = make()
-    twin.load_state_dict(back, strict=True)
-    x = torch.randn(20, 8, 7 if encoder else 6)
-    torch.testing.assert_close(module.eval()(x), twin.eval()(x))
-    torch.testing.assert_close(module(x), published.eval()(x))
-    assert torch.equal(module.encode(x), twin(x, return_intermediates=True)[1][1].movedim(-1, 1))
-
-
-def test_an_uninitialised_checkpoint_still_waits(tmp_path):
-    published = lucidrains.DiscreteKeyValueBottleneck(4, num_memories=9, kmeans_init=True)
-    for old in (False, True):
-        state = published.state_dict()
-        if old:
-            state["vq._codebook.initted"] = torch.zeros(1)
-        module = kvb.compat.module_from(state, init_mode="kmeans")
-        assert "not initialised" in repr(module)
-        assert bitwise(
-            kvb.compat.to_published(module.state_dict(), kvb.compat.convert.PACKAGES[1], old_initted=old), state
-        )
-        module(torch.randn(50, 4))
-        assert "not initialised" not in repr(module)
-
-
-def test_converters_say_what_they_take():
-    with pytest.raises(ValueError, match="expected a state_dict with keys_avg, .*, got the names bias, weight"):
-        kvb.compat.from_published(nn.Linear(2, 2).state_dict())
-    with pytest.raises(ValueError, match="got the names of an empty one"):
-        kvb.compat.module_from({})
-    with pytest.raises(ValueError, match="'vq.project_in.0.weight' is no tensor of a checkpoint that kvb can convert"):
-        kvb.compat.from_published({"vq._codebook.embed": torch.zeros(1), "vq.project_in.0.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match="package must be one of 'key_value_bottleneck', .*; got 'dkvb'"):
-        kvb.compat.to_published({}, "dkvb")
-    with pytest.raises(
-        ValueError, match="expected the state_dict of a kvb.DiscreteKeyValueBottleneck, got weight, bias"
-    ):
-        kvb.compat.to_published(nn.Linear(2, 2).state_dict(), "discrete_key_value_bottleneck")
-    with pytest.raises(ValueError, match="build a BottleneckedEncoder yourself"):
-        kvb.compat.module_from(core.BottleneckedEncoder(nn.Identity(), 12, 4, 16, 3, 6).state_dict())

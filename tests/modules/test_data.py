@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kvb import BottleneckedEncoder, CodeDataset, DiscreteKeyValueBottleneck, KeyValueBottleneck
+from kvb import BottleneckedEncoder, CodeDataset, DiscreteKeyValueBottleneck, KeyValueBottleneck, unlearning
 from kvb import data as room
-from kvb.modules import key_learning
+from kvb.modules import streams
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_tensor_becomes_the_smallest_codes_that_hold_it(shape, K, dtype):
 
 
 def test_a_large_tensor_is_read_in_batches(module, monkeypatch):
-    monkeypatch.setattr(key_learning, "BATCH", 4 * 15)
+    monkeypatch.setattr(streams, "BATCH", 4 * 15)
     x, sizes, encode = torch.randn(10, 3, 5), [], module.encode
     monkeypatch.setattr(module, "encode", lambda part, dtype: sizes.append(len(part)) or encode(part, dtype=dtype))
     assert torch.equal(module.encode_dataset(x, progress=False).codes.long(), encode(x))
@@ -48,8 +48,9 @@ def test_a_loader_is_streamed_with_its_labels(module, tmp_path, out, dtype):
     assert torch.equal(found.labels, y)
     assert len(found) == 23
     if path:
-        again = CodeDataset.open(path, y)
+        again = CodeDataset.open(path)
         assert torch.equal(again.codes, found.codes)
+        assert torch.equal(again.labels, y)
         assert [file.name for file in tmp_path.iterdir()] == ["codes.npy"]
 
 
@@ -63,52 +64,13 @@ def test_one_pass_of_an_iterator_is_enough_and_an_extractor_finds_the_inputs(mod
     swapped = [(y, x)]
     found = module.encode_dataset(swapped, inputs_extractor=lambda item: item[1], progress=False)
     assert torch.equal(found.codes.long(), module.encode(x))
+    assert torch.equal(found.labels, y)
 
 
 def test_encoding_changes_nothing_in_training_mode(module):
     before = {name: value.clone() for name, value in module.train().state_dict().items()}
     module.encode_dataset(torch.randn(50, 3, 5), progress=False)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
-
-def test_numpy_reads_the_file_and_the_map_is_private(module, tmp_path):
-    numpy = pytest.importorskip("numpy")
-    found = module.encode_dataset(torch.randn(9, 3, 2, 5), out=tmp_path / "codes.npy", progress=False)
-    read = numpy.load(tmp_path / "codes.npy")
-    assert read.dtype == numpy.int16
-    assert read.shape == (9, 3, 2)
-    assert read.tolist() == found.codes.tolist()
-    found.codes.zero_()
-    assert numpy.load(tmp_path / "codes.npy").tolist() == read.tolist()
-    numpy.save(tmp_path / "theirs.npy", read.astype(numpy.int32))
-    assert CodeDataset.open(tmp_path / "theirs.npy").codes.tolist() == read.tolist()
-
-
-def test_a_file_that_is_no_code_table_is_refused(module, tmp_path):
-    path = tmp_path / "codes.npy"
-    module.encode_dataset(torch.randn(9, 3, 5), out=path, progress=False)
-    whole = path.read_bytes()
-    for damaged, message in (
-        (whole[:-1], "182 bytes for \\(9, 3\\), got 181"),
-        (whole + b"\0", "182 bytes for \\(9, 3\\), got 183"),
-        (b"", "got something else"),
-        (b"\x93NUMPX" + whole[6:], "got something else"),
-        (whole.replace(b"<i2", b"<f2"), "got .*<f2"),
-        (whole.replace(b"False", b"True "), "fortran_order': True"),
-        (whole.replace(b"{", b"("), "header that cannot be read"),
-    ):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"expected a .npy file of int16, int32 or int64 codes in .*{message}"):
-            CodeDataset.open(path)
-
-
-def test_a_failure_leaves_the_old_file(module, tmp_path):
-    path = tmp_path / "codes.npy"
-    kept = module.encode_dataset(torch.randn(9, 3, 5), out=path, progress=False).codes.tolist()
-    with pytest.raises(ValueError, match="x of shape"):
-        module.encode_dataset([torch.randn(2, 3, 5), torch.randn(2, 3, 6)], out=path, progress=False)
-    assert CodeDataset.open(path).codes.tolist() == kept
-    assert [file.name for file in tmp_path.iterdir()] == ["codes.npy"]
 
 
 def test_data_that_cannot_be_encoded_is_refused(module):
@@ -225,3 +187,27 @@ def test_the_progress_bar_can_be_silenced(module, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     module.encode_dataset([torch.randn(2, 3, 5)])
     assert "encoding" in capsys.readouterr().err
+
+
+# --- dtypes that cannot be computed with ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_eight_bits_are_refused_with_what_to_do(module, dtype):
+    x = torch.rand(6, 3, 5).to(dtype)
+    for call in (
+        module,
+        module.encode,
+        lambda x: module.encode_dataset(x, progress=False),
+        lambda x: module.unfreeze_keys().init_keys(x, progress=False),
+    ):
+        with pytest.raises(TypeError, match=r"expected a floating-point x, got torch.float8.*; call x.float\(\) first"):
+            call(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_codes_are_refused_with_what_to_do(module, dtype):
+    codes = torch.zeros(6, 3, dtype=dtype)
+    for call in (module.decode, CodeDataset, lambda codes: unlearning.hits(module, codes)):
+        with pytest.raises(TypeError, match=r"cannot compute with torch.uint.*; call .*.long\(\) first"):
+            call(codes)

@@ -170,7 +170,7 @@ def test_kmeans_encodes_its_rows_once():
     module.encoder.register_forward_hook(lambda *_: calls.append(1))
     module.init_keys(loader(), "kmeans", epochs=0, progress=False)
     assert len(calls) == 2  # of 350 rows each: 64 for each of 9 keys, rounded up
-    assert module.init_keys(iter(loader()), "kmeans", epochs=0, progress=False).rows == 700
+    assert module.init_keys(iter(loader()), "kmeans", epochs=0, progress=False).rows == 581
     with pytest.raises(ValueError, match="data can be iterated only once, but 2 passes are needed"):
         module.init_keys(iter(loader()), "kmeans", epochs=1, progress=False)
 
@@ -302,6 +302,12 @@ def test_a_pooled_forward_is_the_forward_pooled(pool):
     assert full.indices.shape == (8, 3, 2, 7)
 
 
-def test_a_pooled_forward_refuses_topk():
-    with pytest.raises(ValueError, match="pool='mean' needs topk=1, got topk=2"):
-        KeyValueBottleneck(3, 9, 4, 5, topk=2)(torch.randn(8, 3, 4), pool="mean")
+@pytest.mark.parametrize("pool", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(), (2, 7)])
+def test_a_pooled_forward_keeps_the_ranks(pool, shape):
+    module = KeyValueBottleneck(3, 9, 4, 5, topk=2).eval()
+    x = torch.randn(8, 3, *shape, 4)
+    pooled = module(x, pool=pool)
+    assert pooled.shape == (8, 2, *shape, 5)
+    torch.testing.assert_close(pooled, getattr(module(x), pool)(1))
+    torch.testing.assert_close(pooled, module.decode(module.encode(x), pool))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import kvb
 from kvb import KeyValueBottleneck
 
 pytestmark = pytest.mark.fallback
@@ -41,10 +42,11 @@ def test_names_shapes_and_dtypes_are_the_published_ones():
         "cluster_size_counter": (2, 9),
         "keys_avg": (2, 9, 3),
         "keys": (2, 9, 3),
-        "kvb_state": (8,),
+        "kvb_flags": (3,),
+        "kvb_mask": (2, 9),
     }
-    assert {value.dtype for name, value in state.items() if name != "kvb_state"} == {torch.float32}
-    assert state["kvb_state"].dtype == torch.uint8
+    dtypes = dict.fromkeys(state, torch.float32) | {"cluster_size_counter": torch.int64}
+    assert {name: value.dtype for name, value in state.items()} == dtypes
     assert [name for name, _ in make().named_parameters()] == ["values"]
 
 
@@ -87,14 +89,14 @@ def test_state_dict_restores_learning_counting_and_mask():
 
 
 def test_state_survives_torch_save_with_weights_only_and_nesting():
-    model = nn.Sequential(nn.Identity(), make().freeze_keys().mask_pairs(torch.ones(2, 9, dtype=torch.bool)))
+    model = nn.Sequential(nn.Identity(), make().freeze_keys().mask_pairs(torch.arange(18).view(2, 9) > 3))
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
     twin = nn.Sequential(nn.Identity(), make())
     twin.load_state_dict(torch.load(file, weights_only=True), strict=True)
     assert not twin[1].update_keys
-    assert twin[1].pair_mask.all()
+    assert torch.equal(twin[1].pair_mask, model[1].pair_mask)
     twin[1].load_state_dict(model[1].state_dict(), assign=True)
     x = torch.randn(30, 2, 3)
     assert torch.equal(twin(x), model(x))
@@ -112,7 +114,7 @@ def broken_states():
 
     keys = torch.randn(2, 9, 3)
     keys[0, 1] = float("nan")
-    flags = state()["kvb_state"]
+    flags = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.uint8)  # of kvb 0.1
     newer, bent, long = flags.clone(), flags.clone(), torch.cat([flags, flags])
     newer[0], bent[2] = 9, 7
     yield state(values=torch.zeros(2, 9, 5)), r"size mismatch for values: copying a param with shape .*\[2, 9, 5\]"
@@ -125,6 +127,13 @@ def broken_states():
     yield state(kvb_state=bent), "kvb_state is damaged"
     yield state(kvb_state=long), "kvb_state is damaged"
     yield state(kvb_state=flags[:3]), "expected kvb_state of at least 8 bytes"
+    yield (
+        state(kvb_flags=torch.tensor([9.0, 1, 1])),
+        "kvb_flags has version 9, but this kvb reads version 2: upgrade kvb",
+    )
+    yield state(kvb_flags=torch.tensor([2.0, 7, 1])), "kvb_flags is damaged"
+    yield state(kvb_flags=torch.ones(4)), "size mismatch for kvb_flags"
+    yield state(kvb_mask=torch.ones(2, 8)), "size mismatch for kvb_mask"
 
 
 @pytest.mark.parametrize(("state", "message"), list(broken_states()))
@@ -172,73 +181,101 @@ def test_partial_states_load_when_not_strict():
 # --- packed keys ------------------------------------------------------------------------------------------------------
 
 
-def changes():
-    new = torch.randn(2, 9, 3)
-
-    def inference(module):
-        with torch.inference_mode():
-            module.keys.copy_(new)
-        return module
-
-    def assign(module):
-        module.keys = new.clone()
-        return module
-
-    def data(module):
-        module.keys.data.copy_(new)
-        return module.refresh_keys()
-
-    def loaded(module):
-        state = module.state_dict()
-        state["keys"] = new
-        module.load_state_dict(state)
-        return module
-
-    def loaded_by_assignment(module):
-        state = {**module.state_dict(), "keys": new.clone()}
-        module.load_state_dict(state, assign=True)
-        return module
-
-    def in_place(module):
-        module.keys.mul_(-1)
-        return module
-
-    def learned(module):
-        module.unfreeze_keys().train()(torch.randn(100, 2, 3) + 3)
-        return module.freeze_keys()
-
-    def initialised(module):
-        module.unfreeze_keys().init_keys(torch.randn(100, 2, 3), "kmeans", progress=False)
-        return module.freeze_keys()
-
-    def copied(module):
-        twin = copy.deepcopy(module)
-        twin.keys.mul_(-1)
-        return twin
-
-    def pickled(module):
-        return pickle.loads(pickle.dumps(module))
-
-    def half(module):
-        return module.half()
-
-    def double(module):
-        return module.double()
-
-    def moved(module):
-        return module.to("cpu", torch.float64).to(torch.float32)
-
-    def emptied(module):
-        module = module.to("meta").to_empty(device="cpu")
-        with torch.no_grad():
-            module.keys.copy_(new)
-        return module
-
-    here = locals()
-    return [value for value in here.values() if callable(value)]
+NEW = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("change", changes(), ids=lambda f: f.__name__)
+def by_inference(module):
+    with torch.inference_mode():
+        module.keys.copy_(NEW)
+    return module
+
+
+def by_assign(module):
+    module.keys = NEW.clone()
+    return module
+
+
+def by_data(module):
+    module.keys.data.copy_(NEW)
+    return module.refresh_keys()
+
+
+def by_loaded(module):
+    state = module.state_dict()
+    state["keys"] = NEW
+    module.load_state_dict(state)
+    return module
+
+
+def by_loaded_by_assignment(module):
+    state = {**module.state_dict(), "keys": NEW.clone()}
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def by_in_place(module):
+    module.keys.mul_(-1)
+    return module
+
+
+def by_learned(module):
+    module.unfreeze_keys().train()(torch.randn(100, 2, 3) + 3)
+    return module.freeze_keys()
+
+
+def by_initialised(module):
+    module.unfreeze_keys().init_keys(torch.randn(100, 2, 3), "kmeans", progress=False)
+    return module.freeze_keys()
+
+
+def by_copied(module):
+    twin = copy.deepcopy(module)
+    twin.keys.mul_(-1)
+    return twin
+
+
+def by_pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def by_half(module):
+    return module.half()
+
+
+def by_double(module):
+    return module.double()
+
+
+def by_moved(module):
+    return module.to("cpu", torch.float64).to(torch.float32)
+
+
+def by_emptied(module):
+    module = module.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        module.keys.copy_(NEW)
+    return module
+
+
+CHANGES = [
+    by_inference,
+    by_assign,
+    by_data,
+    by_loaded,
+    by_loaded_by_assignment,
+    by_in_place,
+    by_learned,
+    by_initialised,
+    by_copied,
+    by_pickled,
+    by_half,
+    by_double,
+    by_moved,
+    by_emptied,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_packed_keys_are_never_stale(change):
     module = make().freeze_keys().eval()
     x = torch.randn(200, 2, 3)
@@ -258,19 +295,19 @@ def test_a_module_built_in_inference_mode_works_and_is_never_stale():
 
 def test_frozen_keys_are_packed_once():
     module = make().freeze_keys().eval()
-    first = module._packed_keys()
+    first = module._packed_keys()[1]
     module(torch.randn(5, 2, 3))
     with torch.inference_mode():
         module(torch.randn(5, 2, 3))
-    assert module._packed_keys() is first
+    assert module._packed_keys()[1] is first
 
 
 def test_packed_keys_are_in_no_copy():
     module = make().freeze_keys()
     module(torch.randn(4, 2, 3))
-    assert module._packed is not None
-    assert copy.deepcopy(module)._packed is None
-    assert pickle.loads(pickle.dumps(module))._packed is None
+    assert module._packed._kept is not None
+    assert copy.deepcopy(module)._packed._kept is None
+    assert pickle.loads(pickle.dumps(module))._packed._kept is None
     assert not any("packed" in name for name, _ in [*module.named_buffers(), *module.state_dict().items()])
 
 
@@ -289,3 +326,23 @@ def test_copies_keep_everything(mode):
         if mode == "random":
             x = torch.randn(20, 2, 3)
             assert torch.equal(twin.eval()(x), module.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("cluster_size", torch.inf, "cluster_size holds negative or NaN counts, or infinite ones"),
+        ("keys", 1e39, "keys contains NaN or Inf in 1 of 18 pairs as torch.float32"),
+        ("keys_avg", -1e300, "keys_avg contains NaN or Inf in 1 of 18 pairs as torch.float32"),
+    ],
+)
+def test_numbers_that_become_infinite_on_loading_are_refused(name, value, message, tmp_path):
+    module = make()
+    before = {key: entry.clone() for key, entry in module.state_dict().items()}
+    state = {key: entry.double() if key == name else entry for key, entry in make().state_dict().items()}
+    state[name].view(-1)[0] = value
+    torch.save(state, tmp_path / "file.pt")
+    for load in (lambda: module.load_state_dict(state), lambda: kvb.load(module, tmp_path / "file.pt")):
+        with pytest.raises(RuntimeError, match=message):
+            load()
+        assert all(torch.equal(entry, before[key]) for key, entry in module.state_dict().items())

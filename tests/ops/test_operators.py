@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from data_cases import SIZES, arguments, brute, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -16,58 +17,6 @@ from kvb import functional, ops, reference
 pytestmark = [pytest.mark.contract, pytest.mark.memory]
 
 op = torch.ops.kvb
-SIZES = {
-    "plain": (4, 3, 2, 20, 6, 5),
-    "B=1": (1, 3, 2, 20, 6, 5),
-    "S=1": (4, 1, 2, 20, 6, 5),
-    "C=1": (4, 3, 1, 20, 6, 5),
-    "K=1": (4, 3, 2, 1, 6, 5),
-    "K<group": (4, 3, 2, 7, 6, 5),
-    "K=group": (4, 3, 2, 16, 6, 5),
-    "D=1": (4, 3, 2, 20, 1, 5),
-    "D=20": (4, 3, 2, 20, 20, 5),
-    "V=1": (4, 3, 2, 20, 6, 1),
-    "B=0": (0, 3, 2, 20, 6, 5),
-    "S=0": (4, 0, 2, 20, 6, 5),
-}
-
-
-def problem(sizes, dtype=torch.float32):
-    B, S, C, K, D, V = sizes
-    keys = torch.randn(C, K, D, dtype=dtype)
-    return torch.randn(B, S, C, D, dtype=dtype), keys, op.pack_keys(keys), torch.randn(C, K, V, dtype=dtype)
-
-
-def brute(queries, keys):
-    return (queries[..., None, :].double() - keys.double()).square().sum(-1)
-
-
-def arguments(sizes):
-    """One call of every operator."""
-    queries, keys, packed, values = problem(sizes)
-    B, S, C, K, _, V = sizes
-    indices = torch.randint(K, (B, S, C))
-    return {
-        "pack_keys": (keys,),
-        "nearest": (queries, keys, packed, torch.rand(C, K) < 0.7, min(2, K)),
-        "sample": (queries, keys, None, 0.5, torch.tensor(3)),
-        "gather": (values.requires_grad_(), indices, "none", "bcsv"),
-        "gather_backward": (torch.randn(B, S, V, requires_grad=True), indices, K, "mean"),
-        "gather_backward_rows": (torch.randn(B, S, C, V), indices, K, "none"),
-        "sgd_step_": (values.detach().clone(), indices, torch.randint(V, (B,)), 0.3, 1.0, 0.1),
-        "update_keys_": (
-            *(
-                keys.clone(),
-                keys.clone(),
-                torch.ones(C, K),
-                *(part.float() for part in op.accumulate(queries, indices, K)),
-            ),
-            *(torch.randn(C, 3, keys.shape[2]), torch.tensor([0, 3] * C)[:C], 0.5, 1e-5, 0.8, 1.0, False),
-        ),
-        "accumulate": (queries, indices, K),
-        "count": (queries, indices, K),
-        "lookup": (queries, keys, packed, values, None, "mean"),
-    }
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -107,7 +56,9 @@ def test_gather_and_its_gradients(sizes, pool, layout, poisoned):
     assert (grads[n:] == 0).all()
     assert torch.equal(rows[:n], torch.unique((indices + torch.arange(C) * K).flatten()))
     dense = torch.zeros(C * K, V).index_copy_(0, rows[:n], grads[:n]).view(C, K, V)
-    assert torch.equal(dense, op.gather_backward(weight, indices, K, pool))
+    # The kernels may add the two in another order; in the same one where algorithms are deterministic: test_kernels.py.
+    unit = 1e-6 if ops.backend("cpu") == "triton" else 0
+    torch.testing.assert_close(dense, op.gather_backward(weight, indices, K, pool), rtol=unit, atol=4 * unit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -203,7 +154,7 @@ def test_tiles_of_every_size_agree(monkeypatch):
 
     want = run()
     for tile in (1, 48, 100, 1000, 5000):
-        monkeypatch.setattr(reference, "TILE", tile)
+        monkeypatch.setattr(reference.shared, "TILE", tile)
         for got, expected in zip(run(), want, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
@@ -381,7 +332,7 @@ def test_sample_follows_softmax_and_its_seed():
 def test_the_backend_that_is_named_answers():
     """A spy on the reference's own tile search: the dispatcher reaches it only where it reports it."""
     queries, keys, packed, _ = problem(SIZES["plain"])
-    with mock.patch.object(reference, "_rank", wraps=reference._rank) as spy:
+    with mock.patch.object(reference.search, "_rank", wraps=reference.search._rank) as spy:
         op.nearest(queries, keys, packed, None, 1)
     assert spy.call_count == {"torch": 1, "cpp": 0, "triton": 0}[ops.backend("cpu")]
     assert ops.backend("meta") == "torch"

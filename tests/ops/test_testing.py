@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
+import time
 import types
 
 import pytest
 import torch
 
 from kvb import __main__, ops, reference, testing
+from kvb.ops import backends
+from kvb.testing import expectations, runner
 
 CPU = torch.device("cpu")
 CASE = {case.name: case for case in testing.CASES}
 FEW = (CASE["plain"], CASE["3 nearest"], CASE["queries with NaN and Inf"])
+NUMBERS = [testing.CASES.index(case) for case in FEW]
 
 
 def changed(name, change):
@@ -140,29 +146,137 @@ def test_checking_restores_determinism_and_the_random_state():
 
 @pytest.mark.parametrize("case", testing.CASES, ids=CASE)
 def test_problems_are_what_their_names_say(case):
-    problem = testing._problem(case, CPU)
+    problem = testing.problem(case, CPU)
     assert problem.queries.shape == (case.B, case.S, case.C, case.D)
     assert problem.queries.stride(-1) == 1 or problem.queries.numel() == 0
     assert problem.queries.is_contiguous() == (case.strides == "contiguous")
 
 
-def test_command_line_passes(monkeypatch, capsys):
-    monkeypatch.setattr(testing, "CASES", FEW)
-    monkeypatch.setattr(testing.run, "__defaults__", (FEW,))
-    assert __main__.main(["check", "--device", "cpu"]) == 0
+def test_command_line_passes(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(testing.run.__kwdefaults__, "cases", NUMBERS)
+    found = tmp_path / "found.jsonl"
+    assert __main__.main(["check", "--device", "cpu", "--json", str(found)]) == 0
     table = capsys.readouterr().out
     for backend in {ops.backend("cpu"), "torch"}:
         assert f"{backend} on cpu" in table
     assert "FAIL" not in table
+    lines = [json.loads(line) for line in found.read_text().splitlines()]
+    assert {line["operator"] for line in lines} == set(ops.NAMES)
+    assert {line["case"] for line in lines} == {case.name for case in FEW}
+    assert not any(line["failure"] for line in lines)
 
 
-def test_command_line_names_the_first_failure(monkeypatch, capsys):
-    monkeypatch.setattr(testing.run, "__defaults__", (FEW,))
-    monkeypatch.setattr(reference, "gather", lambda *arguments: torch.zeros(1))
-    assert __main__.main(["check"]) == 1
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def worker(broken):
+    """The command of a process in which some lines of Python come first."""
+    return (sys.executable, "-c", f"{broken}\nimport sys, kvb.testing.__main__ as m\nsys.exit(m.main(sys.argv[1:]))")
+
+
+def run(broken, *operators, **options):
+    return testing.run([CPU], operators=operators, cases=NUMBERS, worker=worker(broken), **options)
+
+
+ZEROS = "import torch; from kvb import reference; reference.gather = lambda *_: torch.zeros(1)"
+
+
+def test_a_failure_is_printed_at_once_and_is_the_exit_status(capsys):
+    assert not run(ZEROS, "gather", "count")
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["gather", "torch", "on", "cpu", "FAIL", "3", "of", "3"] for line in lines)
-    assert lines[-1].startswith("first failure: gather, torch on cpu, case 'plain': expected values torch.float32")
+    assert ["gather", "torch", "on", "cpu", "FAIL", "3", "of", "3"] in map(str.split, lines)
+    first = next(line for line in lines if line.startswith("FAIL"))
+    assert first.startswith("FAIL gather, torch on cpu, case 'plain': expected values torch.float32")
+    assert any(line.startswith("count") and line.endswith("pass 3") for line in lines)
+    assert lines[-1].endswith(": 3 failed")
+
+
+CRASH = """
+import os
+from kvb.testing import checks
+right, calls = checks.CHECKS["gather"], []
+def crash(op, problem):
+    if problem.case.name == "3 nearest":
+        print("the driver says why", file=__import__("sys").stderr, flush=True)
+        os._exit(7)
+    right(op, problem)
+checks.CHECKS["gather"] = crash
+"""
+
+
+def test_a_crash_costs_one_case(capsys):
+    assert not run(CRASH, "gather", "count")
+    said = capsys.readouterr().out
+    for backend in {ops.backend("cpu"), "torch"}:
+        message = (
+            f"FAIL gather, {backend} on cpu, case '3 nearest': the process ended with status 7: the driver says why"
+        )
+        assert said.count(message) == 1
+    assert "FAIL 1 of 3" in said
+    assert sum(line.startswith("count") and "pass 3" in line for line in said.splitlines()) == len(
+        {ops.backend("cpu"), "torch"}
+    )
+
+
+LOST = """
+from kvb.testing import __main__ as process, checks
+right, lost = checks.CHECKS["gather"], []
+def stick(op, problem):
+    if problem.case.name == "plain":
+        lost.append(True)
+    if lost:
+        raise RuntimeError("an illegal memory access was encountered")
+    right(op, problem)
+checks.CHECKS["gather"] = stick
+process.device_is_lost = lambda device: bool(lost)
+"""
+
+
+def test_an_error_that_sticks_to_the_device_costs_one_case(capsys):
+    assert not run(LOST, "gather")
+    failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(failures) == len({ops.backend("cpu"), "torch"})
+    assert all("case 'plain': RuntimeError: an illegal memory access" in line for line in failures)
+
+
+def test_a_process_that_does_not_start_fails_its_cases(capsys):
+    assert not run("raise ImportError('no such library')", "count")
+    said = capsys.readouterr().out
+    assert "ImportError: no such library" in said
+    assert "FAIL 3 of 3" in said
+
+
+def test_what_is_printed_beside_the_results_does_no_harm():
+    assert run("import os; os.write(1, b'')\nfrom kvb.testing import checks\n"
+               "right = checks.CHECKS['count']\n"
+               "checks.CHECKS['count'] = lambda op, problem: (print('compiling', flush=True), right(op, problem))",
+               "count")  # fmt: skip
+
+
+def test_nothing_is_lost_when_time_runs_out(capsys, tmp_path, monkeypatch):
+    names = {ops.backend("cpu"), "torch"}
+    found = tmp_path / "found.jsonl"
+
+    def wait(futures, timeout):
+        """Time runs out when every process has done its first case, and hangs in the second."""
+        assert timeout == 5.0
+        while found.read_text().count("\n") < len(names) and not any(future.done() for future in futures):
+            time.sleep(0.05)
+
+    monkeypatch.setattr(runner.concurrent.futures, "wait", wait)
+    hanging = CRASH.replace("os._exit(7)", "__import__('time').sleep(600)")
+    assert not run(hanging, "gather", seconds=5.0, json_lines=found)
+    said = capsys.readouterr().out
+    assert said.count("CUT after 1 of 3, 0 failed") == len(names)
+    assert f"{2 * len(names)} did not run: no time left" in said
+    assert [json.loads(line)["case"] for line in found.read_text().splitlines()] == ["plain"] * len(names)
+
+
+def test_kernels_get_processes_of_their_own(monkeypatch):
+    fast = testing.Backend("triton", CPU, types.SimpleNamespace(gather=None, count=None))
+    monkeypatch.setattr(runner, "backends", lambda device: {"triton": fast})
+    assert [len(job.steps) for job in runner.jobs([torch.device("cuda")], ops.NAMES, range(5))] == [3, 2, 3, 2]
+    assert [len(job.steps) for job in runner.jobs([CPU], ops.NAMES, range(5))] == [5, 5]
 
 
 def test_an_absent_device_is_named():
@@ -171,6 +285,40 @@ def test_an_absent_device_is_named():
 
 
 def test_expected_results_are_computed_once():
-    problem = testing._problem(CASE["plain"], CPU)
-    assert problem.exact is problem.exact
-    assert dataclasses.replace(problem).exact is not problem.exact
+    problem = testing.problem(CASE["plain"], CPU)
+    assert expectations.exact(problem) is expectations.exact(problem)
+    assert expectations.exact(dataclasses.replace(problem)) is not expectations.exact(problem)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_of_float64_additions_passes(seed):
+    """One after the other, in a random order: the worst that a right backend may do."""
+
+    def shuffled(grad, indices, K, pool):
+        C = indices.shape[2]
+        rows = grad if pool == "none" else grad[:, :, None].expand(-1, -1, C, -1)
+        rows = rows / C if pool == "mean" else rows
+        flat = (indices.long() + torch.arange(C) * K).flatten()
+        order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
+        out = grad.new_zeros(C * K, grad.shape[-1])
+        for place in order.tolist():
+            out[flat[place]] += rows.reshape(-1, grad.shape[-1])[place]
+        return out.view(C, K, -1)
+
+    case = dataclasses.replace(CASE["many queries"], dtype=torch.float64)
+    backend = testing.Backend("shuffled", CPU, types.SimpleNamespace(gather_backward=shuffled))
+    with torch.random.fork_rng():
+        assert testing.verdict("gather_backward", backend, [case]).failures == []
+
+
+def test_an_operator_without_a_kernel_runs_in_plain_pytorch(monkeypatch):
+    monkeypatch.setattr(backends, "_kernels", lambda: types.SimpleNamespace(count=lambda *_: "the kernel's"))
+    registered = {}
+    library = types.SimpleNamespace(impl=lambda name, run, key: registered.setdefault(name, run))
+    monkeypatch.setattr(backends, "_backends", {"cpu": ("triton", "")})
+    backends.register_kernels(library, {name: getattr(reference, name) for name in ops.NAMES})
+    values, indices = torch.randn(2, 5, 3), torch.randint(5, (4, 1, 2))
+    found = registered["gather"](values, indices, "none", "bscv")
+    assert torch.equal(found, reference.gather(values, indices, "none", "bscv"))
+    assert registered["count"]() == "the kernel's"
+    assert backends.among(ops.NAMES, "cpu") == ("count",)

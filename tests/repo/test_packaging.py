@@ -65,7 +65,9 @@ def sources(tree, tmp_path):
     (copy / "csrc").mkdir()
     (copy / "csrc" / "library.cpp").write_text(SOURCE)
     (copy / "csrc" / "common.h").touch()
-    (copy / "csrc" / "impl.inc").touch()
+    (copy / "csrc" / "search").mkdir()
+    (copy / "csrc" / "search" / "impl.inc").touch()
+    (copy / "csrc" / "search" / "search.cpp").touch()
     return copy
 
 
@@ -142,6 +144,39 @@ def test_a_build_gives_one_file_for_every_python(sources):
         "kvb/kernels/README.md",
     ]
     assert not said(done)
+
+
+# Fails to compile under -ffast-math.
+EXACT_SOURCE = """
+#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || defined(__ASSOCIATIVE_MATH__)
+#error
+#endif
+"""
+
+
+@pytest.mark.parametrize("flags", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations -ffinite-math-only"])
+def test_fast_math_among_the_users_flags_is_switched_off(sources, flags):
+    (sources / "csrc" / "library.cpp").write_text(EXACT_SOURCE + SOURCE)
+    done, wheel = build("wheel", sources, KVB_BUILD_EXT="1", CFLAGS=flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # The linker may add code that flushes subnormals of the whole process as it is loaded.
+    subnormal = (
+        "import ctypes, sys, torch; x = torch.tensor(1e-40); y = float(x * 1); ctypes.CDLL(sys.argv[1]);"
+        "assert float(x * 1) == y > 0"
+    )
+    (sources / "_C.so").write_bytes(zipfile.ZipFile(wheel).read("kvb/_C.abi3.so"))
+    done = run(sys.executable, "-c", subnormal, str(sources / "_C.so"))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-ffinite-math-only"])
+def test_the_sources_refuse_fast_math(flag):
+    compiler = os.environ.get("CXX", "c++").split()
+    if not shutil.which(compiler[0]):
+        pytest.skip("there is no C++ compiler")
+    done = run(*compiler, "-E", flag, "csrc/common.h")
+    assert done.returncode != 0
+    assert "kvb cannot be compiled with -ffast-math" in done.stderr
 
 
 def test_links_and_pictures_of_the_readme_work_on_a_package_index(wheel):
@@ -230,7 +265,55 @@ def test_sdist_holds_the_kernels_and_the_sources(sources, tmp_path):
     with tarfile.open(sdist) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     assert {"kvb/kernels/README.md", "kvb/kernels/probe.py"} <= names
-    assert {"csrc/library.cpp", "csrc/common.h", "csrc/impl.inc"} <= names
+    assert {"csrc/library.cpp", "csrc/common.h", "csrc/search/search.cpp", "csrc/search/impl.inc"} <= names
+
+
+@pytest.fixture
+def without_link(tree, tmp_path):
+    """A copy of `tree` as git makes it without symbolic links: kvb/kernels is a text file."""
+    copy = tmp_path / "without_link"
+    shutil.copytree(tree, copy, symlinks=True, ignore=shutil.ignore_patterns("build", "out", "*.egg-info"))
+    (copy / "kvb" / "kernels").unlink()
+    (copy / "kvb" / "kernels").write_text("../kernels")
+    return copy
+
+
+def test_a_wheel_without_symbolic_links_is_the_same(wheel, without_link):
+    done, found = build("wheel", without_link)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = set(zipfile.ZipFile(found).namelist())
+    assert {"kvb/kernels/probe.py", "kvb/kernels/launch.py", "kvb/kernels/README.md"} <= names
+    assert names == set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_wheel_of_an_sdist_is_the_same(wheel, tree, without_link, link, tmp_path):
+    done = run(
+        sys.executable, "setup.py", "-q", "sdist", f"--dist-dir={tmp_path}/sdist", cwd=tree if link else without_link
+    )
+    assert done.returncode == 0, done.stderr
+    (sdist,) = (tmp_path / "sdist").iterdir()
+    with tarfile.open(sdist) as tar:
+        assert not [entry.name for entry in tar if entry.issym()]
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    done, found = build("wheel", unpacked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(zipfile.ZipFile(found).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_a_checkout_without_symbolic_links_says_what_to_do(without_link):
+    # An editable install of kvb would find the kernels of another checkout.
+    alone = "import sys; sys.meta_path = [one for one in sys.meta_path if 'editable' not in str(one)]; import kvb"
+    environ = {"KVB_CPU_CAPABILITY": "triton", "TRITON_INTERPRET": "1"}
+    done = run(sys.executable, "-c", alone, cwd=without_link, **environ)
+    if "Triton is not installed" in done.stderr:
+        pytest.skip("Triton is not installed")
+    assert "kvb/kernels is no folder, because this checkout was made without symbolic links: run `git" in done.stderr
+    assert run(sys.executable, "-c", f"{alone}; print(kvb.info())", cwd=without_link).returncode == 0
+    (without_link / "kvb" / "kernels").unlink()
+    shutil.copytree(without_link / "kernels", without_link / "kvb" / "kernels")
+    assert run(sys.executable, "-c", alone, cwd=without_link, **environ).returncode == 0
 
 
 def test_version_stands_in_one_file(wheel):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kvb import BottleneckedEncoder, CodeDataset, KeyValueBottleneck, training
-from kvb.modules import key_learning
+from kvb.modules import streams
 from kvb.unlearning import class_hits, erase, forget, hits, mask_by_activations, mask_by_examples, overlap
 
 C, K, D, V = 3, 8, 2, 4
@@ -91,7 +91,7 @@ def test_hits_respect_a_mask_that_is_there():
 
 
 def test_large_tensors_are_read_in_parts(monkeypatch):
-    monkeypatch.setattr(key_learning, "BATCH", 10)
+    monkeypatch.setattr(streams, "BATCH", 10)
     codes = torch.randint(K, (20, C))
     assert torch.equal(hits(make(), codes), by_hand(codes))
     labels = torch.randint(3, (20,))
@@ -183,7 +183,7 @@ def test_what_is_forgotten_is_not_fetched_and_comes_back_bit_for_bit(earlier):
     assert torch.equal((hits(module, again) > 0)[:, 3].any(), torch.tensor(False)) or not earlier
     fetched = mask[torch.arange(C), codes]
     assert torch.equal(again[fetched], codes[fetched])  # other queries keep their pairs
-    assert undo is before
+    assert undo is before is None or torch.equal(undo, before)
     module.mask_pairs(undo)
     assert torch.equal(module(x), values)
     assert unchanged(module, state)

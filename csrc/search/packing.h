@@ -1,0 +1,47 @@
+// Packing keys one codebook at a time, by whoever has just changed it: pack_keys and update_keys_.
+#pragma once
+
+#include "packed.h"
+
+#include <string>
+
+namespace kvb {
+
+constexpr int64_t kPackingWork = 1 << 16; // coordinates whose packing pays for another thread: some 50 us of work
+
+// How many codebooks of ``K`` keys a thread packs at least.
+inline int64_t packing_grain(int64_t K, int64_t D) {
+  return std::max<int64_t>(1, kPackingWork / std::max<int64_t>(1, K * D));
+}
+
+Layout layout_of(const Tensor& keys);
+void require_keys(const Tensor& keys);
+void require_packed(const Tensor& packed, const Layout& layout, int64_t C);
+
+// The packed keys of one tensor of contiguous keys [C, K, D]: memory for all codebooks, each written when asked.
+class Packing {
+ public:
+  explicit Packing(const Tensor& keys);
+
+  // What a thread needs to pack one codebook after the other.
+  struct Scratch {
+    Vector<float> rows; // [K, D], where keys are not float32
+    Vector<double> totals; // [D]
+  };
+  Scratch scratch() const;
+
+  // Pack the keys of codebook ``c`` as they are now; takes no memory.
+  void pack(int64_t c, Scratch& scratch) const;
+
+  const Tensor& packed() const {
+    return packed_;
+  }
+
+ private:
+  Tensor keys_;
+  Layout layout_;
+  std::string id_;
+  Tensor packed_;
+};
+
+} // namespace kvb

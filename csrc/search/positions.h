@@ -1,0 +1,38 @@
+// How the work of a search is cut: positions of a codebook in pieces, codebooks in turn, threads in PyTorch's pool.
+#pragma once
+
+#include "../common.h"
+
+namespace kvb {
+
+// A chunk of queries passes through all codebooks before the next one does: as much as a core's L2 cache holds, ...
+constexpr int64_t kChunkBytes = 1 << 20;
+// ... but at least so many positions, or bringing in the keys of a codebook costs more than searching them.
+constexpr int64_t kChunkPositions = 1024;
+constexpr int64_t kPiece = 64; // positions of one piece of work: a few times the rows that a filter takes at once
+// Multiplications that pay for waking another thread: about 30 us of work on one core, several times a wake-up.
+constexpr double kThreadWork = 4e6;
+
+// Run work(codebook, begin, end) over N positions of C codebooks, so that outputs are still in cache when the next
+// codebook writes beside them; ``cost`` is what one query takes, in multiplications.
+template <class F>
+void over_positions(int64_t N, int64_t C, int64_t D, double cost, const F& work) {
+  if (N == 0 || C == 0) return;
+  const int64_t chunk = std::min(N, std::max(kChunkBytes / (4 * C * D) / kPiece * kPiece, kChunkPositions));
+  const int64_t piece = std::min(chunk, kPiece);
+  const int64_t per_book = (chunk + piece - 1) / piece, chunks = (N + chunk - 1) / chunk;
+  const int64_t grain = static_cast<int64_t>(kThreadWork / (cost * piece + 1)) + 1;
+  parallel(chunks * C * per_book, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      // Neighbouring pieces of one codebook are searched together: its keys are set up once.
+      const int64_t book = begin / per_book, last = std::min(end, (book + 1) * per_book);
+      const int64_t first_position = book / C * chunk;
+      const int64_t from = first_position + begin % per_book * piece;
+      const int64_t to = std::min({first_position + chunk, N, first_position + (last - book * per_book) * piece});
+      if (from < to) work(book % C, from, to);
+      begin = last;
+    }
+  });
+}
+
+} // namespace kvb

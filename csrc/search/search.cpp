@@ -1,0 +1,145 @@
+// nearest and lookup: checks, memory, and how the work is cut; the instruction set does the rest.
+#include "../numbers.h"
+#include "../ops.h"
+#include "float64.h"
+#include "packing.h"
+#include "positions.h"
+#include "search.h"
+
+#include <limits>
+
+namespace kvb {
+namespace {
+
+// What a query needs besides its products with the keys, in multiplications that take as long: some two microseconds.
+constexpr double kQueryOverhead = 8e3;
+// Copying the mask of a pair takes about a nanosecond: so many pairs pay for another thread.
+constexpr int64_t kMaskGrain = 1 << 15;
+
+void require_search(const Tensor& queries, const Tensor& keys, const Tensor& packed, const std::optional<Tensor>& mask,
+                    int64_t topk) {
+  require_keys(keys);
+  require_cpu(queries, "queries");
+  const int64_t C = keys.size(0), K = keys.size(1), D = keys.size(2);
+  require(is_floating(queries.scalar_type()), "expected floating-point queries");
+  require(queries.dim() == 4 && queries.size(2) == C && queries.size(3) == D, "expected queries [B, S, ", C, ", ", D,
+          "] for keys ", shape(keys), ", got ", shape(queries));
+  require_packed(packed, layout_of(keys), C);
+  if (mask) {
+    require_cpu(*mask, "mask");
+    require(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == C &&
+                mask->size(1) == K,
+            "expected mask torch.bool [", C, ", ", K, "], got ", dtype_name(mask->scalar_type()), " ", shape(*mask));
+  }
+  require(topk >= 1 && topk <= K, "expected topk between 1 and ", K, ", got ", topk);
+}
+
+// The bits and biases of a search without the pairs that a mask bars.
+struct Masked {
+  Masked(const Tensor& mask_, const Layout& layout, const char* packed, int64_t C)
+      : bits(C * layout.blocks()), bias(C * Biases::count(layout) * kLanes) {
+    const Tensor mask = compact(mask_);
+    const bool* allowed = static_cast<const bool*>(mask.const_data_ptr());
+    parallel(C, std::max<int64_t>(1, kMaskGrain / layout.K), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const char* book = packed + c * layout.nbytes();
+        const Biases unmasked(layout, book);
+        uint16_t* bit = bits.data() + c * layout.blocks();
+        float* score = bias.data() + c * Biases::count(layout) * kLanes;
+        std::memcpy(bit, book + layout.bits(), 2 * layout.blocks());
+        for (int64_t i = 0; i < Biases::count(layout); ++i)
+          std::memcpy(score + i * kLanes, unmasked.data + i * unmasked.step, 4 * kLanes);
+        for (int64_t k = 0; k < layout.K; ++k) {
+          if (allowed[c * layout.K + k]) continue;
+          bit[k / kLanes] &= static_cast<uint16_t>(~(1u << (k % kLanes)));
+          score[Biases::place(layout, k)] = -std::numeric_limits<float>::infinity();
+        }
+      }
+    });
+  }
+
+  Vector<uint16_t> bits;
+  Vector<float> bias;
+};
+
+bool in_float64(const Tensor& queries, const Tensor& keys) {
+  return queries.scalar_type() == ScalarType::Double || keys.scalar_type() == ScalarType::Double;
+}
+
+// The search of arguments that fit: writes [B, S, C, topk] of each, distances in float64 where ``in_float64``.
+void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packed, const std::optional<Tensor>& mask,
+                int64_t topk, int64_t* indices, void* distances) {
+  const Tensor queries = queries_.stride(3) == 1 || queries_.size(3) == 1 ? queries_ : compact(queries_);
+  const Tensor keys = compact(keys_);
+  const Layout layout = layout_of(keys);
+  const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2);
+
+  if (in_float64(queries, keys)) {
+    std::optional<Tensor> allowed;
+    if (mask) allowed = compact(*mask);
+    search_float64(queries, keys, allowed ? static_cast<const bool*>(allowed->const_data_ptr()) : nullptr, topk,
+                   indices, static_cast<double*>(distances));
+    return;
+  }
+
+  const char* from = static_cast<const char*>(packed.const_data_ptr());
+  std::optional<Masked> masked;
+  if (mask) masked.emplace(*mask, layout, from, C);
+  std::atomic<bool> stale = false;
+  Search search = {
+      .queries = queries.const_data_ptr(),
+      .queries_type = queries.scalar_type(),
+      .B = B,
+      .S = S,
+      .C = C,
+      .stride_b = queries.stride(0),
+      .stride_s = queries.stride(1),
+      .stride_c = queries.stride(2),
+      .keys = keys.const_data_ptr(),
+      .keys_type = keys.scalar_type(),
+      .layout = layout,
+      .packed = from,
+      .masked_bits = masked ? masked->bits.data() : nullptr,
+      .masked_bias = masked ? masked->bias.data() : nullptr,
+      .topk = topk,
+      .stale = &stale,
+      .indices = indices,
+      .distances = static_cast<float*>(distances),
+  };
+  const double cost = static_cast<double>(layout.K) * layout.D + kQueryOverhead;
+  over_positions(B * S, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
+    kernels().search(search, c, begin, end);
+  });
+  require(
+      !stale, "packed keys do not fit the keys, which have changed since; pack the keys again with pack_keys(keys)");
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor> nearest(
+    Tensor queries, Tensor keys, Tensor packed, std::optional<Tensor> mask, int64_t topk) {
+  require_search(queries, keys, packed, mask, topk);
+  const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2);
+  Tensor indices = new_tensor(queries, {B, S, C, topk}, ScalarType::Long);
+  Tensor distances = new_tensor(
+      queries, {B, S, C, topk}, in_float64(queries, keys) ? ScalarType::Double : ScalarType::Float);
+  search_all(
+      queries, keys, packed, mask, topk, indices.mutable_data_ptr<int64_t>(), distances.mutable_data_ptr());
+  return {indices, distances};
+}
+
+std::tuple<Tensor, Tensor> lookup(
+    Tensor queries, Tensor keys, Tensor packed, Tensor values, std::optional<Tensor> mask, std::string pool) {
+  require_search(queries, keys, packed, mask, 1);
+  Tensor indices =
+      new_tensor(queries, {queries.size(0), queries.size(1), queries.size(2)}, ScalarType::Long);
+  const Buffer<double> distances = new_buffer<double>(indices.numel()); // that nobody asked for
+  search_all(queries, keys, packed, mask, 1, indices.mutable_data_ptr<int64_t>(), distances.get());
+  return {gather(values, indices, pool, "bscv"), indices};
+}
+
+std::string cpu_capability() {
+  return kernels().name;
+}
+
+} // namespace kvb

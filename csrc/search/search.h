@@ -1,0 +1,91 @@
+// What the search hands to the code of one instruction set, and all headers that this code needs: none may be included
+// between KVB_TARGET and its end.
+#pragma once
+
+#include "../numbers.h"
+#include "packed.h"
+#include "target.h"
+
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <tuple>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace kvb {
+
+struct Search {
+  const void* queries; // [B, S, C, D], last axis contiguous
+  ScalarType queries_type;
+  int64_t B, S, C;
+  int64_t stride_b, stride_s, stride_c; // in elements
+  const void* keys; // [C, K, D] contiguous
+  ScalarType keys_type;
+  Layout layout;
+  const char* packed; // of the first codebook
+  const uint16_t* masked_bits; // null, or [C, blocks]: the packed ones without the masked pairs
+  const float* masked_bias; // null, or [C, Biases::count, 16], likewise
+  int64_t topk;
+  std::atomic<bool>* stale; // set where the packed keys do not fit the keys
+  int64_t* indices; // [B, S, C, T]
+  float* distances; // [B, S, C, T]
+};
+
+// Searches rows [begin, end) of the B*S positions in one codebook.
+using SearchRows = void (*)(const Search& search, int64_t codebook, int64_t begin, int64_t end);
+// Packs one codebook of keys, given as float32 rows, but for its id and fingerprint; ``totals`` [D] is scratch memory.
+using PackCodebook = void (*)(const Layout& layout, const float* keys, double* totals, char* packed);
+// A fingerprint of bytes, whatever the instruction set, that takes -0 for +0 where ``signs`` has the sign bits of the
+// numbers in a word.
+using Fingerprint = uint64_t (*)(const char* data, int64_t bytes, uint64_t signs);
+// Adds each listed row of ``data`` to its sum and counts it, unless it holds NaN or Inf.
+using AddFinite =
+    void (*)(const float* data, const Row* rows, int64_t listed, int64_t width, int64_t* hits, double* sums);
+
+struct Kernels {
+  const char* name;
+  bool tiles; // packs 8-bit tiles and multiplies them
+  SearchRows search;
+  PackCodebook pack;
+  Fingerprint fingerprint;
+  AddFinite add_finite;
+};
+
+namespace portable {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx_vnni {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_vnni {
+extern const Kernels kernels;
+}
+namespace amx {
+extern const Kernels kernels;
+}
+#endif
+
+// Fill what is left of the nearest keys of a query, from ``found`` on, with the lowest keys not among them.
+inline void fill_unused(int64_t* indices, int64_t found, int64_t topk) {
+  int64_t unused = 0;
+  for (int64_t t = found; t < topk; ++t) {
+    while (std::find(indices, indices + t, unused) != indices + t) ++unused;
+    indices[t] = unused;
+  }
+}
+
+// The kernels of this machine, chosen once (capability.cpp).
+const Kernels& kernels();
+
+} // namespace kvb

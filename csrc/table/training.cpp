@@ -1,0 +1,409 @@
+// One step of training on codes, of which nothing but the touched rows of the table is ever written: sgd_step_.
+//
+// Every codebook gets the same gradient row for a position. So most touched rows of the table need no gradient of their
+// own: those that several positions fetch get a sum, and all are listed with the row that they get.
+#include "../ops.h"
+#include "pooled.h"
+
+#include <cmath>
+
+namespace kvb {
+namespace {
+
+// --- the loss --------------------------------------------------------------------------------------------------------
+
+// Cross entropy of one sample with label smoothing; ``grad`` gets ``scale`` times its gradient.
+template <class Sum>
+Sum cross_entropy(const Sum* logits, int64_t V, int64_t target, Sum smoothing, Sum scale, Sum* grad) {
+  const Sum highest = *std::max_element(logits, logits + V), each = smoothing / V;
+  Sum total = 0, sum = 0;
+  for (int64_t v = 0; v < V; ++v) {
+    grad[v] = std::exp(logits[v] - highest);
+    total += grad[v];
+    sum += logits[v] - highest;
+  }
+  for (int64_t v = 0; v < V; ++v) grad[v] = (grad[v] / total - each - (v == target ? 1 - smoothing : 0)) * scale;
+  return std::log(total) - (1 - smoothing) * (logits[target] - highest) - each * sum;
+}
+
+void require_classes(const Tensor& targets, int64_t V) {
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < targets.numel(); ++b) {
+    if (target[b] >= 0 && target[b] < V) continue;
+    std::ostringstream message; // out_of_range becomes IndexError in Python
+    message << "target " << target[b] << " is out of bounds for " << V << " classes";
+    throw std::out_of_range(message.str());
+  }
+}
+
+// --- rows of values and gradients ------------------------------------------------------------------------------------
+
+constexpr int64_t kVector = 4; // floats of a vector that every machine has
+
+// row[v] = with(row[v], other[v]). Rows are short: a vector that overlaps the one before ends a row of floats, instead
+// of single numbers.
+template <class A, class B, class F>
+inline void update_row(A* __restrict row, const B* __restrict other, int64_t width, const F& with) {
+  const auto updated = [&](int64_t v) { return with(row[v], other[v]); };
+  if (std::is_same_v<A, float> && std::is_same_v<B, float> && width >= kVector) {
+    A last[kVector];
+    for (int64_t i = 0; i < kVector; ++i) last[i] = updated(width - kVector + i);
+    for (int64_t v = 0; v + kVector <= width; v += kVector)
+      for (int64_t i = 0; i < kVector; ++i) row[v + i] = updated(v + i);
+    for (int64_t i = 0; i < kVector; ++i) row[width - kVector + i] = last[i];
+  } else {
+    for (int64_t v = 0; v < width; ++v) row[v] = updated(v);
+  }
+}
+
+template <class Sum, class T>
+inline void add_short_row(Sum* sums, const T* row, int64_t width) {
+  update_row(sums, row, width, [](Sum sum, T value) { return sum + widen<Sum>(value); });
+}
+
+template <class Sum>
+double square(const Sum* row, int64_t width) {
+  double totals[kVector] = {}; // one alone would wait for each addition
+  int64_t v = 0;
+  for (; v + kVector <= width; v += kVector)
+    for (int64_t i = 0; i < kVector; ++i) totals[i] += static_cast<double>(row[v + i]) * row[v + i];
+  for (; v < width; ++v) totals[0] += static_cast<double>(row[v]) * row[v];
+  return (totals[0] + totals[1]) + (totals[2] + totals[3]);
+}
+
+// The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.
+template <class Sum>
+struct Gradient {
+  Vector<Sum> rows;
+  Vector<double> squares; // [B]
+  int64_t width, positions; // V, S
+
+  Gradient(int64_t samples, int64_t positions, int64_t width)
+      : rows(samples * width), squares(samples), width(width), positions(positions) {}
+
+  int64_t sample(int64_t position) const {
+    return positions == 1 ? position : position / positions; // a division takes longer than all else
+  }
+  const Sum* at(int64_t position) const {
+    return rows.data() + sample(position) * width;
+  }
+};
+
+// --- touched rows ----------------------------------------------------------------------------------------------------
+
+// A row, counted from the first one of the group, and its gradient: that of a position, or N plus the number of a sum.
+struct TouchedRow {
+  int32_t row, gradient;
+};
+
+// A position whose gradient is part of a sum.
+struct Addend {
+  int32_t sum, position;
+};
+
+// What a thread needs to list one group after the other; it takes memory when it is used.
+struct Scratch {
+  const int64_t K, books, positions;
+  Vector<int32_t> place; // [K]: where a row of the codebook is listed, plus ``origin``; below it: nowhere
+  Vector<int32_t> codes; // [books, N]
+  Vector<Addend> again; // of one codebook: a place that was taken, and a position
+  int32_t origin = 0;
+
+  // Forget all places, without a pass over K.
+  void clear() {
+    codes.resize(books * positions);
+    again.resize(positions);
+    const int32_t most = static_cast<int32_t>(codes.size());
+    if (!place.empty() && origin < INT32_MAX - 2 * most) {
+      origin += most;
+    } else {
+      place.assign(K, -1);
+      origin = 0;
+    }
+  }
+};
+
+// What a batch does to a few codebooks: the rows that it touches, each once, with their gradients. Where several
+// positions fetch one row, that is a sum over them, in batch order.
+template <class Sum>
+class Group {
+ public:
+  Group(int64_t books, int64_t positions)
+      : N_(static_cast<int32_t>(positions)),
+        touched_(new_buffer<TouchedRow>(books * positions)),
+        addends_(new_buffer<Addend>(books * positions)) {}
+
+  // Begin with the codes of codebooks [c0, c1). They follow each other closely, in the same cache lines.
+  void read(const Tensor& indices, int64_t c0, int64_t c1, Scratch& scratch) {
+    scratch.clear();
+    end_ = added_ = summed_ = 0;
+    int32_t* code = scratch.codes.data();
+    with_integer(indices.scalar_type(), [&](auto index) {
+      const auto* const all = static_cast<const decltype(index)*>(indices.const_data_ptr());
+      const int64_t B = indices.size(0), S = indices.size(1), batch = indices.stride(0), position = indices.stride(1);
+      for (int64_t c = c0; c < c1; ++c) {
+        const auto* const of = all + c * indices.stride(2);
+        for (int64_t b = 0; b < B; ++b)
+          for (int64_t s = 0; s < S; ++s) *code++ = static_cast<int32_t>(of[b * batch + s * position]);
+      }
+    });
+  }
+
+  // List the rows of the next codebook; fetch(row) is called at every position.
+  template <class F>
+  void list(int64_t book, int64_t K, Scratch& scratch, const F& fetch) {
+    const int64_t again = list_rows(scratch.codes.data() + book * N_, static_cast<int32_t>(book * K), scratch, fetch);
+    join(scratch.again.data(), again);
+  }
+
+  void sum(const Gradient<Sum>& grad) {
+    sums_.assign(summed_ * grad.width, Sum{0});
+    for (int32_t i = 0; i < added_; ++i)
+      add_short_row(sums_.data() + addends_[i].sum * grad.width, grad.at(addends_[i].position), grad.width);
+  }
+
+  // What sums add to the squared norm of the gradient, beyond that of their parts.
+  double correction(const Gradient<Sum>& grad) const {
+    double total = 0;
+    for (int32_t i = 0; i < added_; ++i) total -= grad.squares[grad.sample(addends_[i].position)];
+    for (int32_t i = 0; i < summed_; ++i) total += square(sums_.data() + i * grad.width, grad.width);
+    return total;
+  }
+
+  // Subtract ``step`` times the gradient from the touched rows; ``table`` begins with the first codebook.
+  template <class T>
+  void move(T* table, const Gradient<Sum>& grad, Sum step) const {
+    const int64_t V = grad.width;
+    for (int32_t i = 0; i < end_; ++i) {
+      if (i + kRowsAhead < end_) prefetch(table + touched_[i + kRowsAhead].row * V, V * sizeof(T));
+      const int64_t gradient = touched_[i].gradient, sum = gradient - N_;
+      update_row(
+          table + touched_[i].row * V, sum < 0 ? grad.at(gradient) : sums_.data() + sum * V, V,
+          [step](T value, Sum slope) { return static_cast<T>(widen<Sum>(value) - step * slope); });
+    }
+  }
+
+ private:
+  static constexpr int32_t kRowsAhead = 32; // rows between a fetch and its use: all of them come from far away
+
+  // Returns how many positions fetch a row that an earlier one listed. There are no branches: which ones do is hard to
+  // guess.
+  template <class F>
+  [[gnu::noinline]] int64_t list_rows(const int32_t* codes, int32_t first_row, Scratch& scratch, const F& fetch) {
+    // In registers: the compiler cannot know that writing the lists leaves these alone.
+    int32_t* const place_of = scratch.place.data();
+    TouchedRow* const touched = touched_.get();
+    Addend *const all_again = scratch.again.data(), *again = all_again;
+    const int32_t origin = scratch.origin, begin = end_, N = N_;
+    int32_t end = begin;
+    for (int32_t n = 0; n < N; ++n) {
+      const int32_t row = codes[n], before = place_of[row] - origin;
+      fetch(row);
+      const bool known = before >= begin;
+      const int32_t place = known ? before : end;
+      place_of[row] = origin + place;
+      touched[end] = {first_row + row, n};
+      *again = {place, n};
+      end += !known;
+      again += known;
+    }
+    end_ = end;
+    return again - all_again;
+  }
+
+  // Make sums of the gradients of rows that were listed already.
+  void join(const Addend* again, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      int32_t& gradient = touched_[again[i].sum].gradient;
+      const bool alone = gradient < N_;
+      const int32_t sum = alone ? summed_ : gradient - N_;
+      addends_[added_] = {sum, gradient};
+      added_ += alone;
+      addends_[added_++] = {sum, again[i].position};
+      summed_ += alone;
+      gradient = N_ + sum;
+    }
+  }
+
+  int32_t N_, end_ = 0, added_ = 0, summed_ = 0; // positions; lengths of touched, parts and sums
+  Buffer<TouchedRow> touched_; // codebook by codebook, in batch order
+  Buffer<Addend> addends_; // a sum's addends in batch order
+  Vector<Sum> sums_; // [summed, V]
+};
+
+// --- the step --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kListBytes = 1 << 25; // of lists kept between the passes: beyond 32 MB, listing again is cheaper
+constexpr int64_t kValueBytes = 1 << 18; // of fetched values that wait to be summed: a quarter of an L2 cache
+
+// One step, in three passes over the codebooks: sum the values, sum the gradients, move the rows.
+template <class T>
+class TrainingStep {
+  using Sum = Accumulator<T>;
+
+ public:
+  TrainingStep(T* table, int64_t K, int64_t V, const Tensor& indices)
+      : table_(table), indices_(indices), K_(K), V_(V), C_(indices.size(2)), N_(indices.size(0) * indices.size(1)) {
+    const int64_t lists = sizeof(TouchedRow) + sizeof(Addend), sums = V * sizeof(Sum) / 2;
+    if (C_ * N_ * (lists + sums) > kListBytes || N_ * V * static_cast<int64_t>(sizeof(T)) > kValueBytes) return;
+    books_ = std::clamp<int64_t>(C_ / 16, 1, kSummedBooks); // at least 16 groups: work for many threads
+    for (int64_t g = 0; g < groups(); ++g) kept_.emplace_back(books_, N_);
+  }
+
+  // Means over codebooks [N, V], rounded as gather rounds them.
+  Vector<Sum> means() {
+    Vector<T> rounded(N_ * V_);
+    if (kept_.empty()) {
+      gather_pooled(table_, walk(indices_, {}, K_ * V_, V_), V_, true, rounded.data());
+    } else {
+      Vector<Sum> totals(groups() * N_ * V_);
+      for_groups([&](int64_t g, Scratch& scratch, Group<Sum>&) {
+        list_and_add(g, scratch, totals.data() + g * N_ * V_);
+      });
+      for (int64_t g = 1; g < groups(); ++g) add_row(totals.data(), totals.data() + g * N_ * V_, N_ * V_);
+      for (int64_t i = 0; i < N_ * V_; ++i) rounded[i] = static_cast<T>(totals[i] / static_cast<Sum>(C_));
+    }
+    Vector<Sum> means(N_ * V_);
+    std::transform(rounded.begin(), rounded.end(), means.begin(), [](T mean) { return widen<Sum>(mean); });
+    return means;
+  }
+
+  // The norm of the whole gradient: that of all positions as if they shared no row, and corrections, added in order.
+  double norm(const Gradient<Sum>& grad) {
+    if (N_ == 0 || C_ == 0) return 0; // whatever the loss
+    Vector<double> corrections(groups());
+    for_groups([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
+      corrections[g] = summed(g, grad, scratch, own).correction(grad);
+    });
+    double total = 0;
+    for (double square : grad.squares) total += square;
+    total *= static_cast<double>(grad.positions) * C_;
+    for (double correction : corrections) total += correction;
+    return std::sqrt(std::max(total, 0.0));
+  }
+
+  // Last groups first: the rows that the pass over the values fetched last are still in cache.
+  void move(const Gradient<Sum>& grad, Sum step) {
+    for_groups<true>([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
+      const Group<Sum>& group = kept_.empty() ? summed(g, grad, scratch, own) : kept_[g];
+      group.move(table_ + g * books_ * K_ * V_, grad, step);
+    });
+  }
+
+ private:
+  int64_t groups() const {
+    return (C_ + books_ - 1) / books_;
+  }
+
+  // A thread's groups are the same in every pass: the caches that it filled are its own.
+  template <bool LastFirst = false, class F>
+  void for_groups(const F& visit) {
+    parallel(groups(), kSerialWork / std::max<int64_t>(N_ * V_ * books_, 1), [&](int64_t begin, int64_t end) {
+      Scratch scratch{K_, books_, N_};
+      Group<Sum> own(1, kept_.empty() ? N_ : 0);
+      for (int64_t i = begin; i < end; ++i) visit(LastFirst ? begin + end - 1 - i : i, scratch, own);
+    });
+  }
+
+  // List a group and add its values to ``totals``: those of a codebook come from far away while the next one is listed.
+  void list_and_add(int64_t g, Scratch& scratch, Sum* totals) {
+    const int64_t c0 = g * books_, c1 = std::min(C_, c0 + books_);
+    Group<Sum>& group = kept_[g];
+    const T* values = table_ + c0 * K_ * V_;
+    const auto add = [&](int64_t book) {
+      const int32_t* const codes = scratch.codes.data() + book * N_;
+      for (int64_t n = 0; n < N_; ++n) add_short_row(totals + n * V_, values + (book * K_ + codes[n]) * V_, V_);
+    };
+    group.read(indices_, c0, c1, scratch);
+    for (int64_t book = 0; book < c1 - c0; ++book) {
+      group.list(book, K_, scratch, [=, V = V_, of = values + book * K_ * V_](int32_t row) {
+        prefetch(of + row * V, V * sizeof(T));
+      });
+      if (book > 0) add(book - 1);
+    }
+    add(c1 - c0 - 1);
+  }
+
+  // A group with its sums: one that was kept, or codebook ``g``, listed anew.
+  Group<Sum>& summed(int64_t g, const Gradient<Sum>& grad, Scratch& scratch, Group<Sum>& own) {
+    if (kept_.empty()) {
+      own.read(indices_, g, g + 1, scratch);
+      own.list(0, K_, scratch, [](int32_t) {});
+    }
+    Group<Sum>& group = kept_.empty() ? own : kept_[g];
+    group.sum(grad);
+    return group;
+  }
+
+  T* table_;
+  const Tensor& indices_;
+  int64_t K_, V_, C_, N_;
+  int64_t books_ = 1; // codebooks of a group
+  Vector<Group<Sum>> kept_; // all groups, or none where they would fill the memory
+};
+
+// Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets, and the loss.
+template <class Sum>
+double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t C, Sum smoothing, Sum* logits,
+              Gradient<Sum>& grad) {
+  const int64_t S = grad.positions, V = grad.width;
+  Vector<Sum> loss(B);
+  const Sum scale = static_cast<Sum>(1.0 / (static_cast<double>(B) * S * C));
+  parallel(B, kSerialWork / std::max<int64_t>((S + 8) * V, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      Sum *const row = logits + b * V, *const slopes = grad.rows.data() + b * V;
+      std::fill_n(row, V, Sum{0});
+      for (int64_t s = 0; s < S; ++s) add_row(row, means + (b * S + s) * V, V);
+      for (int64_t v = 0; v < V; ++v) row[v] /= static_cast<Sum>(S);
+      loss[b] = cross_entropy(row, V, targets[b], smoothing, scale, slopes);
+      grad.squares[b] = square(slopes, V);
+    }
+  });
+  double total = 0;
+  for (Sum one : loss) total += one;
+  return total / B;
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor, Tensor> sgd_step_(
+    Tensor values, Tensor indices, Tensor targets, double lr, double max_norm, double label_smoothing) {
+  require_floating(values, "values");
+  require_shape(values, "values", {-1, -1, -1});
+  require(values.is_contiguous(), "expected contiguous values, got a table with other strides");
+  const int64_t C = values.size(0), K = values.size(1), V = values.size(2);
+  require_codes(indices, C, K);
+  const int64_t B = indices.size(0), S = indices.size(1), N = B * S;
+  require(N < 1 << 26 && K < 1 << 28, "expected fewer than 2^26 positions and 2^28 pairs, got ", N, " and ", K);
+  require_cpu(targets, "targets");
+  require(
+      targets.scalar_type() == ScalarType::Long, "expected targets torch.int64, got ",
+      dtype_name(targets.scalar_type()));
+  require_shape(targets, "targets", {B});
+  require_apart(values, "values", indices, "indices");
+  require_apart(values, "values", targets, "targets");
+  targets = compact(targets);
+  require_classes(targets, V);
+
+  const ScalarType exact = values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor loss = new_tensor(values, {}, exact), norm = new_tensor(values, {}, exact);
+  Tensor logits = new_tensor(values, {B, V}, exact);
+  with_floating(values.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    using Sum = Accumulator<T>;
+    TrainingStep<T> step(values.mutable_data_ptr<T>(), K, V, indices);
+    const Vector<Sum> means = step.means();
+    Gradient<Sum> grad(B, S, V);
+    *loss.mutable_data_ptr<Sum>() = static_cast<Sum>(losses(
+        means.data(), targets.const_data_ptr<int64_t>(), B, C, static_cast<Sum>(label_smoothing),
+        logits.mutable_data_ptr<Sum>(), grad));
+    const double norm_of_all = step.norm(grad);
+    *norm.mutable_data_ptr<Sum>() = static_cast<Sum>(norm_of_all);
+    if (!std::isfinite(norm_of_all)) return; // there is no direction to step in
+    const double share = max_norm / (norm_of_all + 1e-6);
+    step.move(grad, static_cast<Sum>(lr * (share < 1 ? share : 1.0)));
+  });
+  return {loss, norm, logits};
+}
+
+} // namespace kvb

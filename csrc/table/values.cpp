@@ -1,0 +1,307 @@
+// Values fetched by index, and the gradient of that: gather, gather_backward, gather_backward_rows.
+#include "../ops.h"
+#include "pooled.h"
+
+#include <bit>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+namespace kvb {
+namespace {
+
+constexpr int64_t kMapped = 1 << 25; // bytes from which malloc maps fresh pages, at glibc's highest threshold
+
+// An uninitialised output. Faulting in fresh pages of 4 KB costs more than writing them: ask for large ones.
+Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  Tensor out = new_tensor(like, sizes, like.scalar_type());
+#ifdef __linux__
+  constexpr uintptr_t page = 1 << 21;
+  const int64_t bytes = out.numel() * element_bytes(out.scalar_type());
+  if (bytes >= kMapped) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+    const uintptr_t first = (begin + page - 1) / page * page;
+    madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / page * page, MADV_HUGEPAGE);
+  }
+#endif
+  return out;
+}
+
+// --- gather ----------------------------------------------------------------------------------------------------------
+
+// Two pieces of ``size`` bytes that may overlap.
+template <int size>
+inline void copy_two(char* __restrict out, const char* __restrict row, int64_t second) {
+  char pieces[2][size];
+  __builtin_memcpy(pieces[0], row, size);
+  __builtin_memcpy(pieces[1], row + second, size);
+  __builtin_memcpy(out, pieces[0], size);
+  __builtin_memcpy(out + second, pieces[1], size);
+}
+
+// Rows are too short for a call of memcpy; the last piece overlaps the one before instead of ending in smaller ones.
+inline void copy_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
+  if (bytes >= 32) {
+    for (int64_t at = 0; at + 32 <= bytes; at += 32) copy_two<16>(out + at, row + at, 16);
+    copy_two<16>(out + bytes - 32, row + bytes - 32, 16);
+  } else if (bytes >= 16) {
+    copy_two<16>(out, row, bytes - 16);
+  } else if (bytes >= 8) {
+    copy_two<8>(out, row, bytes - 8);
+  } else if (bytes >= 4) {
+    copy_two<4>(out, row, bytes - 4);
+  } else {
+    __builtin_memcpy(out, row, bytes);
+  }
+}
+
+// Whether rows of so many bytes can be written past the caches, and should be: an output that no cache holds would
+// otherwise be read before it is written.
+bool streams(const char* out, int64_t row_bytes, int64_t bytes) {
+#ifdef __SSE2__
+  return bytes >= kMapped && row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+#else
+  return false;
+#endif
+}
+
+inline void stream_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
+#ifdef __SSE2__
+  for (int64_t at = 0; at < bytes; at += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + at), _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + at)));
+#endif
+}
+
+// Rows of ``table`` one after the other, in the order of ``order``, whose targets are in bytes.
+void gather_each(const char* table, const Walk& order, int64_t row_bytes, char* out) {
+  const bool streaming = streams(out, row_bytes, order.positions() * row_bytes);
+  parallel(order.positions(), kSerialWork * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
+    std::array<Row, kListedRows> rows;
+    char* to = out + begin * row_bytes;
+    const auto copy_listed = [&](int64_t listed, auto copy) {
+      for (int64_t i = 0; i < listed; ++i, to += row_bytes) {
+        if (i + kAhead < listed) prefetch(table + rows[i + kAhead].target, row_bytes);
+        copy(to, table + rows[i].target, row_bytes);
+      }
+    };
+    for (int64_t at = begin; at < end; at += kListedRows) {
+      const int64_t listed = list_rows(order, at, std::min(end, at + kListedRows), UINT64_MAX, rows.data());
+      streaming ? copy_listed(listed, stream_row) : copy_listed(listed, copy_row);
+    }
+#ifdef __SSE2__
+    if (streaming) _mm_sfence();
+#endif
+  });
+}
+
+// --- gradients -------------------------------------------------------------------------------------------------------
+
+void require_grad(const Tensor& grad, const Tensor& indices, int64_t K, const std::string& pool) {
+  require_floating(grad, "grad");
+  require_pool(pool);
+  require(indices.dim() == 3, "expected indices [B, S, C], got ", shape(indices));
+  const int64_t B = indices.size(0), S = indices.size(1), C = indices.size(2);
+  pool == "none" ? require_shape(grad, "grad", {B, S, C, -1}) : require_shape(grad, "grad", {B, S, -1});
+  require_codes(indices, C, K);
+}
+
+Source source_of(const Tensor& grad, const Tensor& indices, int64_t K, const std::string& pool) {
+  return {grad, indices, K, pool != "none", pool == "mean" ? indices.size(2) : 1};
+}
+
+// The most rows a range may have for ``bytes`` a row to stay in cache.
+int64_t cached_rows(int64_t bytes) {
+  return kCachedBytes / std::max<int64_t>(bytes, 1);
+}
+
+template <class T>
+void sum_dense(const Source& source, const RowRange& range, Accumulator<T>* sums) {
+  const int64_t width = source.width();
+  std::fill_n(sums, range.rows() * width, Accumulator<T>{0});
+  for_rows<T>(source, range, [&](const auto* row, int64_t target) { add_row(sums + target * width, row, width); });
+}
+
+template <class T>
+void dense_gradient(const Source& source, T* out) {
+  using Sum = Accumulator<T>;
+  const int64_t width = source.width(), rows = source.indices.size(2) * source.K;
+  const Shares shares = share_out(
+      source.indices.size(2), source.K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
+  for_shares(shares, [&](int64_t t) {
+    Vector<Sum> scratch;
+    for (const RowRange& range : shares[t]) {
+      T* to = out + range.first * width;
+      if constexpr (std::is_same_v<T, Sum>) {
+        sum_dense<T>(source, range, to);
+      } else {
+        scratch.resize(range.rows() * width);
+        sum_dense<T>(source, range, scratch.data());
+        std::transform(scratch.begin(), scratch.end(), to, [](Sum sum) { return static_cast<T>(sum); });
+      }
+    }
+  });
+}
+
+// --- gradients as merged rows ----------------------------------------------------------------------------------------
+
+// The rows of one range that any index points at.
+struct TouchedRows {
+  RowRange range;
+  Vector<uint64_t> bits;
+  int64_t count;
+  int64_t place = 0; // of the first of them in the output
+};
+
+TouchedRows find_touched(const Source& source, const RowRange& range) {
+  TouchedRows touched{range, Vector<uint64_t>((range.rows() + 63) / 64), 0};
+  for_targets(source.indices, source.K, range, [&](int64_t target) {
+    uint64_t& word = touched.bits[target / 64];
+    const uint64_t bit = uint64_t{1} << (target % 64);
+    touched.count += !(word & bit);
+    word |= bit;
+  });
+  return touched;
+}
+
+// Number the touched rows in ascending order: slots[row of the range] is its place among them.
+void number_rows(const TouchedRows& touched, int64_t* slots, int64_t* rows) {
+  int64_t slot = 0;
+  for (size_t word = 0; word < touched.bits.size(); ++word) {
+    for (uint64_t bits = touched.bits[word]; bits; bits &= bits - 1, ++slot) {
+      const int64_t row = static_cast<int64_t>(word) * 64 + std::countr_zero(bits);
+      slots[row] = slot;
+      rows[slot] = touched.range.first + row;
+    }
+  }
+}
+
+template <class T>
+void sum_touched(const Source& source, const TouchedRows& touched, const int64_t* slots, Accumulator<T>* sums) {
+  const int64_t width = source.width();
+  std::fill_n(sums, touched.count * width, Accumulator<T>{0});
+  for_rows<T>(source, touched.range, [&](const auto* row, int64_t target) {
+    add_row(sums + slots[target] * width, row, width);
+  });
+}
+
+using TouchedShares = std::vector<std::vector<TouchedRows>>;
+
+TouchedShares find_all_touched(const Source& source, const Shares& shares) {
+  TouchedShares touched(shares.size());
+  for_shares(shares, [&](int64_t t) {
+    for (const RowRange& range : shares[t]) touched[t].push_back(find_touched(source, range));
+  });
+  int64_t place = 0;
+  for (auto& share : touched) {
+    for (TouchedRows& one : share) {
+      one.place = place;
+      place += one.count;
+    }
+  }
+  return touched;
+}
+
+// Fills the first rows of ``rows`` and ``grads``; returns how many.
+template <class T>
+int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
+  using Sum = Accumulator<T>;
+  const int64_t width = source.width();
+  const Shares shares =
+      share_out(source.indices.size(2), source.K, cached_rows(sizeof(int64_t)), source.indices.numel() * width);
+  const TouchedShares touched = find_all_touched(source, shares);
+  for_shares(shares, [&](int64_t t) {
+    Buffer<int64_t> slots;
+    Vector<Sum> scratch;
+    for (const TouchedRows& one : touched[t]) {
+      slots = new_buffer<int64_t>(one.range.rows()); // only the slots of touched rows are ever read
+      number_rows(one, slots.get(), rows + one.place);
+      T* to = grads + one.place * width;
+      if constexpr (std::is_same_v<T, Sum>) {
+        sum_touched<T>(source, one, slots.get(), to);
+      } else {
+        scratch.resize(one.count * width);
+        sum_touched<T>(source, one, slots.get(), scratch.data());
+        std::transform(scratch.begin(), scratch.end(), to, [](Sum sum) { return static_cast<T>(sum); });
+      }
+    }
+  });
+  int64_t count = 0;
+  for (const auto& share : touched)
+    for (const TouchedRows& one : share) count += one.count;
+  return count;
+}
+
+// The tail that stands for no row.
+template <class T>
+void clear_tail(int64_t begin, int64_t end, int64_t width, int64_t* rows, T* grads) {
+  parallel(end - begin, kSerialWork / std::max<int64_t>(width, 1), [&](int64_t first, int64_t last) {
+    std::fill(rows + begin + first, rows + begin + last, -1);
+    std::fill(grads + (begin + first) * width, grads + (begin + last) * width, T{});
+  });
+}
+
+} // namespace
+
+Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layout) {
+  require_floating(values, "values");
+  require_pool(pool);
+  require(layout == "bscv" || layout == "bcsv", "expected layout 'bscv' or 'bcsv', got '", layout, "'");
+  require_shape(values, "values", {-1, -1, -1});
+  const int64_t C = values.size(0), V = values.size(2);
+  require_codes(indices, C, values.size(1));
+  if (values.stride(2) != 1) values = compact(values);
+  const int64_t B = indices.size(0), S = indices.size(1);
+  const ScalarType type = values.scalar_type();
+
+  if (pool != "none") {
+    Tensor out = new_output(values, {B, S, V});
+    const Walk order = walk(indices, {}, values.stride(0), values.stride(1));
+    with_floating(type, [&](auto value) {
+      using T = decltype(value);
+      gather_pooled(values.const_data_ptr<T>(), order, V, pool == "mean", out.mutable_data_ptr<T>());
+    });
+    return out;
+  }
+  const bool transposed = layout == "bcsv";
+  Tensor out = new_output(values, {B, transposed ? C : S, transposed ? S : C, V});
+  const int64_t bytes = element_bytes(type);
+  Walk order = walk(indices, {}, values.stride(0) * bytes, values.stride(1) * bytes);
+  if (transposed) swap_axes(order, 1, 2);
+  gather_each(
+      static_cast<const char*>(values.const_data_ptr()), with_long_runs(order), V * bytes,
+      static_cast<char*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor gather_backward(Tensor grad, Tensor indices, int64_t K, std::string pool) {
+  require_grad(grad, indices, K, pool);
+  const Source source = source_of(grad, indices, K, pool);
+  Tensor out = new_output(grad, {indices.size(2), K, source.width()});
+  with_floating(grad.scalar_type(), [&](auto value) {
+    dense_gradient(source, out.mutable_data_ptr<decltype(value)>());
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indices, int64_t K, std::string pool) {
+  require_grad(grad, indices, K, pool);
+  const Source source = source_of(grad, indices, K, pool);
+  const int64_t size = std::min(indices.numel(), indices.size(2) * K), width = source.width();
+  Tensor rows = new_tensor(grad, {size}, ScalarType::Long);
+  Tensor grads = new_output(grad, {size, width});
+  Tensor count = new_tensor(grad, {1}, ScalarType::Long);
+  with_floating(grad.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    int64_t* to = rows.mutable_data_ptr<int64_t>();
+    const int64_t touched = merged_gradient(source, to, grads.mutable_data_ptr<T>());
+    clear_tail(touched, size, width, to, grads.mutable_data_ptr<T>());
+    *count.mutable_data_ptr<int64_t>() = touched;
+  });
+  return {rows, grads, count};
+}
+
+} // namespace kvb

@@ -1,0 +1,126 @@
+"""Every private part of PyTorch that kvb uses, each named once: what it does, and what says so when it is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def _private(path: str) -> Any:
+    """What ``path`` names within PyTorch; an ImportError that says which version lacks it."""
+    found: Any = torch
+    for name in path.split(".")[1:]:
+        if not hasattr(found, name):
+            raise ImportError(
+                f"kvb needs {path}, which torch {torch.__version__} does not have: install a version of torch that "
+                "kvb was released for, or a newer kvb"
+            )
+        found = getattr(found, name)
+    return found
+
+
+# Skips autograd in the calls within: the outputs carry no history, neither gradients nor tangents.
+below_autograd: Callable[[], contextlib.AbstractContextManager[None]] = _private("torch._C._AutoDispatchBelowAutograd")
+# Skips the bookkeeping of writes as well, which comes after autograd.
+below_bookkeeping: Callable[[], contextlib.AbstractContextManager[None]] = _private(
+    "torch._C._AutoDispatchBelowADInplaceOrView"
+)
+# The dispatch keys that come after that bookkeeping.
+after_bookkeeping: Any = _private("torch._C._after_ADInplaceOrView_keyset")
+# Whether a torch.func transform is under way.
+transforms_active: Callable[[], bool] = _private("torch._C._are_functorch_transforms_active")
+# Lets a torch.autograd.Function record at the level of the current torch.func transform alone.
+single_level_autograd: Callable[[], contextlib.AbstractContextManager[None]] = _private(
+    "torch._functorch.autograd_function.enable_single_level_autograd_function"
+)
+# Raises on the device where a condition does not hold; the host does not wait.
+assert_async: Callable[[Tensor, str], None] = _private("torch._assert_async")
+
+# Turns forward-mode differentiation on or off within.
+_forward_mode: Callable[[bool], contextlib.AbstractContextManager[None]] = _private(
+    "torch.autograd.forward_ad._set_fwd_grad_enabled"
+)
+# Whether an operator, "kvb::nearest" say, has a kernel of its own at a dispatch key, "CPU" say.
+has_kernel: Callable[[str, str], bool] = _private("torch._C._dispatch_has_kernel_for_dispatch_key")
+
+# Lets a named tuple pass through torch.export.
+register_namedtuple: Callable[..., None] = _private("torch.utils._pytree._register_namedtuple")
+
+# How often a tensor was written, as far as PyTorch was told.
+version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
+# How many tensors of Python and C++ are this one, and how many share the storage at an address.
+users_of: Callable[[Tensor], int] = _private("torch.Tensor._use_count")
+users_of_storage: Callable[[int], int] = _private("torch._C._storage_Use_Count")
+# Whether torch.func wraps a tensor.
+is_wrapped: Callable[[Tensor], bool] = _private("torch._C._functorch.is_functorch_wrapped_tensor")
+# How many dispatch modes see the operators of this thread, and what torch.jit.trace keeps of them, or None.
+dispatch_modes: Callable[[], int] = _private("torch._C._len_torch_dispatch_stack")
+trace: Callable[[], Any] = _private("torch._C._get_tracing_state")
+
+# The backward pass that this thread runs, or -1; and whether its graph is kept for another one.
+_backward_pass: Callable[[], int] = _private("torch._C._current_graph_task_id")
+graph_is_kept: Callable[[], bool] = _private("torch._C._autograd._get_current_graph_task_keep_graph")
+# What packs and unpacks the tensors that autograd saves, or None.
+_saving: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
+
+_private("torch.Tensor._version")
+_private("torch.UntypedStorage._cdata")
+_private("torch._C._FunctionBase.apply")
+_private("torch.Tensor._coalesced_")
+_private("torch.Tensor._indices")
+_private("torch.autograd.forward_ad._current_level")
+
+
+def tangents_possible() -> bool:
+    """Whether forward-mode differentiation may be under way: only then does a tensor carry a tangent.
+
+    While torch.compile traces, PyTorch does not keep the level: any transform may be a torch.func.jvp.
+    """
+    return forward_ad._current_level >= 0 or transforms_active()
+
+
+@contextlib.contextmanager
+def derivatives_on() -> Iterator[None]:
+    """Both modes of differentiation, for the outer of nested torch.func transforms.
+
+    PyTorch turns them off around ``forward`` and ``jvp`` of a ``torch.autograd.Function``, for all levels at once.
+    """
+    with torch.enable_grad(), _forward_mode(True):
+        yield
+
+
+def record_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its look at the signature of ``forward``, which takes most of a small call."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def coordinates(sparse: Tensor) -> Tensor:
+    """Where the rows of a sparse tensor lie, [axes, M], whether or not it is coalesced."""
+    return sparse._indices()
+
+
+def call_coalesced(sparse: Tensor) -> Tensor:
+    """The same tensor, declared coalesced: its rows are known to be in order and without repetition."""
+    return sparse._coalesced_(True)
+
+
+def address_of(storage: torch.UntypedStorage) -> int:
+    """What ``users_of_storage`` takes; good as long as somebody holds the storage."""
+    return storage._cdata
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs this call."""
+    return _backward_pass() != -1
+
+
+def saving_hooks() -> tuple[Any, Any] | None:
+    """What packs and unpacks the tensors that autograd saves, where ``saved_tensors_hooks`` are active."""
+    hooks: tuple[Any, Any] | None = _saving(False)
+    return hooks

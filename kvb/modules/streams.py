@@ -1,0 +1,88 @@
+"""Data as batches of queries: tensors are cut, loaders are read once per pass.
+
+Everything here works on items of a loader; what a query is, and what an encoder makes of an item, the caller says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+BATCH = 1 << 22  # elements of one batch cut from a tensor
+PATIENCE = 1.0  # seconds until a pass shows its progress
+
+
+def cut(data: Tensor) -> tuple[Tensor, ...]:
+    """A tensor in batches that fit in memory together with what is computed from them."""
+    return data.split(max(1, BATCH // max(1, data[:1].numel()))) if data.dim() else (data,)
+
+
+def first(item: Any) -> Any:
+    """The inputs in one item of a loader: its first element, or itself."""
+    return item[0] if isinstance(item, (tuple, list)) else item
+
+
+class Stream:
+    """Passes over data as queries [B, S, C, D].
+
+    Args:
+        batches: an iterable of items, read once per pass.
+        features: makes features [B, *shape, d] of an item; where an encoder runs, if there is one.
+        queries: makes queries [B, S, C, D] of features.
+        replay: keep the features of the first limited pass on the host, and make all limited passes from them, so that
+            an encoder sees them once.
+        passes: how often ``batches`` will be read, ``progress`` says.
+    Raises:
+        TypeError: batches that cannot be iterated. ValueError: a one-shot iterator, and more than one pass.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        features: Callable[[Any], Tensor],
+        queries: Callable[[Tensor], Tensor],
+        *,
+        replay: bool = False,
+        passes: int,
+        progress: bool,
+    ) -> None:
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"data must be a Tensor or an iterable of batches, not {type(batches).__name__}")
+        if isinstance(batches, Iterator) and passes > 1:
+            raise ValueError(
+                f"data can be iterated only once, but {passes} passes are needed: give a DataLoader, a list or a tensor"
+            )
+        self.batches, self.features, self.make_queries = batches, features, queries
+        self.passes, self.progress, self.replay = passes, progress, replay
+        self._kept: list[Tensor] | None = None
+        self._begun = 0
+
+    def queries(self, label: str, limit: int | None = None) -> Iterator[Tensor]:
+        """One pass; ``limit`` stops it after so many rows of one codebook, rounded up to whole samples."""
+        replayed = self.replay and limit is not None
+        kept: list[Tensor] = []
+        rows = 0
+        for features in self._kept or self._read(label) if replayed else self._read(label):
+            queries = self.make_queries(features)
+            if replayed and self._kept is None:
+                kept.append(features.cpu())
+            if limit is not None:
+                queries = queries[: -(-(limit - rows) // max(1, queries.shape[1]))]
+            rows += queries.shape[0] * queries.shape[1]
+            yield queries
+            if limit is not None and rows >= limit:
+                break
+        if rows == 0:
+            raise ValueError("data yielded no rows")
+        if replayed:
+            self._kept = self._kept or kept
+
+    def _read(self, label: str) -> Iterator[Tensor]:
+        self._begun += 1
+        title = f"keys: {label} (pass {self._begun} of {self.passes})"
+        total = len(self.batches) if isinstance(self.batches, Sized) else None
+        shown = tqdm(self.batches, title, total, disable=not self.progress, leave=False, delay=PATIENCE)
+        return map(self.features, shown)

@@ -1,0 +1,190 @@
+"""What every module around a bottleneck offers: one set of methods under the names of ``KeyValueBottleneck``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kvb.modules.bottleneck import KeyValueBottleneck
+from kvb.modules.datasets import ReadsData
+from kvb.modules.streams import cut
+
+BATCH = 256  # samples of one batch cut from a tensor for an encoder
+_Self = TypeVar("_Self", bound="BottleneckWrapper")
+
+
+class KvbOptions(TypedDict, total=False):
+    """Options of ``KeyValueBottleneck`` that the published classes do not have."""
+
+    sparse_grad: bool
+    check_finite: bool
+
+
+class BottleneckOptions(KvbOptions, total=False):
+    """The options of ``KeyValueBottleneck``, all but its sizes."""
+
+    init_mode: str
+    kmeans_iters: int
+    decay: float
+    eps: float
+    threshold_ema_dead_code: float
+    sample_codebook_temperature: float
+    return_values_only: bool
+    topk: int
+
+
+class BottleneckWrapper(ReadsData, nn.Module):
+    """An encoder (or None), a splitter and a bottleneck. A subclass says how they come to be, and what goes in and out.
+
+    Its inputs are whatever the encoder takes, the features themselves where there is none. Everything that is not
+    described here is as in ``KeyValueBottleneck``.
+    """
+
+    encoder: nn.Module | None
+    splitter: nn.Module
+    bottleneck: KeyValueBottleneck
+    _replays = True
+
+    # --- what a subclass says -----------------------------------------------------------------------------------------
+
+    def forward_encoder(self, x: Any, **encoder_options: Any) -> Tensor:
+        """x -> features [B, *shape, d], channels last."""
+        raise NotImplementedError
+
+    def _split(self, features: Tensor) -> Tensor:
+        """Features [B, *shape, d] -> heads [B, C, *shape, D]."""
+        heads: Tensor = self.splitter(features)
+        return heads
+
+    def _pool(self, pool: str | None) -> str:
+        """What None means."""
+        return pool or "none"
+
+    def _arranged(self, fetched: Tensor, pool: str) -> Tensor:
+        """Values as the bottleneck returns them, in the layout of this module's output."""
+        return fetched
+
+    # --- lookup -------------------------------------------------------------------------------------------------------
+
+    def forward_splitter(self, x: Any, **encoder_options: Any) -> Tensor:
+        """x -> heads [B, C, *shape, D], what the keys are compared with."""
+        return self._split(self.forward_encoder(x, **encoder_options))
+
+    def encode(self, x: Any, *, dtype: torch.dtype | str = torch.int64, **encoder_options: Any) -> Tensor:
+        """The indices [B, C, *shape] that ``forward`` would fetch; see ``KeyValueBottleneck.encode``.
+
+        ``decode(indices)`` gives the output of ``forward`` back, as often as you train on it.
+        """
+        with torch.no_grad():
+            return self.bottleneck.encode(self.forward_splitter(x, **encoder_options), dtype=dtype)
+
+    def decode(self, indices: Tensor, pool: str | None = None) -> Tensor:
+        """The values of indices [B, C, *shape], in the layout of ``forward``.
+
+        Equivalent to ``forward`` on the inputs that the indices come from, without encoder and search; differentiable
+        for the values.
+
+        Args:
+            indices: of ``encode`` or ``encode_dataset``.
+            pool: "none", or "mean" or "sum" over codebooks; None as ``forward`` does it.
+        Raises:
+            as ``KeyValueBottleneck.decode``.
+        """
+        return self._arranged(self.bottleneck.decode(indices, self._pool(pool)), self._pool(pool))
+
+    def _target(self) -> KeyValueBottleneck:
+        return self.bottleneck
+
+    def _features(self, inputs: Any) -> Tensor:
+        return self.forward_encoder(inputs)
+
+    def _heads(self, features: Tensor) -> Tensor:
+        return self._split(self._moved(features))
+
+    def _cut(self, data: Tensor) -> tuple[Tensor, ...]:
+        return cut(data) if self.encoder is None else data.split(BATCH)
+
+    def _moved(self, inputs: Any) -> Any:
+        """Tensors, also in a mapping, on the device of the bottleneck."""
+        if isinstance(inputs, Mapping):
+            return {name: self._moved(value) for name, value in inputs.items()}
+        return super()._moved(inputs)
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """As ``torch.nn.Module.train``, but the encoder stays in eval mode."""
+        super().train(mode)
+        if self.encoder is not None:
+            self.encoder.eval()
+        return self
+
+    # --- the bottleneck's own: see there ------------------------------------------------------------------------------
+
+    @property
+    def values(self) -> nn.Parameter:
+        """[C, K, V], the parameter of the bottleneck."""
+        return self.bottleneck.values
+
+    @property
+    def keys(self) -> Tensor:
+        """[C, K, D]."""
+        return self.bottleneck.keys
+
+    @property
+    def keys_initialised(self) -> bool:
+        return self.bottleneck.keys_initialised
+
+    @property
+    def keys_frozen(self) -> bool:
+        return self.bottleneck.keys_frozen
+
+    def freeze_keys(self: _Self) -> _Self:
+        self.bottleneck.freeze_keys()
+        return self
+
+    def unfreeze_keys(self: _Self) -> _Self:
+        self.bottleneck.unfreeze_keys()
+        return self
+
+    def enable_update_keys(self: _Self) -> _Self:
+        """The published name of ``unfreeze_keys``."""
+        return self.unfreeze_keys()
+
+    def disable_update_keys(self: _Self) -> _Self:
+        """The published name of ``freeze_keys``."""
+        return self.freeze_keys()
+
+    def activate_counts(self: _Self) -> _Self:
+        self.bottleneck.activate_counts()
+        return self
+
+    def deactivate_counts(self: _Self) -> _Self:
+        self.bottleneck.deactivate_counts()
+        return self
+
+    def reset_cluster_size_counter(self: _Self) -> _Self:
+        self.bottleneck.reset_cluster_size_counter()
+        return self
+
+    @property
+    def pair_mask(self) -> Tensor | None:
+        return self.bottleneck.pair_mask
+
+    def mask_pairs(self: _Self, mask: Tensor | None) -> _Self:
+        self.bottleneck.mask_pairs(mask)
+        return self
+
+    def refresh_keys(self: _Self) -> _Self:
+        self.bottleneck.refresh_keys()
+        return self
+
+    def fraction_of_unused_keys(self) -> Tensor:
+        return self.bottleneck.fraction_of_unused_keys()
+
+    def usage(self) -> Tensor:
+        return self.bottleneck.usage()
+
+    def perplexity(self) -> Tensor:
+        return self.bottleneck.perplexity()

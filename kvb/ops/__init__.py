@@ -1,0 +1,38 @@
+"""The operator contract: schemas, shapes, gradients, batching, and which backend answers.
+
+Letters, the same in Python, Triton and C++:
+    B batch   S positions   C codebooks   K key-value pairs per codebook   D key dim   V value dim   T nearest keys
+
+Each operator is one schema. The reference answers on every device (``CompositeExplicitAutograd``); a faster backend
+registers the same schemas under its own dispatch key, and PyTorch's dispatcher picks. Nothing here computes.
+
+Shapes:
+    queries [B, S, C, D], any strides with a contiguous last axis    keys [C, K, D]    packed uint8 [C, nbytes]
+    mask bool [C, K], True where a pair may be fetched               values [C, K, V]  indices [B, S, C], any integer
+    ``nearest`` and ``sample`` return indices int64 and squared distances, both [B, S, C, T].
+    A query with NaN or Inf gets the indices 0..T-1 at distance NaN; where fewer than T keys are usable, the lowest
+    unused indices follow at distance +inf.
+    ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
+    ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].
+    ``update_keys_`` writes keys, keys_avg [C, K, D] and cluster_size [C, K], all of one dtype; it takes hits [C, K] and
+    sums [C, K, D] in float32 (float64 for float64 keys), spare rows [C, R, D] like the keys, and int64 usable [C].
+"""
+
+from kvb.ops import batching, gradients
+from kvb.ops.backends import CPU_CAPABILITIES, absent, backend
+from kvb.ops.gradients import gather_row_grad, lookup
+from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, operators
+
+__all__ = [
+    "CPU_CAPABILITIES",
+    "IN_PLACE",
+    "NAMES",
+    "SCHEMAS",
+    "absent",
+    "backend",
+    "batching",
+    "gather_row_grad",
+    "gradients",
+    "lookup",
+    "operators",
+]

@@ -1,0 +1,293 @@
+"""Derivatives of the operators, in reverse and forward mode; what autograd is told of those that write.
+
+Values learn; queries learn through the distance to the key that was chosen; keys never learn by gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from kvb._torch import (
+    after_bookkeeping,
+    below_autograd,
+    below_bookkeeping,
+    derivatives_on,
+    record_of,
+    single_level_autograd,
+    tangents_possible,
+    transforms_active,
+)
+from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, library
+
+
+def _below_autograd(operator: Any, *args: Any) -> Any:
+    with below_autograd():
+        return operator(*args)
+
+
+def _forward(operator: Any, *args: Any) -> Any:
+    """The same, in ``forward``: inside nested torch.func transforms the outer ones go on differentiating."""
+    if not transforms_active():
+        return _below_autograd(operator, *args)
+    with derivatives_on():
+        return _below_autograd(operator, *args)
+
+
+def _learns(tensor: Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+def _save(ctx: Any, *tensors: Tensor) -> None:
+    """For ``backward``, and while tangents are about for ``jvp`` as well."""
+    ctx.save_for_backward(*tensors)
+    if tangents_possible():
+        ctx.save_for_forward(*tensors)
+
+
+def _saveable(indices: Tensor) -> Tensor:
+    """Indices made under inference_mode, by a frozen encoder say, may be trained on later."""
+    return indices.clone() if indices.is_inference() else indices
+
+
+def _require_no_tangents(operator: str, *tensors: Tensor) -> None:
+    if tangents_possible() and any(forward_ad.unpack_dual(one, level=0).tangent is not None for one in tensors):
+        raise NotImplementedError(
+            f"torch.ops.kvb.{operator} has no forward-mode derivative; call detach() on its arguments first"
+        )
+
+
+# --- distances --------------------------------------------------------------------------------------------------------
+
+
+class _Nearest(torch.autograd.Function):
+    @staticmethod
+    def forward(queries: Tensor, keys: Tensor, packed: Tensor, mask: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
+        return _forward(torch.ops.kvb.nearest.default, queries, keys, packed, mask, topk)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep the chosen keys, not all keys: those may move in place before the backward pass."""
+        queries, keys, (indices, distances) = *inputs[:2], output
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)  # to tell no tangent from one of zeros
+        ranks = [torch.ops.kvb.gather(keys, one, "none", "bscv") for one in indices.unbind(-1)]
+        _save(ctx, queries, torch.stack(ranks, -2), distances)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of sum((q - k)^2) for q, [B, S, C, D]."""
+        none = [None] * len(ctx.needs_input_grad)  # as many as were passed on: a default is not
+        if grads[1] is None:
+            return tuple(none)
+        queries, chosen, distances = ctx.saved_tensors
+        grad = torch.where(distances.isfinite(), grads[1], 0)
+        moved = 2 * _apart(queries, chosen, distances) * grad[..., None]
+        return moved.sum(-2).to(queries.dtype), *none[1:]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[None, Tensor | None]:
+        """The same for a tangent of q: [B, S, C, T]."""
+        if tangents[1] is not None:
+            raise NotImplementedError(
+                "expected keys without a tangent: keys never learn by gradient, and kvb has no derivative for them; "
+                "call keys.detach() first"
+            )
+        if tangents[0] is None:
+            return None, None
+        # Their own tangents belong to the level of this derivative, not to those of the outer ones.
+        queries, chosen, distances = (forward_ad.unpack_dual(saved, level=0).primal for saved in ctx.saved_tensors)
+        with derivatives_on():
+            tangent = tangents[0].to(distances.dtype)[..., None, :]
+            return None, (2 * _apart(queries, chosen, distances) * tangent).sum(-1)
+
+
+def _apart(queries: Tensor, chosen: Tensor, distances: Tensor) -> Tensor:
+    """q - k, [B, S, C, T, D]; zero for a rank without a key, whose distance is inf or NaN and has no derivative."""
+    apart = queries.to(distances.dtype)[..., None, :] - chosen.to(distances.dtype)
+    return torch.where(distances.isfinite()[..., None], apart, 0)
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor, topk: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(torch.ops.kvb.sample.default, queries, keys, mask, temperature, seed, topk)
+
+    setup_context = _Nearest.setup_context
+    backward = _Nearest.backward
+    jvp = _Nearest.jvp
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
+        return _forward(torch.ops.kvb.gather.default, values, indices, pool, layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, indices, ctx.pool, ctx.layout = inputs
+        ctx.shape = values.shape
+        _save(ctx, _saveable(indices))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        grad = _in_order(ctx, grads[0])
+        return torch.ops.kvb.gather_backward(grad, indices, ctx.shape[1], ctx.pool), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        """Linear in the values: their tangent is fetched like they are."""
+        if tangents[0] is None:
+            return None
+        with derivatives_on():
+            return torch.ops.kvb.gather(tangents[0], *ctx.saved_tensors, ctx.pool, ctx.layout)
+
+
+def _in_order(ctx: Any, grad: Tensor) -> Tensor:
+    """The gradient of fetched values in the layout "bscv"."""
+    return grad.transpose(1, 2) if ctx.pool == "none" and ctx.layout == "bcsv" else grad
+
+
+class _GatherRows(torch.autograd.Function):
+    """``gather`` with a row-sparse gradient: merged rows from the kernel, never a dense [C, K, V]."""
+
+    forward = _Gather.forward
+    setup_context = _Gather.setup_context
+    jvp = _Gather.jvp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _require_no_tangents("gather_backward_rows", grads[0])
+        (indices,), K = ctx.saved_tensors, ctx.shape[1]
+        rows, merged, count = torch.ops.kvb.gather_backward_rows(_in_order(ctx, grads[0]), indices, K, ctx.pool)
+        n = int(count)  # on another device the host waits here: a sparse tensor knows its size
+        rows = rows[:n]
+        places = torch.stack([rows // K, rows % K])
+        sparse = torch.sparse_coo_tensor(places, merged[:n], ctx.shape, check_invariants=False, is_coalesced=True)
+        return sparse, None, None, None
+
+
+def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
+    """``torch.ops.kvb.gather`` whose gradient for ``values`` is a coalesced sparse tensor, C and K its sparse axes.
+
+    Sparse tensors cannot be traced: under ``torch.compile`` this breaks the graph once.
+    """
+    if not _learns(values):
+        return torch.ops.kvb.gather(values, indices, pool, layout)
+    apply = torch.compiler.disable(_GatherRows.apply) if torch.compiler.is_compiling() else _GatherRows.apply
+    return apply(values, indices, pool, layout)
+
+
+class _GatherBackward(torch.autograd.Function):
+    """Linear in its input, so its own gradient is a gather: second derivatives come for free."""
+
+    @staticmethod
+    def forward(grad: Tensor, indices: Tensor, K: int, pool: str) -> Tensor:
+        return _forward(torch.ops.kvb.gather_backward.default, grad, indices, K, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.K, ctx.pool = inputs[2:]
+        _save(ctx, _saveable(inputs[1]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.kvb.gather(grads[0], *ctx.saved_tensors, ctx.pool, "bscv"), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        if tangents[0] is None:
+            return None
+        with derivatives_on():
+            return torch.ops.kvb.gather_backward(tangents[0], *ctx.saved_tensors, ctx.K, ctx.pool)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        queries: Tensor, keys: Tensor, packed: Tensor, values: Tensor, mask: Tensor | None, pool: str
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(torch.ops.kvb.lookup.default, queries, keys, packed, values, mask, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.K, ctx.pool = inputs[3].shape[1], inputs[5]
+        ctx.mark_non_differentiable(output[1])
+        _save(ctx, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        return None, None, None, torch.ops.kvb.gather_backward(grads[0], indices, ctx.K, ctx.pool), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
+        """Which values are fetched does not change with the queries and keys, almost everywhere."""
+        if tangents[3] is None:
+            return None, None
+        with derivatives_on():
+            return torch.ops.kvb.gather(tangents[3], *ctx.saved_tensors, ctx.pool, "bscv"), None
+
+
+def lookup(
+    queries: Tensor, keys: Tensor, packed: Tensor, values: Tensor, mask: Tensor | None, pool: str
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.kvb.lookup``, past the Python at its Autograd key where no value learns: a sixth of a small call."""
+    arguments = queries, keys, packed, values, mask, pool
+    if torch.compiler.is_compiling() or _learns(values) or tangents_possible():
+        return torch.ops.kvb.lookup.default(*arguments)
+    return _below_autograd(torch.ops.kvb.lookup.default, *arguments)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+def _differentiate(name: str, function: type[torch.autograd.Function], learns: int) -> None:
+    """Let ``function`` answer where argument ``learns`` requires a gradient, or tangents are about."""
+    operator = getattr(torch.ops.kvb, name).default
+    record = record_of(function)
+
+    def run(*args: Any) -> Any:
+        if not (_learns(args[learns]) or tangents_possible()):
+            return _below_autograd(operator, *args)
+        if not transforms_active():
+            return record(*args)
+        # Below the dispatcher a torch.func transform has already unwrapped its level: record at that level alone.
+        with single_level_autograd():
+            return record(*args)
+
+    library.impl(name, run, "Autograd")
+
+
+_differentiate("nearest", _Nearest, learns=0)
+_differentiate("sample", _Sample, learns=0)
+_differentiate("gather", _Gather, learns=0)
+_differentiate("gather_backward", _GatherBackward, learns=0)
+_differentiate("lookup", _Lookup, learns=3)
+
+
+def _keep_books(name: str, written: int) -> None:
+    """Tell autograd that the first arguments change: what was saved of them for a backward pass is stale."""
+    operator = getattr(torch.ops.kvb, name).default
+
+    def run(keyset: Any, *args: Any) -> Any:
+        _require_no_tangents(name, *args[:written])
+        torch.autograd.graph.increment_version(args[:written])
+        with below_bookkeeping():
+            return operator.redispatch(keyset & after_bookkeeping, *args)
+
+    library.impl(name, run, "ADInplaceOrView", with_keyset=True)
+
+
+for _name in IN_PLACE:
+    _keep_books(_name, written=SCHEMAS[NAMES.index(_name)].count("!)"))

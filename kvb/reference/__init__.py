@@ -1,0 +1,26 @@
+"""The definition of every kvb operator in plain PyTorch, and the fallback on every device.
+
+Letters (defined in ``kvb/ops``): B batch, S positions, C codebooks, K pairs per codebook, D key dim, V value dim,
+T nearest keys asked for. Nothing of size B*S*C*K is ever allocated: all work goes through tiles of ``TILE`` elements.
+"""
+
+from kvb.reference.packing import pack_keys, packed_matches, packed_nbytes
+from kvb.reference.search import lookup, nearest, sample
+from kvb.reference.statistics import accumulate, count, update_keys_
+from kvb.reference.values import gather, gather_backward, gather_backward_rows, sgd_step_
+
+__all__ = [
+    "accumulate",
+    "count",
+    "gather",
+    "gather_backward",
+    "gather_backward_rows",
+    "lookup",
+    "nearest",
+    "pack_keys",
+    "packed_matches",
+    "packed_nbytes",
+    "sample",
+    "sgd_step_",
+    "update_keys_",
+]

@@ -1,0 +1,152 @@
+"""Values fetched by index: their gradients, and a step of training on codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvb._torch import assert_async
+from kvb.reference.arithmetic import widest
+from kvb.reference.shared import (
+    Tile,
+    accumulator,
+    flat_rows,
+    require,
+    require_apart,
+    require_codes,
+    require_floating,
+    require_shape,
+    require_tensors,
+    tiles,
+)
+
+
+def _require_pool(pool: str) -> None:
+    require(pool in ("none", "mean", "sum"), f"expected pool 'none', 'mean' or 'sum', got {pool!r}")
+
+
+def gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
+    """values [C, K, V] at indices [B, S, C]: [B, S, C, V] ("bscv") or [B, C, S, V] ("bcsv"), or pooled [B, S, V]."""
+    require_tensors(values=values, indices=indices)
+    require_floating(values=values)
+    _require_pool(pool)
+    require(layout in ("bscv", "bcsv"), f"expected layout 'bscv' or 'bcsv', got {layout!r}")
+    require_shape("values", values, "C", "K", "V")
+    C, K, V = values.shape
+    require_codes(indices, C, K)
+    B, S, _ = indices.shape
+    table = values.reshape(C * K, V)
+    if pool == "none":
+        rows = flat_rows(indices, K)
+        rows = rows if layout == "bscv" else rows.transpose(1, 2)
+        return table.index_select(0, rows.flatten()).view(*rows.shape, V)
+    out = values.new_zeros((B, S, V), dtype=accumulator(values.dtype))
+    for b, s, c in tiles(B, S, C, V):
+        rows = flat_rows(indices[b, s, c], K, c.start)
+        out[b, s] += table.index_select(0, rows.flatten()).view(*rows.shape, V).sum(2, dtype=out.dtype)
+    return (out / C if pool == "mean" else out).to(values.dtype)
+
+
+def _tile_grad(grad: Tensor, tile: Tile, C: int, pool: str) -> Tensor:
+    """[rows, V] in the accumulator's dtype: the gradient of every fetched value of one tile."""
+    b, s, c = tile
+    if pool == "none":
+        part = grad[tile]
+    else:
+        books = len(range(C)[c])
+        part = grad[b, s, None].expand(-1, -1, books, -1)
+    part = part.to(accumulator(grad.dtype)).flatten(0, 2)
+    return part / C if pool == "mean" else part
+
+
+def _require_grad(grad: Tensor, indices: Tensor, K: int, pool: str) -> None:
+    require_tensors(grad=grad, indices=indices)
+    require_floating(grad=grad)
+    _require_pool(pool)
+    require_shape("indices", indices, "B", "S", "C")
+    B, S, C = indices.shape
+    require_shape("grad", grad, *((B, S, C, "V") if pool == "none" else (B, S, "V")))
+    require_codes(indices, C, K)
+
+
+def gather_backward(grad: Tensor, indices: Tensor, K: int, pool: str) -> Tensor:
+    """The gradient of ``gather`` for its table, dense [C, K, V]; grad is [B, S, C, V], pooled [B, S, V]."""
+    _require_grad(grad, indices, K, pool)
+    (B, S, C), V = indices.shape, grad.shape[-1]
+    table = grad.new_zeros((C * K, V), dtype=accumulator(grad.dtype))
+    for tile in tiles(B, S, C, V):
+        rows = flat_rows(indices[tile], K, tile[2].start)
+        table.index_add_(0, rows.flatten(), _tile_grad(grad, tile, C, pool))
+    return table.view(C, K, V).to(grad.dtype)
+
+
+def gather_backward_rows(grad: Tensor, indices: Tensor, K: int, pool: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The same gradient as merged rows: ascending rows of [C*K] (tail -1), their gradients, and how many there are."""
+    _require_grad(grad, indices, K, pool)
+    (B, S, C), V = indices.shape, grad.shape[-1]
+    size = min(B * S * C, C * K)
+    flat = flat_rows(indices, K)
+    ordered, _ = flat.flatten().sort()
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    place = starts.cumsum(0) - 1
+    rows = torch.full((size,), -1, dtype=torch.int64, device=grad.device).scatter_(0, place, ordered)
+    # Where each table row went: the inverse of ``rows``, so that the sums run in batch order like the dense gradient's.
+    slot = torch.zeros(C * K, dtype=torch.int64, device=grad.device).scatter_(0, ordered, place)
+    grads = grad.new_zeros((size, V), dtype=accumulator(grad.dtype))
+    for tile in tiles(B, S, C, V):
+        grads.index_add_(0, slot[flat[tile].flatten()], _tile_grad(grad, tile, C, pool))
+    return rows, grads.to(grad.dtype), starts.sum().view(1)
+
+
+def sgd_step_(
+    values: Tensor, indices: Tensor, targets: Tensor, lr: float, max_norm: float, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of clipped SGD on values [C, K, V], in place; loss [], gradient norm [] and logits [B, V] before it.
+
+    The logits are the mean value over the S positions and C codebooks of indices [B, S, C]; the loss is the mean
+    cross entropy with the classes targets [B]. Rows that no index names are neither read nor written, and a step whose
+    norm is not finite writes nothing.
+    """
+    require_tensors(values=values, indices=indices, targets=targets)
+    require_floating(values=values)
+    require_shape("values", values, "C", "K", "V")
+    require(values.is_contiguous(), f"expected contiguous values, got strides {values.stride()}")
+    require_apart({"values": values}, indices=indices, targets=targets)
+    C, K, V = values.shape
+    require_codes(indices, C, K)
+    B, S, _ = indices.shape
+    require(
+        targets.shape == (B,) and targets.dtype == torch.int64,
+        f"expected targets torch.int64 {(B,)}, got {targets.dtype} {tuple(targets.shape)}",
+    )
+    _require_classes(targets, V)
+    exact = accumulator(values.dtype)
+    logits = gather(values, indices, "mean", "bscv").to(exact).mean(1)
+    shares = logits.log_softmax(-1)
+    fit = torch.full_like(shares, label_smoothing / max(1, V))
+    fit.scatter_add_(1, targets[:, None], fit.new_full((B, 1), 1 - label_smoothing))
+    loss = -(fit * shares).sum(-1).mean()
+    grad = (shares.exp() - fit) / B / S
+    rows, grads, count = gather_backward_rows(grad[:, None].expand(B, S, V), indices, K, "mean")
+    norm = grads.to(widest(grads.device)).square().sum().sqrt()
+    step = lr * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # The tail names no row: let it repeat the last one, which then is written several times with the same numbers.
+    last = torch.arange(len(rows), device=rows.device).clamp(max=(count - 1).clamp(min=0))
+    rows, grads = rows[last], grads[last]
+    table = values.view(C * K, V)
+    before = table.index_select(0, rows)
+    moved = (before.to(exact) - step.to(exact) * grads).to(values.dtype)
+    table.index_copy_(0, rows, torch.where(norm.isfinite(), moved, before))
+    return loss, norm.to(exact), logits
+
+
+def _require_classes(targets: Tensor, V: int) -> None:
+    """Raise IndexError on the CPU; elsewhere assert on the device, without making the host wait."""
+    if targets.numel() == 0:
+        return
+    low, high = targets.aminmax()
+    if targets.device.type != "cpu":
+        assert_async((low >= 0) & (high < V), f"a target is out of bounds for {V} classes")
+    elif low < 0 or high >= V:
+        raise IndexError(f"target {int(low) if low < 0 else int(high)} is out of bounds for {V} classes")

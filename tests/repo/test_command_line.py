@@ -1,0 +1,83 @@
+"""``python -m kvb`` that has to stop early: one line that says why, and no traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kvb import __main__ as command_line
+
+
+def stopping(error):
+    def stop():
+        raise error
+
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (BrokenPipeError(), 141, "Stopped: nobody reads the output any longer."),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/figure.png"),
+            1,
+            "Cannot write out/figure.png: No space left on device. Make room and try again.",
+        ),
+    ],
+)
+def test_why_it_stopped(error, status, line, monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "_info", stopping(error))
+    assert command_line.main(["info"]) == status
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(command_line, "_info", stopping(FileNotFoundError(errno.ENOENT, "No such file")))
+    with pytest.raises(FileNotFoundError):
+        command_line.main(["info"])
+
+
+def run(stdout):
+    return subprocess.run(
+        [sys.executable, "-m", "kvb", "info"], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
+
+
+def test_a_reader_that_has_gone():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = run(writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "Stopped: nobody reads the output any longer.\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk():
+    with open("/dev/full", "w") as full:
+        done = run(full)
+    message = "Cannot write the output: No space left on device. Make room and try again.\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+def test_operators_are_defined_once():
+    """Loading their room again changes nothing; defining them again is refused, and what is there goes on working."""
+    code = """if True:
+        import importlib, sys, torch, kvb
+        importlib.reload(kvb.ops)
+        sys.modules.pop("kvb.ops")
+        importlib.import_module("kvb.ops")
+        try:
+            importlib.reload(sys.modules["kvb.ops.schemas"])
+        except ImportError as error:
+            print(error)
+        print(kvb.KeyValueBottleneck(2, 9, 3, 4)(torch.randn(5, 2, 3)).shape)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = "kvb.ops cannot be loaded twice: PyTorch keeps operators as long as a process lives; restart it"
+    assert done.stdout.splitlines() == [message, "torch.Size([5, 2, 4])"], done.stderr

@@ -1,0 +1,63 @@
+"""Every public name of 0.1.0 can still be imported from where it was."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+PUBLIC = {
+    "kvb": [
+        "BottleneckOutput",
+        "BottleneckedEncoder",
+        "CLIPBottleneckedEncoder",
+        "CheckpointError",
+        "CodeDataset",
+        "ConvMixerBottleneckedEncoder",
+        "DinoBottleneckedEncoder",
+        "DiscreteKeyValueBottleneck",
+        "DiscreteKeyValueBottleneckConfig",
+        "KeyReport",
+        "KeyValueBottleneck",
+        "SLPretrainedBottleneckedEncoder",
+        "SwavBottleneckedEncoder",
+        "VICRegBottleneckedEncoder",
+        "__version__",
+        "compat",
+        "decoders",
+        "functional",
+        "info",
+        "load",
+        "optim",
+        "save",
+        "splitters",
+        "training",
+        "unlearning",
+    ],
+    "kvb.functional": ["LAYOUTS", "POOLS", "gather", "lookup", "nearest", "pack_keys", "sample"],
+    "kvb.splitters": ["Chunk", "LearnedProjection", "MODES", "RandomProjection", "SparseProjection", "make"],
+    "kvb.decoders": ["CodebookVoting", "LinearProbe", "MLP", "add_distance_to_values"],
+    "kvb.data": ["CodeDataset", "encode"],
+    "kvb.optim": ["Finding", "RowwiseAdagrad", "RowwiseAdam", "RowwiseSGD", "audit", "clip_grad_norm_", "param_groups"],
+    "kvb.training": ["SGDStep", "sgd_step"],
+    "kvb.unlearning": ["class_hits", "erase", "forget", "hits", "mask_by_activations", "mask_by_examples", "overlap"],
+    "kvb.checkpoints": ["CheckpointError", "load", "save"],
+    "kvb.compat": [
+        "alias",
+        "discrete_key_value_bottleneck",
+        "discrete_key_value_bottleneck_pytorch",
+        "from_published",
+        "key_value_bottleneck",
+        "module_from",
+        "to_published",
+        "unalias",
+    ],
+    "kvb.ops": ["CPU_CAPABILITIES", "IN_PLACE", "NAMES", "SCHEMAS", "absent", "backend", "gather_row_grad", "lookup"],
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_names_are_where_they_were(module):
+    found = importlib.import_module(module)
+    missing = [name for name in PUBLIC[module] if not hasattr(found, name)]
+    assert not missing, f"{module} lacks {', '.join(missing)}"
