@@ -74,6 +74,7 @@ _private("torch.UntypedStorage._cdata")
 _private("torch._C._FunctionBase.apply")
 _private("torch.Tensor._coalesced_")
 _private("torch.Tensor._indices")
+_private("torch.Tensor._values")
 _private("torch.autograd.forward_ad._current_level")
 
 
@@ -105,9 +106,19 @@ def coordinates(sparse: Tensor) -> Tensor:
     return sparse._indices()
 
 
+def rows_of(sparse: Tensor) -> Tensor:
+    """The rows of a sparse tensor, [M, ...], whether or not it is coalesced."""
+    return sparse._values()
+
+
 def call_coalesced(sparse: Tensor) -> Tensor:
     """The same tensor, declared coalesced: its rows are known to be in order and without repetition."""
     return sparse._coalesced_(True)
+
+
+def sparse_whole_of(like: Any, part: Tensor) -> Any:
+    """The DTensor, placed as another one, of which this process has a sparse part; no public function makes it."""
+    return type(like)(part, like._spec, requires_grad=False)
 
 
 def address_of(storage: torch.UntypedStorage) -> int:

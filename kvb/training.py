@@ -6,6 +6,7 @@ authors' experiments: mean vote of the codebooks, label smoothing, clipped SGD w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,8 @@ def sgd_step(
     Rows that no code names keep their bits. The result does not depend on the number of threads.
 
     Args:
-        values: [C, K, V], ``bottleneck.values`` say: contiguous float16, bfloat16, float32 or float64; V classes.
+        values: [C, K, V], ``bottleneck.values`` say: contiguous float16, bfloat16, float32 or float64; V classes. Of a
+            module that ``kvb.distributed.parallelize`` split, the DTensor: a step on the union of the batches.
         codes: [B, C, *shape] of any integer dtype, from ``encode`` or a ``CodeDataset``; same device.
         targets: [B] int64 in [0, V).
         lr: the learning rate, >= 0.
@@ -74,4 +76,12 @@ def sgd_step(
     if validation.number("label_smoothing", label_smoothing, 0.0, infinity) > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
+    if hasattr(values, "device_mesh"):
+        return SGDStep(*_of_dtensor()(values, flat, targets.to(torch.int64), lr, limit, label_smoothing))
     return SGDStep(*torch.ops.kvb.sgd_step_(values, flat, targets.to(torch.int64), lr, limit, label_smoothing))
+
+
+def _of_dtensor() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from kvb.distributed.steps import sgd_step_  # with DTensor, which only those who have one need to import
+
+    return sgd_step_

@@ -73,8 +73,6 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
-    values: nn.Parameter
-
     def __init__(
         self,
         num_codebooks: int,
@@ -147,11 +145,11 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         keys, packed = self._keys_for(queries, learns=self.training and self._learning)
         shape = x.shape[2:-1]
         if values_only and self._in_one_pass(pool, shape):
-            values, codes = ops.lookup(queries, keys, packed, self.values, self._usable, pool)
+            values, codes = ops.lookup(queries, keys, packed, self._table(), self._usable, pool)
             del packed  # its memory is that of the keys' next packed form
             if self.training:
                 self._observe(queries, codes[..., None])
-            return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), values.shape[-1])
+            return values.view(x.shape[0], *(shape if pool != "none" else queries.shape[2:3]), values.shape[-1])
         indices, distances = self._search(queries.detach() if values_only else queries, keys, packed)
         del packed
         output: Tensor | BottleneckOutput
@@ -188,9 +186,10 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
             TypeError: not integers. ValueError: shape or pool. IndexError: an index outside [0, K).
         """
         validation.integer("decode", "indices", indices)
-        validation.codes(indices, self.num_codebooks)
+        table = self._table()
+        validation.codes(indices, table.shape[0])
         validation.choice("pool", pool, functional.POOLS)
-        validation.same_device("indices", indices, "values", self.values)
+        validation.same_device("indices", indices, "values", table)
         shape = indices.shape[2:]
         flat = indices.reshape(*indices.shape[:2], shape.numel()).transpose(1, 2)
         usable = self._search_mask()
@@ -198,7 +197,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
             out = self._decode_usable(flat, usable)
             out = out if pool == "none" else getattr(out, pool)(1)
         else:
-            out = self._gather(self.values, flat, pool, "bcsv")
+            out = self._gather(table, flat, pool, "bcsv")
         return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), out.shape[-1])
 
     def _queries(self, x: Tensor) -> Tensor:
@@ -253,9 +252,9 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         """Values at indices [B, S, C, T], as [B, C, (T), *shape, V], or pooled over C."""
         present = self._present()
         if present is None:
-            return self._fetch(self.values, indices, shape, pool)
+            return self._fetch(self._table(), indices, shape, pool)
         # The first rank in place of one that found nothing: no masked row is read, and none gets a gradient.
-        fetched = self._fetch(self.values, torch.where(present, indices, indices[..., :1]), shape)
+        fetched = self._fetch(self._table(), torch.where(present, indices, indices[..., :1]), shape)
         fetched = torch.where(self._unfold(present.expand_as(indices), shape)[..., None], fetched, 0)
         return fetched if pool == "none" else getattr(fetched, pool)(1)
 
@@ -264,7 +263,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         present = torch.ops.kvb.gather(usable[..., None].float(), indices, "none", "bcsv") > 0
         some = usable.to(torch.uint8).argmax(-1)
         safe = torch.where(present[..., 0].transpose(1, 2), indices, some)
-        return torch.where(present, self._gather(self.values, safe, "none", "bcsv"), 0)
+        return torch.where(present, self._gather(self._table(), safe, "none", "bcsv"), 0)
 
     def _fetch(self, table: Tensor, indices: Tensor, shape: Iterable[int], pool: str = "none") -> Tensor:
         """Rows of table [C, K, *] at indices [B, S, C, T], as [B, C, (T), *shape, *], or pooled over C."""

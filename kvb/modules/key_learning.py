@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvb import functional
+from kvb import collectives, functional
+from kvb.collectives import Group
 from kvb.modules.streams import BATCH, Stream
 
 ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
@@ -59,12 +60,12 @@ class KeyReport(NamedTuple):
 # --- per batch: no host synchronisation -------------------------------------------------------------------------------
 
 
-def sync_statistics(hits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the statistics of all processes, in one ``all_reduce``; a single process gets its own back."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+def sync_statistics(hits: Tensor, sums: Tensor, group: Group = None) -> tuple[Tensor, Tensor]:
+    """Add the statistics of all processes of a group, in one ``all_reduce``; a single process gets its own back."""
+    if collectives.world(group) == 1:
         return hits, sums
     both = torch.cat([hits[..., None].to(sums.dtype), sums], -1)
-    dist.all_reduce(both)
+    dist.all_reduce(both, group=group)
     return both[..., 0], both[..., 1:]
 
 
@@ -143,8 +144,9 @@ def step(
     mask: Tensor | None,
     rates: Rates,
     generator: torch.Generator | None = None,
+    group: Group = None,
 ) -> Tensor:
-    """``update`` with the statistics of one batch, in all processes together; the new keys, packed.
+    """``update`` with the statistics of one batch, in all processes of a group together; the new keys, packed.
 
     Args:
         moving: keys, keys_avg, cluster_size. queries: [B, S, C, D]. indices: [B, S, C], of the search with ``mask``.
@@ -153,7 +155,7 @@ def step(
     if mask is not None:  # a codebook in which nothing may be found learns nothing
         found = mask.any(-1, keepdim=True)
         hits, sums = hits * found, sums * found[..., None]
-    statistics = sync_statistics(hits, sums)
+    statistics = sync_statistics(hits, sums, group)
     return update(*moving, *statistics, queries, **rates._asdict(), generator=generator)
 
 

@@ -1,0 +1,65 @@
+"""A table split over codebooks: all that a codebook needs is in one process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvb import functional, validation
+from kvb.distributed import exchange
+from kvb.distributed.sharding import Sharded
+from kvb.modules import key_learning
+from kvb.modules.bottleneck import BottleneckOutput
+
+
+class ByCodebooks(Sharded):
+    """C/n codebooks in each of n processes: search, statistics and learning stay in the process.
+
+    Values pooled over codebooks are added up, [B, *shape, V]; what has an axis C is joined.
+    """
+
+    def _queries(self, x: Tensor) -> Tensor:
+        queries = exchange.shared(super()._queries(x), self._layout.shards)
+        return queries[:, :, self._layout.here]
+
+    def forward(
+        self, x: Tensor, *, pool: str = "none", return_values_only: bool | None = None
+    ) -> Tensor | BottleneckOutput:
+        """As there; one ``all_reduce`` of pooled values, one ``all_gather`` of each other output."""
+        validation.choice("pool", pool, functional.POOLS)
+        found = super().forward(x, pool=_partial(pool), return_values_only=return_values_only)
+        if isinstance(found, Tensor):
+            return self._together(found, pool)
+        return BottleneckOutput(self._together(found.values, pool), *(self._joined(part) for part in found[1:]))
+
+    def encode(self, x: Tensor, *, dtype: torch.dtype | str = torch.int64) -> Tensor:
+        """As there; one ``all_gather``."""
+        return self._joined(super().encode(x, dtype=dtype))
+
+    def decode(self, indices: Tensor, pool: str = "none") -> Tensor:
+        """As there, of the codes of all codebooks."""
+        self._flat_codes(indices, pool)
+        return self._together(super().decode(indices[:, self._layout.here], _partial(pool)), pool)
+
+    def _joined(self, part: Tensor) -> Tensor:
+        return exchange.joined(part, self._layout.sizes, self._layout.shards)
+
+    def _together(self, part: Tensor, pool: str) -> Tensor:
+        """Values of this process's codebooks -> those of all, pooled or with the axis C."""
+        if pool == "none":
+            return self._joined(part)
+        total = exchange.summed(part, self._layout.shards)
+        return (total / self.num_codebooks if pool == "mean" else total).to(part.dtype)
+
+    def _learn(self, queries: Tensor, indices: Tensor) -> None:
+        self._packed.release()
+        rates, group = self._rates(), self._layout.data
+        self._keep_packed(key_learning.step(self._moving(), queries, indices, self._usable, rates, group=group))
+
+    def perplexity(self) -> Tensor:
+        """As there, [C]; every process calls it."""
+        return self._joined(super().perplexity()[None])[0]
+
+
+def _partial(pool: str) -> str:
+    return "none" if pool == "none" else "sum"
