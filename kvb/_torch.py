@@ -69,6 +69,9 @@ graph_is_kept: Callable[[], bool] = _private("torch._C._autograd._get_current_gr
 # What packs and unpacks the tensors that autograd saves, or None.
 _saving: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
 
+# The DistributedDataParallel whose forward runs, or None.
+active_ddp: Callable[[], Any] = _private("torch.nn.parallel.DistributedDataParallel._get_active_ddp_module")
+
 _private("torch.Tensor._version")
 _private("torch.UntypedStorage._cdata")
 _private("torch._C._FunctionBase.apply")
