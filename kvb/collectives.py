@@ -241,9 +241,17 @@ def current(group: Group) -> Group:
     """The group that a forward takes part in: the given one, that of the DDP around it, or the default one.
 
     False where there is no other process.
+
+    Raises:
+        RuntimeError: within ``DistributedDataParallel.join``, where processes that have joined take no part.
     """
     if group is False or not (dist.is_available() and dist.is_initialized()):
         return False
     if group is None and (wrapper := _torch.active_ddp()) is not None:
         group = wrapper.process_group
+        if _torch.has_lone_joins(wrapper):
+            raise RuntimeError(
+                "keys that learn, or whose hits are counted, need kvb.distributed.join(model) instead of model.join(): "
+                "a process that has joined would not answer"
+            )
     return group if world(group) > 1 else False

@@ -185,7 +185,7 @@ def test_no_rows_in_any_process(processes):
     assert processes(2, _no_rows) == ["data yielded no rows"] * 2
 
 
-def _alone(sync, out):
+def _alone(sync):
     own = made("kmeans")
     if dist.get_rank() == 0:
         group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
@@ -200,11 +200,11 @@ def _alone(sync, out):
 
 
 def test_one_that_calls_alone_is_told_so(processes):
-    message, other = processes(2, _alone, True, None)
+    message, other = processes(2, _alone, True)
     assert message.startswith("init_keys waited for the 2 processes of its group, and not all of them called it")
     assert "sync=False" in message
     assert other is False
 
 
 def test_one_may_call_alone(processes):
-    assert processes(2, _alone, False, None) == [True, False]
+    assert processes(2, _alone, False) == [True, False]

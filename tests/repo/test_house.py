@@ -16,6 +16,7 @@ FLOORS = {
     "experiments": 12,
     "__init__": 11,
     "compat": 10,
+    "distributed": 10,
     "modules.pretrained": 9,
     "modules.discrete": 8,
     "modules.encoders": 8,
@@ -62,7 +63,7 @@ FLOORS = {
     "reference.shared": -3,
     "_torch": -4,
 }
-ROOMS = ("kvb.compat", "kvb.experiments", "kvb.ops", "kvb.reference", "kvb.testing")
+ROOMS = ("kvb.compat", "kvb.distributed", "kvb.experiments", "kvb.ops", "kvb.reference", "kvb.testing")
 FILES = sorted(path for path in PACKAGE.glob("**/*.py") if "kernels" not in path.parts)
 # The same for the kernels, which import nothing else of kvb.
 KERNEL_FLOORS = {

@@ -1,0 +1,8 @@
+"""Many processes: what training with ``torch.distributed`` needs besides PyTorch's own.
+
+``import kvb`` leaves it out, as some of PyTorch's part is large.
+"""
+
+from kvb.distributed.joining import join
+
+__all__ = ["join"]
