@@ -69,6 +69,9 @@ graph_is_kept: Callable[[], bool] = _private("torch._C._autograd._get_current_gr
 # What packs and unpacks the tensors that autograd saves, or None.
 _saving: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
 
+# The DistributedDataParallel whose forward runs, or None.
+active_ddp: Callable[[], Any] = _private("torch.nn.parallel.DistributedDataParallel._get_active_ddp_module")
+
 _private("torch.Tensor._version")
 _private("torch.UntypedStorage._cdata")
 _private("torch._C._FunctionBase.apply")
@@ -135,3 +138,32 @@ def saving_hooks() -> tuple[Any, Any] | None:
     """What packs and unpacks the tensors that autograd saves, where ``saved_tensors_hooks`` are active."""
     hooks: tuple[Any, Any] | None = _saving(False)
     return hooks
+
+
+def joined_forward(model: Any, forward: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+    """Within, a process that has joined a ``DistributedDataParallel`` runs ``forward`` where the others run theirs."""
+    name = "_check_global_requires_backward_grad_sync"  # the last that is sent before a forward
+    _private(f"torch.nn.parallel.DistributedDataParallel.{name}")
+    own = getattr(model, name)
+
+    def and_forward(is_joined_rank: bool) -> Any:
+        found = own(is_joined_rank)
+        if is_joined_rank:
+            with model._inside_ddp_forward():
+                forward()
+        return found
+
+    @contextlib.contextmanager
+    def replaced() -> Iterator[None]:
+        vars(model)[name] = and_forward
+        try:
+            yield
+        finally:
+            del vars(model)[name]
+
+    return replaced()
+
+
+def has_lone_joins(model: Any) -> bool:
+    """Whether a ``DistributedDataParallel`` is within ``join``, and its joined processes run no forward."""
+    return model._join_config.enable and "_check_global_requires_backward_grad_sync" not in vars(model)

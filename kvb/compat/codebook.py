@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvb import functional, validation
+from kvb import collectives, functional, validation
 from kvb.compat.clustering import lloyd
 from kvb.modules import key_learning
 
@@ -103,8 +103,8 @@ class Codebook(nn.Module):
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
         if not self.ema_update and self.threshold_ema_dead_code <= 0:
             return
-        statistics = torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1])
-        synced = key_learning.sync_statistics(*statistics) if self.sync_codebook else statistics
+        hits, sums = torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1])
+        synced = collectives.total((hits.to(sums.dtype), sums), None if self.sync_codebook else False)
         keys = self.embed.detach()
         # Without ema_update the statistics still tell which codes are dead.
         moved = keys if self.ema_update else keys.clone()

@@ -1,5 +1,9 @@
-"""Many processes: tables split over devices. ``import kvb`` leaves it out, as ``torch.distributed.tensor`` is large."""
+"""Many processes: what training with ``torch.distributed`` needs besides PyTorch's own.
 
+``import kvb`` leaves it out, as some of PyTorch's part is large.
+"""
+
+from kvb.distributed.joining import join
 from kvb.distributed.parallel import parallelize
 
-__all__ = ["parallelize"]
+__all__ = ["join", "parallelize"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvb import functional, validation
+from kvb import collectives, functional, validation
 from kvb.distributed import exchange
 from kvb.distributed.sharding import Sharded
-from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput
 
 
@@ -52,9 +51,17 @@ class ByCodebooks(Sharded):
         return (total / self.num_codebooks if pool == "mean" else total).to(part.dtype)
 
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
-        self._packed.release()
-        rates, group = self._rates(), self._layout.data
-        self._keep_packed(key_learning.step(self._moving(), queries, indices, self._usable, rates, group=group))
+        """As there. Averages sink wherever any codebook of any process had a hit: all get to know that."""
+        found = queries.isfinite().all(-1)
+        found = (found if self._usable is None else found & self._usable.any(-1)).any()
+        here = collectives.total((found.float(),), self._layout.data)[0] > 0
+        idle = (self._total(here.float()) > 0) & ~here
+        super()._learn(queries, indices)
+        if idle.is_cpu and not idle:
+            return
+        _, keys_avg, cluster_size = self._moving()
+        for average in (keys_avg, cluster_size):
+            average.mul_(torch.where(idle, average.new_tensor(self.decay), 1))
 
     def perplexity(self) -> Tensor:
         """As there, [C]; every process calls it."""

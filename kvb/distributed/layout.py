@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from kvb import collectives
 from kvb.collectives import Group
 
-ALONE: Any = dist.GroupMember.NON_GROUP_MEMBER  # the group of a process that shares nothing
 CODEBOOKS, PAIRS = 0, 1  # the axis of [C, K, ...] that is split
 
 
@@ -24,25 +23,35 @@ class Layout(NamedTuple):
     placements: tuple[Placement, ...]  # one for each dimension of the mesh
     axis: int  # CODEBOOKS or PAIRS
     size: int  # of that axis in the whole table
-    shards: Group  # the processes that together have a table
-    data: Group  # the processes that have the same part, and other batches
+    shards: Group  # the processes that together have a table; False if this one has all of it
+    data: Group  # the processes that have the same part, and other batches; False for none
 
     @classmethod
     def of(cls, values: DTensor) -> Layout:
-        """That of values [C, K, V]: at most one dimension of the mesh splits them, the others have other batches."""
-        mesh, placements = values.device_mesh, values.placements
+        """That of values [C, K, V]."""
+        return cls.on(values.device_mesh, values.placements, values.shape)
+
+    @classmethod
+    def on(cls, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> Layout:
+        """At most one dimension of the mesh splits a table of this shape, and at most one other has other batches."""
         split = [dim for dim, placement in enumerate(placements) if isinstance(placement, Shard)]
         others = [dim for dim, placement in enumerate(placements) if isinstance(placement, Replicate)]
         axes = [placement.dim for placement in placements if isinstance(placement, Shard)]
         if len(split) + len(others) < mesh.ndim or len(split) > 1 or len(others) > 1 or axes not in ([], [0], [1]):
             raise ValueError(
                 "expected values split over codebooks, Shard(0), or over pairs, Shard(1), on one dimension of the mesh "
-                f"and replicated on at most one other, got {placements}"
+                f"and replicated on at most one other, got {tuple(placements)}"
             )
-        shards = mesh.get_group(split[0]) if split else ALONE
-        data = mesh.get_group(others[0]) if others else ALONE
         axis = axes[0] if axes else CODEBOOKS
-        return cls(mesh, tuple(placements), axis, values.shape[axis], shards, data)
+        shards, data = (mesh.get_group(dims[0]) if dims else None for dims in (split, others))
+        layout = cls(mesh, tuple(placements), axis, shape[axis], shards or False, data or False)
+        if 0 in layout.sizes:
+            what = ("codebooks", "pairs")[axis]
+            raise ValueError(
+                f"{layout.size} {what} in {len(layout.sizes)} processes: with {layout.sizes[0]} in each, "
+                f"{layout.sizes.count(0)} would have none; split over fewer processes, or add {what}"
+            )
+        return layout
 
     @property
     def sizes(self) -> list[int]:

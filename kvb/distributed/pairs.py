@@ -8,9 +8,8 @@ from torch import Tensor
 from kvb import collectives, ops
 from kvb.distributed import exchange
 from kvb.distributed.sharding import Sharded
-from kvb.modules import recomputation
 from kvb.modules.bottleneck import KeyValueBottleneck
-from kvb.modules.key_learning import KeyReport, sync_statistics
+from kvb.modules.key_learning import KeyReport
 from kvb.modules.streams import Stream
 from kvb.reference.search import lowest_unused
 
@@ -47,7 +46,7 @@ class ByPairs(Sharded):
         places, rows = self._candidates(queries.detach(), keys, packed)
         size = max(1, AT_ONCE // places.shape[-1])
         parts = zip(queries.flatten(0, 1)[:, None].split(size), places.split(size), rows.split(size), strict=True)
-        found = [_nearest_of(one, *candidates, topk=self.topk) for one, *candidates in parts]
+        found = [_nearest_of(*one, topk=self.topk) for one in parts]
         indices, distances = (torch.cat(each).view(*queries.shape[:3], self.topk) for each in zip(*found, strict=True))
         return indices, distances
 
@@ -129,18 +128,13 @@ class ByPairs(Sharded):
 
     # --- counting and learning ----------------------------------------------------------------------------------------
 
-    def _observe(self, queries: Tensor, indices: Tensor) -> None:
-        if recomputation.in_backward():
-            return
-        queries = queries.detach()
-        if self._learning:
-            self._learn(queries, indices[..., 0])
-        elif self._counting:
-            for rank in indices.unbind(-1):
-                bins, size = self._bins(rank)
-                hits = torch.ops.kvb.count(queries, bins, size + 1)[:, :size]
-                hits = collectives.total((hits.contiguous(),), self._layout.data)[0]
-                self._taken_quietly("cluster_size_counter").add_(hits)
+    def _hits(self, queries: Tensor, indices: Tensor) -> Tensor:
+        """How often every pair here [C, k] was fetched by finite queries, in all data-parallel processes."""
+        total = torch.zeros_like(self._taken_quietly("cluster_size_counter"))
+        for rank in indices.unbind(-1):
+            bins, k = self._bins(rank)
+            total += torch.ops.kvb.count(queries, bins, k + 1)[:, :k]
+        return collectives.total((total,), self._layout.data)[0]
 
     def _bins(self, indices: Tensor) -> tuple[Tensor, int]:
         """Indices [B, S, C] as places in this process's part, and what takes none in one more bin behind them."""
@@ -155,7 +149,7 @@ class ByPairs(Sharded):
         bins, k = self._bins(indices)
         hits, sums = (part[:, :k] for part in torch.ops.kvb.accumulate(queries, bins, k + 1))
         keys, keys_avg, cluster_size = self._moving()
-        hits, sums = sync_statistics(hits.to(cluster_size.dtype), sums.to(keys.dtype), self._layout.data)
+        hits, sums = collectives.total((hits.to(keys.dtype), sums.to(keys.dtype)), self._layout.data)
         keep = hits.new_full((), self.decay).masked_fill_(self._total(hits.sum()) == 0, 1.0)
         cluster_size.copy_(torch.lerp(hits, cluster_size, keep))
         keys_avg.copy_(torch.lerp(sums, keys_avg, keep))
@@ -193,7 +187,7 @@ def _picked(mask: Tensor, place: Tensor) -> Tensor:
     return mask[torch.arange(mask.shape[0], device=mask.device), place]
 
 
-def _nearest_of(queries: Tensor, places: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def _nearest_of(queries: Tensor, places: Tensor, keys: Tensor, *, topk: int) -> tuple[Tensor, Tensor]:
     """The nearest of all candidates of some queries, among which are each query's own: no other can be nearer.
 
     Args:

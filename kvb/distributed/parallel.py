@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 from kvb.distributed.codebooks import ByCodebooks
-from kvb.distributed.layout import ALONE, CODEBOOKS, PAIRS, Layout
+from kvb.distributed.layout import CODEBOOKS, PAIRS, Layout
 from kvb.distributed.pairs import ByPairs
 from kvb.distributed.sharding import Sharded
 from kvb.modules.bottleneck import KeyValueBottleneck
@@ -51,6 +50,26 @@ def parallelize(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"parallelize(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
+    wanted = _wanted(mesh, codebooks, pairs, data)
+    found = [each for each in module.modules() if isinstance(each, KeyValueBottleneck)]
+    if not found:
+        raise ValueError(f"{type(module).__name__} holds no KeyValueBottleneck")
+    if any(isinstance(each, Sharded) for each in found):
+        raise ValueError("a bottleneck in the module is split already: split each once")
+    axis, way = (PAIRS, ByPairs) if pairs is not None else (CODEBOOKS, ByCodebooks)
+    used = mesh[wanted]
+    placements = [Replicate() if name == data else Shard(axis) for name in wanted]
+    layouts = [Layout.on(used, placements, each.values.shape) for each in found]
+    for each in found:
+        way.require(each)
+    for each, layout in zip(found, layouts, strict=True):
+        each.__class__ = _kind(way, each.__class__)
+        way.place(each, layout)  # type: ignore[arg-type]  # which it is by now
+    return module
+
+
+def _wanted(mesh: DeviceMesh, codebooks: str | None, pairs: str | None, data: str | None) -> tuple[str, ...]:
+    """The names given, each of a dimension of the mesh, in its order."""
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"parallelize(): argument 'mesh' must be DeviceMesh, not {type(mesh).__name__}")
     if codebooks is not None and pairs is not None:
@@ -65,37 +84,14 @@ def parallelize(
             raise ValueError(f"{argument}={name!r} is no dimension of the mesh, whose dimensions are {names}")
     if len(set(wanted.values())) < len(wanted):
         raise ValueError(f"expected a dimension of its own for each, got {wanted}")
-    found = [each for each in module.modules() if isinstance(each, KeyValueBottleneck)]
-    if not found:
-        raise ValueError(f"{type(module).__name__} holds no KeyValueBottleneck")
-    for each in found:
-        _split(each, mesh, wanted)
-    return module
+    return tuple(name for name in names if name in wanted.values())
 
 
-def _split(bottleneck: KeyValueBottleneck, mesh: DeviceMesh, wanted: dict[str, str]) -> None:
-    if isinstance(bottleneck, Sharded):
-        raise ValueError("the bottleneck is split already; split a module once")
-    axis = PAIRS if "pairs" in wanted else CODEBOOKS
-    used = mesh[tuple(name for name in mesh.mesh_dim_names or () if name in wanted.values())]
-    placements = tuple(Replicate() if name == wanted.get("data") else Shard(axis) for name in used.mesh_dim_names or ())
-    split = wanted.get("pairs", wanted.get("codebooks"))
-    shards = ALONE if split is None else mesh.get_group(split)
-    data = mesh.get_group(wanted["data"]) if "data" in wanted else ALONE
-    layout = Layout(used, placements, axis, bottleneck.values.shape[axis], shards, data)
-    if 0 in layout.sizes:
-        what = "pairs" if axis == PAIRS else "codebooks"
-        raise ValueError(
-            f"{layout.size} {what} in {len(layout.sizes)} processes: with {layout.sizes[0]} in each, "
-            f"{layout.sizes.count(0)} would have none; split over fewer processes, or add {what}"
-        )
-    way = ByPairs if axis == PAIRS else ByCodebooks
-    way.require(bottleneck)
-    bottleneck.__class__ = _kind(way, type(bottleneck))
-    way.place(bottleneck, layout)  # type: ignore[arg-type]  # which it is by now
+_kinds: dict[tuple[Any, Any], Any] = {}  # the classes made so far
 
 
-@functools.cache
 def _kind(way: Any, of: Any) -> Any:
     """The class of bottlenecks of a class that are split in a way."""
-    return type(f"{way.__name__}{of.__name__}", (way, of), {"__doc__": way.__doc__})
+    if (way, of) not in _kinds:
+        _kinds[way, of] = type(f"{way.__name__}{of.__name__}", (way, of), {"__doc__": way.__doc__})
+    return _kinds[way, of]

@@ -38,7 +38,7 @@ class Sharded(KeyValueBottleneck):
 
     def place(self, layout: Layout) -> None:
         """Keep this process's part of every table, of the module that the first process has."""
-        self._layout = layout
+        self._layout, self.process_group = layout, layout.data
         values = distribute_tensor(self.values.detach(), layout.mesh, layout.placements)
         self.values = nn.Parameter(values, requires_grad=self.values.requires_grad)
         for name in SPLIT:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from kvb import functional, ops, validation
 from kvb._torch import register_namedtuple
+from kvb.collectives import Group
 from kvb.modules import key_learning, recomputation
 from kvb.modules.datasets import ReadsData
-from kvb.modules.state import BottleneckState
-from kvb.modules.streams import Stream
+from kvb.modules.learning import LearnsKeys
 
 _Self = TypeVar("_Self", bound="KeyValueBottleneck")
 
@@ -31,7 +31,7 @@ class BottleneckOutput(NamedTuple):
 register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
 
 
-class KeyValueBottleneck(ReadsData, BottleneckState):
+class KeyValueBottleneck(ReadsData, LearnsKeys):
     """C codebooks of K key-value pairs: every head of the input fetches the value of its nearest key.
 
     Equivalent to, per codebook c: ``i = ((x[:, c, ..., None, :] - keys[c])**2).sum(-1).argmin(-1); values[c, i]``,
@@ -60,6 +60,9 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
             optimizers and ``clip_grad_norm_`` of ``kvb.optim``, ``torch.optim.SGD`` and ``SparseAdam``; one graph break
             under ``torch.compile``.
         check_finite: raise ValueError when an input holds NaN or Inf. Reads the data: the host waits for the device.
+        process_group: the processes of ``torch.distributed`` that learn the keys and count hits together, as one would
+            on all their batches: None for those of the ``DistributedDataParallel`` around this module, or for all;
+            False for this process alone.
     Shape:
         x [B, C, *shape, D] -> values [B, C, *shape, V].
     State:
@@ -90,6 +93,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         *,
         sparse_grad: bool = False,
         check_finite: bool = False,
+        process_group: Group = None,
     ) -> None:
         infinity = float("inf")
         C = validation.positive_int("num_codebooks", num_codebooks)
@@ -113,6 +117,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         self.return_values_only = return_values_only
         self.sparse_grad = sparse_grad
         self.check_finite = check_finite
+        self.process_group = process_group
 
     @property
     def dim_values(self) -> int:
@@ -140,6 +145,8 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         values_only = self.return_values_only if return_values_only is None else return_values_only
         queries = self._queries(x)
         self._look()
+        if self.training:
+            self._meet(queries)
         if not self._initialised:
             self._initialise_from(x)
         keys, packed = self._keys_for(queries, learns=self.training and self._learning)
@@ -291,75 +298,6 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
 
     def _heads(self, features: Any) -> Any:
         return features
-
-    def _observe(self, queries: Tensor, indices: Tensor) -> None:
-        """Learn the keys or count the hits of one batch in training mode; indices [B, S, C, T]."""
-        if recomputation.in_backward():
-            return  # the forward that runs again has been observed
-        if self._learning:
-            self._learn(queries.detach(), indices[..., 0])
-        elif self._counting:
-            present = self._present()
-            for t in range(indices.shape[-1]):
-                hits = torch.ops.kvb.count(queries.detach(), indices[..., t], self.key_value_pairs_per_codebook)
-                self._taken_quietly("cluster_size_counter").add_(
-                    hits if present is None else hits * present[:, t, None]
-                )
-
-    def _learn(self, queries: Tensor, indices: Tensor) -> None:
-        """One step of the moving averages, taken by every process, also by one with an empty batch."""
-        self._packed.release()  # before the statistics need memory
-        packed = key_learning.step(self._moving(), queries, indices, self._usable, self._rates())
-        self._keep_packed(packed)
-
-    def _moving(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What moves: keys, keys_avg, cluster_size."""
-        keys, keys_avg, cluster_size = map(self._taken_quietly, ("keys", "keys_avg", "cluster_size"))
-        return keys, keys_avg, cluster_size
-
-    def _rates(self) -> key_learning.Rates:
-        return key_learning.Rates(self.decay, self.eps, self.threshold_ema_dead_code)
-
-    def _initialise_from(self, batch: Tensor) -> None:
-        """The first batch in training mode initialises keys that wait for data."""
-        if not (self.training and self._learning):
-            self._require_keys()
-        if batch.numel() > 0:
-            self.init_keys(batch.detach(), epochs=0, progress=False)
-
-    def _require_keys(self) -> None:
-        self._look()
-        if not self._initialised:
-            raise RuntimeError("keys are not initialised: call init_keys(...) or run one batch in training mode")
-
-    @torch.no_grad()
-    def _initialise(
-        self, stream: Stream, method: str, epochs: int, generator: torch.Generator | None
-    ) -> key_learning.KeyReport:
-        """``init_keys`` on copies, which become the state when all went well."""
-        keys, keys_avg, cluster_size = (part.clone() for part in self._moving())
-        moving = keys, keys_avg, cluster_size
-        report = key_learning.initialise(
-            moving,
-            stream,
-            method,
-            fresh=not self._initialised,
-            kmeans_iters=self.kmeans_iters,
-            epochs=epochs,
-            mask=self._usable,
-            rates=self._rates(),
-            generator=generator,
-        )
-        self._commit(*moving)
-        return report
-
-    def _commit(self, keys: Tensor, keys_avg: Tensor, cluster_size: Tensor) -> None:
-        """Make them the state of keys that are initialised."""
-        for name, part in (("keys", keys), ("keys_avg", keys_avg), ("cluster_size", cluster_size)):
-            self._write(name, part)
-        self._write("initted", torch.ones(1))
-        self._packed.forget()
-        self._look()
 
     # --- modes; each returns self -------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvb import validation
+from kvb import collectives, validation
 from kvb.data import CodeDataset, encode
 from kvb.items import inputs_of
 from kvb.modules import key_learning
@@ -51,6 +51,7 @@ class ReadsData:
         inputs_extractor: Callable[[Any], Any] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = True,
+        sync: bool = True,
     ) -> key_learning.KeyReport:
         """Initialise the keys from unlabelled data, then let them learn for ``epochs`` passes of moving averages.
 
@@ -68,17 +69,21 @@ class ReadsData:
                 mapping all but the labels.
             generator: makes the result reproducible.
             progress: show a progress bar.
+            sync: with the processes of ``process_group``, each of which calls this with its own part of the data, also
+                if that is empty; False for this process alone.
         Returns:
             a ``KeyReport`` (inertia, dead codes), measured on the last pass.
         Raises:
-            RuntimeError: the keys are frozen. ValueError: no rows, none finite, or a one-shot iterator where several
-            passes are needed. And as ``forward``.
+            RuntimeError: the keys are frozen; another process failed, or did not call this in time. ValueError: no
+            rows, none finite, or a one-shot iterator where several passes are needed. And as ``forward``.
         """
         bottleneck = self._target()
         method = validation.choice("method", method or bottleneck.init_mode, key_learning.METHODS)
         validation.epochs(epochs)
         if bottleneck.keys_frozen:
             raise RuntimeError("keys are frozen: call unfreeze_keys() before init_keys(...)")
+        group: collectives.Group = bottleneck._processes() if sync else False
+        collectives.meet("init_keys", group, device=bottleneck._device)
         stream = Stream(
             self._cut(data) if isinstance(data, Tensor) else data,
             lambda item: self._features(
@@ -88,6 +93,8 @@ class ReadsData:
             replay=self._replays,
             passes=key_learning.passes_needed(method, bottleneck.kmeans_iters, epochs, replay=self._replays),
             progress=progress,
+            group=group,
+            device=bottleneck._device,
         )
         report: key_learning.KeyReport = bottleneck._initialise(stream, method, epochs, generator)
         return report

@@ -15,11 +15,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvb import collectives, functional
-from kvb.collectives import Group
+from kvb.collectives import Chance, Group
 from kvb.modules.streams import BATCH, Stream
 
 ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
@@ -60,27 +59,36 @@ class KeyReport(NamedTuple):
 # --- per batch: no host synchronisation -------------------------------------------------------------------------------
 
 
-def sync_statistics(hits: Tensor, sums: Tensor, group: Group = None) -> tuple[Tensor, Tensor]:
-    """Add the statistics of all processes of a group, in one ``all_reduce``; a single process gets its own back."""
-    if collectives.world(group) == 1:
-        return hits, sums
-    both = torch.cat([hits[..., None].to(sums.dtype), sums], -1)
-    dist.all_reduce(both, group=group)
-    return both[..., 0], both[..., 1:]
+def hits_of_all(queries: Tensor, indices: Tensor, present: Tensor | None, K: int, group: Group) -> Tensor:
+    """How often finite queries of all processes fetched every pair: int64 [C, K].
+
+    Their codes are sent, in two collectives, where [C, K] counts would be far more. The host waits for their number.
+
+    Args:
+        queries: [B, S, C, D]. indices: [B, S, C, T]. present: [C, T], ranks of a search that found a pair.
+    """
+    C = queries.shape[2]
+    counted = queries.isfinite().all(-1)[..., None]
+    counted = counted if present is None else counted & present
+    codes = torch.where(counted, indices, -1).flatten(0, 1).to(torch.int16 if K <= 1 << 15 else torch.int32)
+    codes = collectives.joined(codes, group).to(torch.int64)
+    books = torch.arange(C, device=codes.device)[:, None] * K
+    return torch.where(codes < 0, C * K, codes + books).flatten().bincount(minlength=C * K + 1)[:-1].view(C, K)
 
 
 def spare_rows(
-    queries: Tensor, K: int, dtype: torch.dtype, generator: torch.Generator | None = None
+    queries: Tensor, K: int, dtype: torch.dtype, generator: torch.Generator | None = None, group: Group = False
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Random queries [C, R, D] that may replace dead pairs, and how many of each codebook may: the first, all finite.
 
     Different pairs get different queries while there are enough. An empty batch has none to give.
 
     Args:
-        queries: [B, S, C, D].
+        queries: [B, S, C, D], of this process; all processes of the group get the same ones of all their queries.
     """
     B, S, _, D = queries.shape
-    if B * S == 0:
+    alone = collectives.world(group) == 1
+    if alone and B * S == 0:
         return None, None
     # A random subset first: drawing K rows from 4*K is as random, and far cheaper than permuting all rows C times.
     if generator is None:
@@ -90,8 +98,16 @@ def spare_rows(
     rows = queries[some // S, some % S].transpose(0, 1).to(dtype)
     priority = _draw(rows.shape[:2], rows, generator)
     priority = torch.where(rows.isfinite().all(-1), priority, -1)
-    drawn = priority.topk(min(K, rows.shape[1]))
-    return rows.gather(1, drawn.indices[..., None].expand(-1, -1, D)), (drawn.values >= 0).sum(-1)
+    priority, places = priority.topk(min(K, rows.shape[1]))
+    rows = rows.gather(1, places[..., None].expand(-1, -1, D))
+    if not alone:  # so many from each, whatever its batch: no size has to be agreed on
+        missing = K - rows.shape[1]
+        rows, priority = (
+            nn.functional.pad(rows, (0, 0, 0, missing)),
+            nn.functional.pad(priority, (0, missing), value=-1),
+        )
+        rows, priority = collectives.best(rows, priority, group)
+    return rows, (priority >= 0).sum(-1)
 
 
 @torch.no_grad()
@@ -109,6 +125,7 @@ def update(
     start: float | None = None,
     rescale_all: bool = False,
     generator: torch.Generator | None = None,
+    group: Group = False,
 ) -> Tensor:
     """Move every hit key towards the mean of its queries, then replace dead pairs, in place; the new keys, packed.
 
@@ -120,11 +137,12 @@ def update(
 
     Args:
         keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D]. queries: [B, S, C, D].
+        group: the processes whose queries may replace pairs; their other arguments are the same.
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
     state = keys, keys_avg, cluster_size
     K, dtype = keys.shape[1], keys.dtype
-    spare, usable = spare_rows(queries, K, dtype, generator) if threshold > 0 else (None, None)
+    spare, usable = spare_rows(queries, K, dtype, generator, group) if threshold > 0 else (None, None)
     packed = torch.ops.kvb.update_keys_(
         *(moved := [part.contiguous() for part in state]),
         *(part.to(exact).contiguous() for part in (hits, sums)),
@@ -144,9 +162,9 @@ def step(
     mask: Tensor | None,
     rates: Rates,
     generator: torch.Generator | None = None,
-    group: Group = None,
+    group: Group = False,
 ) -> Tensor:
-    """``update`` with the statistics of one batch, in all processes of a group together; the new keys, packed.
+    """``update`` with the statistics of the batches of all processes; the new keys, packed.
 
     Args:
         moving: keys, keys_avg, cluster_size. queries: [B, S, C, D]. indices: [B, S, C], of the search with ``mask``.
@@ -155,8 +173,8 @@ def step(
     if mask is not None:  # a codebook in which nothing may be found learns nothing
         found = mask.any(-1, keepdim=True)
         hits, sums = hits * found, sums * found[..., None]
-    statistics = sync_statistics(hits, sums, group)
-    return update(*moving, *statistics, queries, **rates._asdict(), generator=generator)
+    hits, sums = collectives.total((hits.to(sums.dtype), sums), group)
+    return update(*moving, hits, sums, queries, **rates._asdict(), generator=generator, group=group)
 
 
 def replace_dead(
@@ -212,6 +230,10 @@ class Reservoir:
         self.rows = both.gather(1, merged.indices[..., None].expand(-1, -1, both.shape[-1]))
         self.priority = merged.values
 
+    def merge(self, group: Group) -> None:
+        """Become the sample of the rows of all processes."""
+        self.rows, self.priority = collectives.best(self.rows, self.priority, group)
+
     @property
     def filled(self) -> Tensor:
         """[C, size]: which places hold a row; the full ones come first."""
@@ -227,6 +249,7 @@ def _fill(reservoir: Reservoir, K: int, generator: torch.Generator | None) -> Te
         raise ValueError("data holds a codebook without a single finite row: the keys cannot be initialised")
     if fewest == K:
         return rows
+    rows = torch.where(filled[..., None], rows, 0)
     warnings.warn(
         f"only {fewest} finite rows for {K} keys in a codebook: the other {K - fewest} keys are copies with jitter",
         stacklevel=4,
@@ -245,18 +268,17 @@ def _fill(reservoir: Reservoir, K: int, generator: torch.Generator | None) -> Te
 
 
 @torch.no_grad()
-def sample_keys(
-    stream: Stream, K: int, like: Tensor, generator: torch.Generator | None, limit: int | None = None
-) -> Tensor:
+def sample_keys(stream: Stream, K: int, like: Tensor, chance: Chance, limit: int | None = None) -> Tensor:
     """K random finite rows of the data for every codebook, without replacement while there are enough."""
-    return _fill(_sample(stream, K, like, generator, limit), K, generator)
+    return _fill(_sample(stream, K, like, chance, limit), K, chance.shared)
 
 
-def _sample(stream: Stream, size: int, like: Tensor, generator: torch.Generator | None, limit: int | None) -> Reservoir:
+def _sample(stream: Stream, size: int, like: Tensor, chance: Chance, limit: int | None) -> Reservoir:
     reservoir = Reservoir(size, like)
     for queries in stream.queries("sampling", limit):
         rows = _rows(queries)
-        reservoir.add(rows, rows.new_ones(rows.shape[:2]), generator)
+        reservoir.add(rows, rows.new_ones(rows.shape[:2]), chance.own)
+    reservoir.merge(stream.group)
     return reservoir
 
 
@@ -280,29 +302,28 @@ def _spread_out(rows: Tensor, filled: Tensor, K: int, generator: torch.Generator
     return seeds, new
 
 
-def _seed(stream: Stream, K: int, like: Tensor, plus: bool, generator: torch.Generator | None, limit: int) -> Tensor:
+def _seed(stream: Stream, K: int, like: Tensor, plus: bool, chance: Chance, limit: int) -> Tensor:
     if not plus:
-        return sample_keys(stream, K, like, generator, limit)
-    sample = _sample(stream, SEEDS_PER_KEY * K, like, generator, limit)
+        return sample_keys(stream, K, like, chance, limit)
+    sample = _sample(stream, SEEDS_PER_KEY * K, like, chance, limit)
     books = max(1, BATCH // sample.rows[0].numel())
     parts = zip(sample.rows.split(books), sample.filled.split(books), strict=True)
-    seeds, new = zip(*(_spread_out(rows, filled, K, generator) for rows, filled in parts), strict=True)
+    seeds, new = zip(*(_spread_out(rows, filled, K, chance.shared) for rows, filled in parts), strict=True)
     chosen = Reservoir(K, like)
     # A seed that repeats an earlier one has weight 0 here, and its place is filled like any other shortage.
-    chosen.add(torch.cat(seeds), torch.cat(new).to(like.dtype), generator)
-    return _fill(chosen, K, generator)
+    chosen.add(torch.cat(seeds), torch.cat(new).to(like.dtype), chance.shared)
+    return _fill(chosen, K, chance.shared)
 
 
 @torch.no_grad()
-def kmeans(
-    stream: Stream, K: int, like: Tensor, *, iters: int, plus: bool, generator: torch.Generator | None
-) -> Tensor:
+def kmeans(stream: Stream, K: int, like: Tensor, *, iters: int, plus: bool, chance: Chance) -> Tensor:
     """Lloyd's algorithm on the first 64*K rows of the data, streamed: keys [C, K, D] like ``like``.
 
-    A cluster that loses all its rows restarts at a row drawn in proportion to its squared distance from its key.
+    Processes read their shares of these rows, and move the means together. A cluster that loses all its rows restarts
+    at a row drawn in proportion to its squared distance from its key.
     """
     limit = ROWS_PER_KEY * K
-    keys = _seed(stream, K, like, plus, generator, limit)
+    keys = _seed(stream, K, like, plus, chance, limit)
     for _ in range(iters):
         hits = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
         sums = torch.zeros_like(keys, dtype=torch.float64)
@@ -313,12 +334,14 @@ def kmeans(
             batch_hits, batch_sums = torch.ops.kvb.accumulate(queries, indices, K)
             hits += batch_hits
             sums += batch_sums
-            spare.add(_rows(queries), distances.permute(2, 0, 1).flatten(1), generator)
-        empty = hits == 0
+            spare.add(_rows(queries), distances.permute(2, 0, 1).flatten(1), chance.own)
+        members, sums = collectives.total((hits.to(sums.dtype), sums), stream.group)
+        spare.merge(stream.group)
+        empty = members == 0
         rank = (empty.cumsum(-1) - 1).clamp(min=0)
         repaired = spare.rows.gather(1, rank[..., None].expand_as(keys))
         repairable = (empty & spare.filled.gather(1, rank))[..., None]
-        means = torch.where(empty[..., None], keys.double(), sums / hits.clamp(min=1)[..., None]).to(keys.dtype)
+        means = torch.where(empty[..., None], keys.double(), sums / members.clamp(min=1)[..., None]).to(keys.dtype)
         keys = torch.where(repairable, repaired, means)
     return keys
 
@@ -347,20 +370,24 @@ def initialise(
     rates: Rates,
     generator: torch.Generator | None,
 ) -> KeyReport:
-    """Find keys in the data, and let them learn; all in place.
+    """Find keys in the data of all processes of the stream's group, and let them learn; all in place.
 
     Args:
-        moving: keys, keys_avg, cluster_size. fresh: there are no keys yet. mask: [C, K], pairs that may be hit.
+        moving: keys, keys_avg, cluster_size: those of the first process. fresh: there are no keys yet. mask: [C, K],
+            pairs that may be hit.
     """
+    group = stream.group
+    collectives.of_the_first(moving, group)
+    chance = collectives.chance(group, generator, moving[0].device)
     like, plus = moving[0], method == "kmeans++"
     K, found = like.shape[1], None
     if method == "sample":
-        found = sample_keys(stream, K, like, generator)
+        found = sample_keys(stream, K, like, chance)
     elif method in ("kmeans", "kmeans++"):
-        found = kmeans(stream, K, like, iters=kmeans_iters, plus=plus, generator=generator)
+        found = kmeans(stream, K, like, iters=kmeans_iters, plus=plus, chance=chance)
     elif fresh:
-        device = like.device if generator is None else generator.device
-        found = torch.randn(like.shape, generator=generator, device=device)
+        device = like.device if chance.shared is None else chance.shared.device
+        found = torch.randn(like.shape, generator=chance.shared, device=device)
     if found is not None:
         for part, start in zip(moving, (found, found, torch.ones(())), strict=True):
             part.copy_(start)
@@ -370,12 +397,13 @@ def initialise(
         learns = epoch < epochs
         # Without epochs, what k-means looked at is measured where reading more would cost an encoder's time.
         limit = ROWS_PER_KEY * K if stream.replay and not learns and method.startswith("kmeans") else None
-        for queries in stream.queries("moving averages" if learns else "measuring", limit):
+        empty = like.new_zeros(0, 1, like.shape[0], like.shape[2])
+        for queries in stream.in_step("moving averages", empty) if learns else stream.queries("measuring", limit):
             indices, distances = torch.ops.kvb.nearest(queries, moving[0], packed, mask, 1)
             meter.add(indices[..., 0], distances[..., 0], queries)
             if learns:
-                packed = step(moving, queries, indices[..., 0], mask, rates, generator)
-    return meter.report(method)
+                packed = step(moving, queries, indices[..., 0], mask, rates, chance.own, group)
+    return meter.report(method, group)
 
 
 class Meter:
@@ -394,14 +422,18 @@ class Meter:
         self.finite += finite.sum()
         self.queries += indices.numel()
 
-    def report(self, method: str) -> KeyReport:
+    def report(self, method: str, group: Group) -> KeyReport:
+        """Of all processes."""
         C, K = self.hits.shape
-        finite = int(self.finite)
+        queries = torch.full_like(self.finite, self.queries)
+        counts = collectives.total((self.hits, self.finite, queries), group)
+        hits, finite, seen = counts[0], int(counts[1]), int(counts[2])
+        (inertia,) = collectives.total((self.inertia,), group)
         return KeyReport(
             method,
-            rows=self.queries // C,
-            skipped=self.queries - finite,
-            inertia=float(self.inertia) / max(1, finite),
-            dead_codes=int((self.hits == 0).sum()),
+            rows=seen // C,
+            skipped=seen - finite,
+            inertia=float(inertia) / max(1, finite),
+            dead_codes=int((hits == 0).sum()),
             pairs=C * K,
         )

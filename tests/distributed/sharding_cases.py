@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import unittest.mock
 from collections.abc import Mapping
 from itertools import cycle
 from types import MappingProxyType
@@ -101,15 +99,9 @@ def queries(case: Case, seed: int = 2) -> Tensor:
 def pair(case: Case, sizes: tuple[int, ...], **split: str) -> tuple[kvb.KeyValueBottleneck, kvb.KeyValueBottleneck]:
     """The module in one process, and split."""
     alone = module(case)
+    alone.process_group = False
     there = module(case, seed=1 if dist.get_rank() == 0 else 5)  # the table of the first process counts
     return alone, parallelize(there, mesh(*sizes), **split)
-
-
-@contextlib.contextmanager
-def one_process():
-    """Within, kvb takes this process for the only one."""
-    with unittest.mock.patch("kvb.collectives.world", return_value=1):
-        yield
 
 
 def near(found: Tensor, wanted: Tensor, what: str, *, scale: float = 1.0) -> None:

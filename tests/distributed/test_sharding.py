@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sharding_cases import CASES, GIANT, near, one_process, pair, queries, same_state, whole
+import torch.distributed as dist
+from sharding_cases import CASES, GIANT, near, pair, queries, same_state, whole
 
+from kvb.distributed import exchange
 from kvb.training import sgd_step
 
 HALVES = range(0, len(CASES), 11)
@@ -50,15 +52,11 @@ def _trained(split, begin):
         alone, there = pair(case, (4,), **{split: "table"})
         x, what = queries(case), f"case {number}"
         for step in range(3):  # keys move
-            with one_process():
-                wanted = alone(x + step)
-            near(there(x + step).distances, wanted.distances, f"{what}, step {step}", scale=30)
+            near(there(x + step).distances, alone(x + step).distances, f"{what}, step {step}", scale=30)
             same_state(there, alone, f"{what}, step {step}")
         for module in (alone, there):
             module.freeze_keys()
-        with one_process():
-            alone(x)
-        there(x)
+            module(x)
         same_state(there, alone, f"{what}, counted")
         near(there.fraction_of_unused_keys(), alone.fraction_of_unused_keys(), what)
         near(there.perplexity(), alone.perplexity(), what, scale=10)
@@ -84,7 +82,8 @@ def _stepped(case, alone, there, codes, what):
         wanted = sgd_step(alone.values, codes, targets, max_norm=0.5)
         found = sgd_step(there.values, codes, targets, max_norm=0.5)
         for name in ("loss", "norm", "logits"):
-            near(getattr(found, name), getattr(wanted, name), f"{what}, {name}", scale=10)
+            one, other = (getattr(step, name).to(alone.values.dtype) for step in (found, wanted))
+            near(one, other, f"{what}, {name}", scale=10)
         near(whole(there.values), alone.values, f"{what}, fused step", scale=10)
 
 
@@ -92,3 +91,87 @@ def _stepped(case, alone, there, codes, what):
 @pytest.mark.parametrize("split", ["codebooks", "pairs"])
 def test_training_is_that_of_one_process(processes, split, begin):
     processes(4, _trained, split, begin)
+
+
+# --- (data, table) ----------------------------------------------------------------------------------------------------
+
+
+def _two_ways(split, number, options):
+    """Two batches of unequal size, each split over two processes; one process has their union."""
+    case = (CASES if split == "codebooks" else GIANT)[number]
+    case = case._replace(options={**case.options, **options, "return_values_only": True})
+    alone, there = pair(case, (2, 2), data="data", **{split: "table"})
+    x, here = queries(case), dist.get_rank() // 2
+    cut = len(x) // 2
+    mine = x[:cut] if here == 0 else x[cut : 2 * cut]
+    for step in range(3):
+        alone(x[: 2 * cut] + step)
+        there(mine + step)
+        same_state(there, alone, f"step {step}")
+    for module, batch in ((alone, x[: 2 * cut]), (there, mine)):
+        module.freeze_keys()
+        module(batch)
+        (module.decode(module.encode(batch), "mean") * torch.linspace(-1, 2, case.V)).sum(-1).mean().backward()
+    same_state(there, alone, "counted")
+    gradient = exchange.part_of(there.values.grad)
+    part = there._layout.part(alone.values.grad.to_dense() if alone.values.grad.is_sparse else alone.values.grad)
+    near(gradient.to_dense() if gradient.is_sparse else gradient, part, "gradient")
+    codes, targets = alone.encode(x), torch.arange(case.B) % case.V
+    own = slice(0, 3) if here == 0 else slice(3, None)
+    for _ in range(3):
+        wanted = sgd_step(alone.values, codes, targets, max_norm=0.1)
+        found = sgd_step(there.values, codes[own], targets[own], max_norm=0.1)
+        near(found.logits, wanted.logits[own], "logits", scale=10)
+        near(torch.stack(found[:2]), torch.stack(wanted[:2]), "loss and norm", scale=10)
+        near(whole(there.values), alone.values, "fused step", scale=10)
+
+
+@pytest.mark.parametrize(
+    ("split", "number", "options"),
+    [
+        ("codebooks", 2, {}),
+        ("codebooks", 6, {"sparse_grad": True}),
+        ("pairs", 2, {}),
+        ("pairs", 21, {"sparse_grad": True}),
+    ],
+)
+def test_data_parallel_and_split(processes, split, number, options):
+    processes(4, _two_ways, split, number, options)
+
+
+def _dead_codes_and_first_batches():
+    case = CASES[0]._replace(B=64, options={"threshold_ema_dead_code": 0.9, "init_mode": "kmeans", "kmeans_iters": 2})
+    _, there = pair(case, (2, 2), data="data", codebooks="table")
+    there.initted.zero_()
+    for step in range(3):
+        there(queries(case, seed=dist.get_rank() // 2 + 10 * step))
+    report = there.init_keys(queries(case, seed=dist.get_rank() // 2), "kmeans++", progress=False)
+    return [there.keys, there.keys_avg, there.cluster_size], report
+
+
+def test_replicas_of_a_part_stay_the_same(processes):
+    """Where keys are drawn at random: for dead pairs, and as seeds."""
+    found = processes(4, _dead_codes_and_first_batches)
+    for one, other in ((0, 2), (1, 3)):
+        for mine, theirs in zip(found[one][0], found[other][0], strict=True):
+            assert torch.equal(mine, theirs)
+        assert found[one][1] == found[other][1]
+        assert found[one][1].rows == 128
+    assert not torch.equal(found[0][0][0], found[1][0][0])
+
+
+def _differentiated(split):
+    """Gradients for the queries, which every process has alike."""
+    case = (CASES if split == "codebooks" else GIANT)[10]
+    alone, there = (each.eval() for each in pair(case, (4,), **{split: "table"}))
+    grads = []
+    for module in (alone, there):
+        x = (queries(case) + 0.25).requires_grad_()
+        (module(x).distances * torch.arange(1.0, 13.0)[:, None, None, None]).sum().backward()
+        grads.append(x.grad)
+    near(grads[1], grads[0], "gradient of queries", scale=50)
+
+
+@pytest.mark.parametrize("split", ["codebooks", "pairs"])
+def test_queries_learn_through_distances(processes, split):
+    processes(4, _differentiated, split)

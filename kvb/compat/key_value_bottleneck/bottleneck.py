@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from kvb import checkpoints, validation
+from kvb import checkpoints, collectives, validation
 from kvb.compat.key_value_bottleneck import utils
 from kvb.modules import bottleneck, key_learning
 from kvb.modules.wrapping import KvbOptions
@@ -132,10 +132,10 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
 
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
         self._packed.forget()
-        statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
+        hits, sums = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
         key_learning.update(
             *self._moving(),
-            *(*key_learning.sync_statistics(*statistics), queries),
+            *(*collectives.total((hits.to(sums.dtype), sums), self._processes()), queries),
             decay=self.decay,
             eps=self.eps,
             threshold=0.0,
