@@ -3,7 +3,9 @@
 ``import kvb`` leaves it out, as some of PyTorch's part is large.
 """
 
+from kvb.distributed import operators
+from kvb.distributed.costs import Cost, cost
 from kvb.distributed.joining import join
 from kvb.distributed.parallel import parallelize
 
-__all__ = ["join", "parallelize"]
+__all__ = ["Cost", "cost", "join", "operators", "parallelize"]
