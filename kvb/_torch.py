@@ -71,6 +71,10 @@ _saving: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors
 
 # The DistributedDataParallel whose forward runs, or None.
 active_ddp: Callable[[], Any] = _private("torch.nn.parallel.DistributedDataParallel._get_active_ddp_module")
+# Leaves parameters and buffers of a module out of the DistributedDataParallel that will be around it.
+ignore_in_ddp: Callable[[Any, set[str]], None] = _private(
+    "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"
+)
 
 _private("torch.Tensor._version")
 _private("torch.UntypedStorage._cdata")
@@ -156,3 +160,8 @@ def joined_forward(model: Any, forward: Callable[[], None]) -> contextlib.Abstra
 def has_lone_joins(model: Any) -> bool:
     """Whether a ``DistributedDataParallel`` is within ``join``, and its joined processes run no forward."""
     return model._join_config.enable and "_check_global_requires_backward_grad_sync" not in vars(model)
+
+
+def ignored_in_ddp(module: Any) -> set[str]:
+    """The names that ``ignore_in_ddp`` was told of a module."""
+    return set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))

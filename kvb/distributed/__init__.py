@@ -4,5 +4,6 @@
 """
 
 from kvb.distributed.joining import join
+from kvb.distributed.values import sync_values
 
-__all__ = ["join"]
+__all__ = ["join", "sync_values"]
