@@ -71,6 +71,10 @@ _saving: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors
 
 # The DistributedDataParallel whose forward runs, or None.
 active_ddp: Callable[[], Any] = _private("torch.nn.parallel.DistributedDataParallel._get_active_ddp_module")
+# Leaves parameters and buffers of a module out of the DistributedDataParallel that will be around it.
+ignore_in_ddp: Callable[[Any, set[str]], None] = _private(
+    "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"
+)
 
 _private("torch.Tensor._version")
 _private("torch.UntypedStorage._cdata")
@@ -117,6 +121,15 @@ def rows_of(sparse: Tensor) -> Tensor:
 def call_coalesced(sparse: Tensor) -> Tensor:
     """The same tensor, declared coalesced: its rows are known to be in order and without repetition."""
     return sparse._coalesced_(True)
+
+
+def tell_calls_apart(operator: Any, first: int) -> None:
+    """Let DTensor remember the rule of an operator together with its arguments from the first that is no tensor.
+
+    By itself it takes only int for such, no SymInt and no str, and would apply the rule of another call.
+    """
+    propagator = _private("torch.distributed.tensor.DTensor._op_dispatcher").sharding_propagator
+    propagator.op_to_schema_info[operator].static_argnum = first
 
 
 def sparse_whole_of(like: Any, part: Tensor) -> Any:
@@ -167,3 +180,8 @@ def joined_forward(model: Any, forward: Callable[[], None]) -> contextlib.Abstra
 def has_lone_joins(model: Any) -> bool:
     """Whether a ``DistributedDataParallel`` is within ``join``, and its joined processes run no forward."""
     return model._join_config.enable and "_check_global_requires_backward_grad_sync" not in vars(model)
+
+
+def ignored_in_ddp(module: Any) -> set[str]:
+    """The names that ``ignore_in_ddp`` was told of a module."""
+    return set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))

@@ -73,18 +73,37 @@ def gathered(tensor: Tensor, group: Group = None) -> list[Tensor]:
     return [part.view(tensor.dtype).view(tensor.shape) for part in parts]
 
 
+def parts(tensors: Sequence[Tensor], group: Group = None) -> list[list[Tensor]]:
+    """Of each tensor [n, ...], what every process has, in the order of their ranks; n may differ among processes.
+
+    Two collectives: sizes, then the rows of all tensors. The host waits for the sizes.
+    """
+    if world(group) == 1:
+        return [[tensor] for tensor in tensors]
+    n = len(tensors[0])
+    sizes = [int(size) for size in gathered(torch.tensor([n], device=tensors[0].device), group)]
+    raw = [tensor.contiguous().view(n, tensor.shape[1:].numel()).view(torch.uint8) for tensor in tensors]
+    padded = raw[0].new_zeros((max(sizes), sum(part.shape[1] for part in raw)))
+    padded[:n] = torch.cat(raw, 1)
+    found: list[list[Tensor]] = [[] for _ in tensors]
+    for size, each in zip(sizes, gathered(padded, group), strict=True):
+        columns = each[:size].split([part.shape[1] for part in raw], 1)
+        for place, tensor, column in zip(found, tensors, columns, strict=True):
+            place.append(column.contiguous().view(tensor.dtype).view(size, *tensor.shape[1:]))
+    return found
+
+
 def joined(rows: Tensor, group: Group = None) -> Tensor:
     """Rows [n, ...] of all processes, in the order of their ranks; n may differ. Two collectives: sizes, then rows.
 
     Equivalent to ``torch.cat`` over the processes.
     """
-    if world(group) == 1:
-        return rows
-    sizes = [int(size) for size in gathered(torch.tensor([len(rows)], device=rows.device), group)]
-    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = gathered(padded, group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return rows if world(group) == 1 else torch.cat(parts((rows,), group)[0])
+
+
+def as_codes(indices: Tensor, K: int) -> Tensor:
+    """Integers from -1 to K - 1 in as few bytes as they take."""
+    return indices.to(torch.int16 if K <= 1 << 15 else torch.int32)
 
 
 def best(rows: Tensor, priority: Tensor, group: Group = None) -> tuple[Tensor, Tensor]:

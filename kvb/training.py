@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvb import ops, validation  # noqa: F401  (importing ops registers the operators)
+from kvb import collectives, ops, validation  # noqa: F401  (importing ops registers the operators)
 
 
 class SGDStep(NamedTuple):
@@ -32,6 +32,7 @@ def sgd_step(
     lr: float = 0.3,
     max_norm: float | None = 1.0,
     label_smoothing: float = 0.1,
+    process_group: collectives.Group = False,
 ) -> SGDStep:
     """One step of SGD on the values that codes fetch, with the paper's head and loss, in place.
 
@@ -47,14 +48,16 @@ def sgd_step(
 
     Args:
         values: [C, K, V], ``bottleneck.values`` say: contiguous float16, bfloat16, float32 or float64; V classes. Of a
-            module that ``kvb.distributed.parallelize`` split, the DTensor: a step on the union of the batches.
+            module that ``kvb.distributed.parallelize`` split, the DTensor, whose mesh is the ``process_group``.
         codes: [B, C, *shape] of any integer dtype, from ``encode`` or a ``CodeDataset``; same device.
         targets: [B] int64 in [0, V).
         lr: the learning rate, >= 0.
         max_norm: the largest norm of the gradient, > 0; None does not clip.
         label_smoothing: in [0, 1].
+        process_group: take the step on the batches of all processes together, of any sizes: they send codes and
+            targets, and hold the same values before and after it. None for the default group, False to step alone.
     Returns:
-        an ``SGDStep``: loss, gradient norm and logits, as they were before the step.
+        an ``SGDStep``: loss and gradient norm, of all processes, and logits of this one, as they were before the step.
     Raises:
         TypeError: values that are not floating-point, codes or targets that are not integers. ValueError: shapes that
         disagree, values that are not contiguous, or a number out of its range. IndexError: a code outside [0, K) or a
@@ -75,10 +78,24 @@ def sgd_step(
     limit = infinity if max_norm is None else validation.number("max_norm", max_norm, 0.0, infinity, open_low=True)
     if validation.number("label_smoothing", label_smoothing, 0.0, infinity) > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    split = hasattr(values, "device_mesh")
+    codes, targets, own = _of_all(codes, targets.to(torch.int64), values.shape[1], False if split else process_group)
     flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
-    if hasattr(values, "device_mesh"):
-        return SGDStep(*_of_dtensor()(values, flat, targets.to(torch.int64), lr, limit, label_smoothing))
-    return SGDStep(*torch.ops.kvb.sgd_step_(values, flat, targets.to(torch.int64), lr, limit, label_smoothing))
+    arguments = values, flat, targets, lr, limit, label_smoothing
+    if split:
+        return SGDStep(*_of_dtensor()(*arguments))
+    step = SGDStep(*torch.ops.kvb.sgd_step_(*arguments))
+    return step if own is None else step._replace(logits=step.logits[own])
+
+
+def _of_all(codes: Tensor, targets: Tensor, K: int, group: collectives.Group) -> tuple[Tensor, Tensor, slice | None]:
+    """Codes and targets of all processes, and which are this one's; None where there is no other."""
+    if collectives.world(group) == 1:
+        return codes, targets, None
+    within = torch.where((codes >= 0) & (codes < K), codes, -1)  # sent in fewer bytes, others could look right
+    all_codes, all_targets = collectives.parts((collectives.as_codes(within, K), targets), group)
+    begin = sum(map(len, all_targets[: collectives.rank(group)]))
+    return torch.cat(all_codes), torch.cat(all_targets), slice(begin, begin + len(targets))
 
 
 def _of_dtensor() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from kvb import collectives, functional, validation
+from kvb.collectives import Members
 from kvb.distributed import exchange
+from kvb.distributed.layout import Layout
 from kvb.distributed.sharding import Sharded
 from kvb.modules.bottleneck import BottleneckOutput
 
@@ -16,6 +18,14 @@ class ByCodebooks(Sharded):
 
     Values pooled over codebooks are added up, [B, *shape, V]; what has an axis C is joined.
     """
+
+    def place(self, layout: Layout) -> None:
+        """As there. Of gradients, data-parallel processes send what they fetched, as ``sync_values`` has it."""
+        super().place(layout)
+        self._shares_values = Members(layout.data) if layout.data is not False else None
+
+    def _table(self) -> Tensor:
+        return exchange.local(self.values, False)  # gradients are those of all processes already
 
     def _queries(self, x: Tensor) -> Tensor:
         queries = exchange.shared(super()._queries(x), self._layout.shards)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from kvb import ops  # noqa: F401  (importing ops registers the operators)
+from kvb._torch import tell_calls_apart
 
 Choice = tuple[list[Placement], list[Placement | None]]
 # The axes of tensors by their letters; "*" is one that belongs to C alone, and is never split.
@@ -81,5 +82,10 @@ def count(queries: Any, indices: Any, K: int) -> list[Choice]:
     return _choices("BSC", (QUERIES, CODES, None), ("CK",), added="BS")
 
 
-for _rule in (pack_keys, nearest, gather, gather_backward, lookup, accumulate, count):
-    register_sharding(getattr(torch.ops.kvb, _rule.__name__).default)(_rule)
+# Every rule, and where the arguments of its operator begin that are no tensors: what a rule says depends on those.
+RULES = {pack_keys: 1, nearest: 4, gather: 2, gather_backward: 2, lookup: 5, accumulate: 2, count: 2}
+
+for _rule, _first in RULES.items():
+    _operator = getattr(torch.ops.kvb, _rule.__name__).default
+    register_sharding(_operator)(_rule)
+    tell_calls_apart(_operator, _first)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvb import functional, ops, validation
+from kvb import collectives, functional, ops, validation
 from kvb._torch import register_namedtuple
-from kvb.collectives import Group
+from kvb.collectives import Group, Members
 from kvb.modules import key_learning, recomputation
 from kvb.modules.datasets import ReadsData
 from kvb.modules.learning import LearnsKeys
@@ -75,6 +75,8 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
 
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
+
+    _shares_values: Members | None = None  # with whom ``kvb.distributed.sync_values`` shares the values' gradient
 
     def __init__(
         self,
@@ -243,7 +245,7 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
     def _in_one_pass(self, pool: str, shape: torch.Size) -> bool:
         """Whether ``lookup`` gives the values as they are wanted: not with codebooks before more than one position."""
         nearest = self.topk == 1 and self.sample_codebook_temperature == 0 and self._fewest > 0
-        return nearest and not self.sparse_grad and (pool != "none" or len(shape) == 0)
+        return nearest and not (self.sparse_grad or self._shares_values) and (pool != "none" or len(shape) == 0)
 
     def _present(self) -> Tensor | None:
         """Which ranks of a search find a usable pair, [C, T]; None where all do."""
@@ -252,6 +254,8 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         return torch.arange(self.topk, device=self._usable.device) < self._usable.sum(-1, keepdim=True)
 
     def _gather(self, table: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
+        if self._shares_values is not None and collectives.world(self._shares_values.group) > 1:
+            return ops.gather_together(table, indices, pool, layout, self.sparse_grad, self._shares_values.group)
         fetch = ops.gather_row_grad if self.sparse_grad else torch.ops.kvb.gather
         return fetch(table, indices, pool, layout)
 

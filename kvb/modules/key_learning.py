@@ -70,7 +70,7 @@ def hits_of_all(queries: Tensor, indices: Tensor, present: Tensor | None, K: int
     C = queries.shape[2]
     counted = queries.isfinite().all(-1)[..., None]
     counted = counted if present is None else counted & present
-    codes = torch.where(counted, indices, -1).flatten(0, 1).to(torch.int16 if K <= 1 << 15 else torch.int32)
+    codes = collectives.as_codes(torch.where(counted, indices, -1).flatten(0, 1), K)
     codes = collectives.joined(codes, group).to(torch.int64)
     books = torch.arange(C, device=codes.device)[:, None] * K
     return torch.where(codes < 0, C * K, codes + books).flatten().bincount(minlength=C * K + 1)[:-1].view(C, K)

@@ -168,13 +168,18 @@ class _GatherRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _require_no_tangents("gather_backward_rows", grads[0])
-        (indices,), K = ctx.saved_tensors, ctx.shape[1]
-        rows, merged, count = torch.ops.kvb.gather_backward_rows(_in_order(ctx, grads[0]), indices, K, ctx.pool)
-        n = int(count)  # on another device the host waits here: a sparse tensor knows its size
-        rows = rows[:n]
-        places = torch.stack([rows // K, rows % K])
-        sparse = torch.sparse_coo_tensor(places, merged[:n], ctx.shape, check_invariants=False, is_coalesced=True)
-        return sparse, None, None, None
+        (indices,) = ctx.saved_tensors
+        return sparse_rows(_in_order(ctx, grads[0]), indices, ctx.shape, ctx.pool), None, None, None
+
+
+def sparse_rows(grad: Tensor, indices: Tensor, shape: torch.Size, pool: str) -> Tensor:
+    """The gradient of values of a shape [C, K, V] as a coalesced sparse tensor, C and K its sparse axes."""
+    K = shape[1]
+    rows, merged, count = torch.ops.kvb.gather_backward_rows(grad, indices, K, pool)
+    n = int(count)  # on another device the host waits here: a sparse tensor knows its size
+    rows = rows[:n]
+    places = torch.stack([rows // K, rows % K])
+    return torch.sparse_coo_tensor(places, merged[:n], shape, check_invariants=False, is_coalesced=True)
 
 
 def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
