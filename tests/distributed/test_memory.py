@@ -13,9 +13,7 @@ MEGABYTE = 1_000_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("split", "megabytes"), [("codebooks", 100), ("pairs", 100), ("codebooks", 2000)], ids="{}-{}".format
-)
+@pytest.mark.parametrize(("split", "megabytes"), [("codebooks", 100), ("pairs", 100), ("codebooks", 2000)])
 def test_four_processes_train_a_table(split, megabytes):
     """bfloat16 values from the meta device on, 50 steps; the bar is the part, a tenth of it, and 300 MB."""
     script = str(Path(__file__).with_name("giant.py"))
