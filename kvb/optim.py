@@ -68,6 +68,34 @@ def _touched_rows(param: Tensor, grad: Tensor, zeros_move: bool) -> tuple[Tensor
     return rows, table.index_select(0, rows)
 
 
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is none of ``torch.distributed.tensor``, of which a process has a part."""
+    return not hasattr(tensor, "placements")
+
+
+def _part(tensor: Any, like: Any = None) -> Tensor:
+    """What this process has of a DTensor, sharing its memory; any other tensor itself.
+
+    Args:
+        like: a DTensor whose placements the part shall have.
+    """
+    if _is_whole(tensor):
+        return tensor
+    if like is not None and tensor.placements != like.placements:
+        tensor = tensor.redistribute(placements=like.placements)
+    part: Tensor = tensor.to_local()
+    return part
+
+
+def _require_whole_rows(param: Any) -> None:
+    last = param.dim() - 1
+    if not _is_whole(param) and any(placement.is_shard(last) for placement in param.placements):
+        raise ValueError(
+            f"expected a table whose rows are whole in one process, got {param.placements}: shard another axis than "
+            "the last, or put the parameter in a group with rowwise=False"
+        )
+
+
 # --- the optimizers ---------------------------------------------------------------------------------------------------
 
 
@@ -112,12 +140,17 @@ class _Rowwise(torch.optim.Optimizer):
 
     def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         by_row = param.dim() == 3 if group["rowwise"] is None else group["rowwise"]
-        if not ((by_row or grad.is_sparse) and param.dim() > 1):
-            self._move(param, grad, self._memory(param, group, rows=False), group)
+        grad = _part(grad, like=param)
+        rows_move = (by_row or grad.is_sparse) and param.dim() > 1
+        if rows_move:
+            _require_whole_rows(param)
+        memory = {name: _part(kept) for name, kept in self._memory(param, group, rows=rows_move).items()}
+        param = _part(param)
+        if not rows_move:
+            self._move(param, grad, memory, group)
             return
         if not param.is_contiguous():
             raise ValueError(f"expected a contiguous table of values, got strides {param.stride()}; call contiguous()")
-        memory = self._memory(param, group, rows=True)
         rows, grads = _touched_rows(param, grad, self._zeros_move(group))
         tables = [param.view(-1, param.shape[-1]), *(kept.view(-1, kept.shape[-1]) for kept in memory.values())]
         parts = [table.index_select(0, rows) for table in tables]
@@ -131,8 +164,8 @@ class _Rowwise(torch.optim.Optimizer):
         if not state:
             state.update(self._fresh(param, group))
             if "step" in state:
-                shape = (*param.shape[:-1], 1) if rows else ()
-                state["step"] = torch.zeros(shape, dtype=torch.int32, device=param.device)
+                each = param[..., :1] if rows else _part(param).new_zeros(())
+                state["step"] = torch.zeros_like(each, dtype=torch.int32, memory_format=torch.contiguous_format)
         elif "step" in state and state["step"].device != param.device:
             state["step"] = state["step"].to(param.device)  # load_state_dict leaves it where it was saved
         return dict(state)
@@ -305,7 +338,8 @@ def clip_grad_norm_(
     ``min(1, max_norm / (norm + 1e-6))``. Sparse ones are merged first, and stay so.
 
     Args:
-        parameters: one or many; those without a gradient are passed over.
+        parameters: one or many; those without a gradient are passed over. DTensors, as of ``fully_shard``, count as a
+            whole: every process calls this, and gets the same norm.
         max_norm: the largest norm allowed.
         norm_type: p of the norm, float("inf") for the largest absolute value.
         error_if_nonfinite: raise if the norm is NaN or Inf.
@@ -325,11 +359,23 @@ def clip_grad_norm_(
             numbers.append(owner.grad.values())
         else:
             numbers.append(owner.grad)
-    norm = nn.utils.get_total_norm(numbers, norm_type, error_if_nonfinite, foreach)
+    norm = _norm(numbers, norm_type, error_if_nonfinite, foreach)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in numbers:
+    for grad in map(_part, numbers):
         grad.mul_(factor.to(grad.device))
     return norm
+
+
+def _norm(numbers: list[Any], norm_type: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
+    """One norm over all tensors; those of a mesh are one tensor with all its processes."""
+    by_mesh: dict[Any, list[Any]] = {}
+    for each in numbers:
+        by_mesh.setdefault(None if _is_whole(each) else each.device_mesh, []).append(each)
+    if set(by_mesh) <= {None}:
+        return nn.utils.get_total_norm(numbers, norm_type, error_if_nonfinite, foreach)
+    norms: list[Any] = [nn.utils.get_total_norm(each, norm_type, False, foreach) for each in by_mesh.values()]
+    norms = [norm if _is_whole(norm) else norm.full_tensor() for norm in norms]
+    return nn.utils.get_total_norm(norms, norm_type, error_if_nonfinite, foreach)
 
 
 def param_groups(model: nn.Module, lr: float, values_lr: float | None = None) -> list[dict[str, Any]]:
