@@ -3,7 +3,8 @@
 ``import kvb`` leaves it out, as some of PyTorch's part is large.
 """
 
+from kvb.distributed.encoding import encode_dataset
 from kvb.distributed.joining import join
 from kvb.distributed.values import sync_values
 
-__all__ = ["join", "sync_values"]
+__all__ = ["encode_dataset", "join", "sync_values"]
