@@ -124,40 +124,39 @@ def encode_dataset(
     storage = validation.code_dtype(dtype, model._target().key_value_pairs_per_codebook)
     reader = _Reader(model, storage, inputs_extractor, labels, labels_extractor)
     load, samples, block = _loader_of(data, validation.positive_int("batch_size", batch_size))
-    device = model._target()._device
-    collectives.meet("encode_dataset", process_group, device=device)
-    first = collectives.rank(process_group) == 0
-    told = torch.zeros(_TOLD, dtype=torch.uint8)
-    work = None
-    with collectives.FailingTogether(process_group, device):
-        if first:
-            codes, found = reader.read(next(iter(load([0]))))
-            plan = _Plan.of(codes, found, samples, block, _checksum_of_keys(model))
-            description = plan.described()
-            told[: len(description)] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
-            work = _Work.begin(Path(os.path.realpath(out)), plan)
-    told = told.to(device)
-    collectives.of_the_first([told], process_group)
-    plan = _Plan.read(bytes(told.tolist()).rstrip(b"\0"))
-    done = torch.zeros(plan.blocks, dtype=torch.uint8) if work is None else work.done
-    done = done.to(device)
-    collectives.of_the_first([done], process_group)
-    work = work or _Work.join(Path(os.path.realpath(out)), plan)
-    with work:
-        left = (done == 0).nonzero()[:, 0].tolist()
-        begin, end = (len(left) * rank // collectives.world(process_group) for rank in _neighbours(process_group))
-        steps = work.write(reader, load, left[begin:end], progress and first)
-        for _ in collectives.in_step(steps, process_group, device):
+    group, device = process_group, model._target()._device
+    collectives.meet("encode_dataset", group, device=device)
+    with _begin(reader, load, samples, block, Path(os.path.realpath(out)), group) as work:
+        left, rank, world = work.left(), collectives.rank(group), collectives.world(group)
+        own = left[len(left) * rank // world : len(left) * (rank + 1) // world]
+        for _ in collectives.in_step(work.write(reader, load, own, progress and rank == 0), group, device):
             pass
-        with collectives.FailingTogether(process_group, device):
-            if first:
+        with collectives.FailingTogether(group, device):
+            if rank == 0:
                 work.finish()
     return CodeDataset.open(out)
 
 
-def _neighbours(group: Group) -> tuple[int, int]:
-    rank = collectives.rank(group)
-    return rank, rank + 1
+def _begin(
+    reader: _Reader, load: Callable[[list[int]], Any], samples: int, block: int, target: Path, group: Group
+) -> _Work:
+    """Find out what codes are like, and which blocks are done: the first process does, and tells the others."""
+    device, work = reader.model._target()._device, None
+    told = torch.zeros(_TOLD, dtype=torch.uint8)
+    with collectives.FailingTogether(group, device):
+        if collectives.rank(group) == 0:
+            codes, labels = reader.read(next(iter(load([0]))))
+            plan = _Plan.of(codes, labels, samples, block, _checksum_of_keys(reader.model))
+            description = plan.described()
+            told[: len(description)] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
+            work = _Work.begin(target, plan)
+    told = told.to(device)
+    collectives.of_the_first([told], group)
+    work = work or _Work.join(target, _Plan.read(bytes(told.tolist()).rstrip(b"\0")))
+    done = work.done.to(device)
+    collectives.of_the_first([done], group)
+    work.done = done.cpu()
+    return work
 
 
 def _checksum_of_keys(model: ReadsData) -> int:
@@ -236,7 +235,11 @@ class _Work:
     def join(cls, target: Path, plan: _Plan) -> _Work:
         """In every other process: the files of the first."""
         numbers, progress = (path.open("r+b", buffering=0) for path in _paths(target))
-        return cls(target, plan, numbers, progress, torch.zeros(0, dtype=torch.uint8))
+        return cls(target, plan, numbers, progress, torch.zeros(plan.blocks, dtype=torch.uint8))
+
+    def left(self) -> list[int]:
+        """The blocks that were not done when this began."""
+        return [block for block, done in enumerate(self.done.tolist()) if not done]
 
     def _record(self, block: int) -> int:
         """Where the record of a block begins."""
