@@ -77,6 +77,32 @@ def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor]) -> 
     file.write(_header((samples, *codes.shape[1:]), codes.dtype, 0, room))
 
 
+class Layout(NamedTuple):
+    """Where what ``write`` writes lies in the file, if all sizes are known before: headers, and where numbers begin."""
+
+    header: bytes  # at 0
+    codes: int
+    label_header: bytes  # after the codes; empty if there are no labels
+    labels: int
+    size: int
+
+
+def layout(codes: Tensor, labels: Tensor | None, samples: int) -> Layout:
+    """The layout for so many samples like these.
+
+    Args:
+        codes: [1, C, *shape]. labels: [1, ...] or None.
+    """
+    room = len(_header((_MANY, *codes.shape[1:]), codes.dtype, 0))
+    header = _header((samples, *codes.shape[1:]), codes.dtype, 0, room)
+    end = len(header) + samples * codes[0].nbytes
+    if labels is None:
+        return Layout(header, len(header), b"", end, end)
+    label_header = _header((samples, *labels.shape[1:]), labels.dtype, end)
+    begin = end + len(label_header)
+    return Layout(header, len(header), label_header, begin, begin + samples * labels[0].nbytes)
+
+
 def read(file: BinaryIO, path: str) -> Mapped:
     """Map a file, which may be closed afterwards; ``path`` is its name in messages.
 

@@ -37,10 +37,8 @@ def samples(N, device):
     return (centres[labels] + torch.randn(N, CODEBOOKS, DIM, generator=generator) / 2).to(device), labels.to(device)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--split", choices=["codebooks", "pairs"], default="codebooks")
-    split = parser.parse_args().split
+def main(split):
+    """Returns the accuracies before and after training, and whether a checkpoint gives the same back."""
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
@@ -75,7 +73,10 @@ def main():
     if dist.get_rank() == 0:
         print(f"accuracy {before:.3f} -> {after:.3f}, loss {step.loss:.3f}, the same after loading: {same}", flush=True)
     dist.destroy_process_group()
+    return float(before), float(after), same
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--split", choices=["codebooks", "pairs"], default="codebooks")
+    main(parser.parse_args().split)

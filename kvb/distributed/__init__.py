@@ -5,8 +5,9 @@
 
 from kvb.distributed import operators
 from kvb.distributed.costs import Cost, cost
+from kvb.distributed.encoding import encode_dataset
 from kvb.distributed.joining import join
 from kvb.distributed.parallel import parallelize
 from kvb.distributed.values import sync_values
 
-__all__ = ["Cost", "cost", "join", "operators", "parallelize", "sync_values"]
+__all__ = ["Cost", "cost", "encode_dataset", "join", "operators", "parallelize", "sync_values"]

@@ -83,5 +83,5 @@ def _held(way):
 
 
 def test_the_page_shows_the_model():
-    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "sharding.md").read_text()
     assert costs.as_markdown() in page

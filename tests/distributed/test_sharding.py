@@ -8,6 +8,7 @@ import torch.distributed as dist
 from sharding_cases import CASES, GIANT, near, pair, queries, same_state, whole
 
 from kvb.distributed import exchange
+from kvb.optim import RowwiseAdagrad, RowwiseAdam, RowwiseSGD, clip_grad_norm_
 from kvb.training import sgd_step
 
 HALVES = range(0, len(CASES), 11)
@@ -137,6 +138,34 @@ def _two_ways(split, number, options):
 )
 def test_data_parallel_and_split(processes, split, number, options):
     processes(4, _two_ways, split, number, options)
+
+
+def _rowwise(split, sizes):
+    """Sparse gradients of split tables with the row-wise optimizers: as dense ones in one process."""
+    case = (CASES if split == "codebooks" else GIANT)[21]._replace(options={"return_values_only": True})
+    ways = {split: "table"} if len(sizes) == 1 else {split: "table", "data": "data"}
+    for kind in (RowwiseSGD, RowwiseAdam, RowwiseAdagrad):
+        alone, there = (each.freeze_keys() for each in pair(case, sizes, **ways))
+        there.sparse_grad = True
+        optimizers = [kind([each.values], lr=0.3, weight_decay=0.1) for each in (alone, there)]
+        for step in range(3):
+            norms = []
+            for module, optimizer in zip((alone, there), optimizers, strict=True):
+                optimizer.zero_grad()
+                for part in queries(case, seed=step).split(40):  # gradients add up
+                    module(part, pool="sum").square().sum().backward()
+                norms.append(clip_grad_norm_([module.values], 3.0))
+                optimizer.step()
+            near(norms[1], norms[0], f"{kind.__name__}, norm", scale=100)
+            near(whole(there.values), alone.values, f"{kind.__name__}, step {step}", scale=20)
+        assert exchange.part_of(there.values.grad).is_sparse
+        for name, kept in optimizers[0].state[alone.values].items():
+            near(whole(optimizers[1].state[there.values][name]).float(), kept.float(), name, scale=20)
+
+
+@pytest.mark.parametrize(("split", "sizes"), [("codebooks", (4,)), ("pairs", (4,)), ("pairs", (2, 2))])
+def test_sparse_gradients_and_row_wise_optimizers(processes, split, sizes):
+    processes(4, _rowwise, split, sizes)
 
 
 def _dead_codes_and_first_batches():
