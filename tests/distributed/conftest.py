@@ -32,7 +32,8 @@ def _serve(rank: int, tasks: Any, results: Any) -> None:
         except Exception:
             results.put((rank, None, traceback.format_exc()))
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 class Pool:
