@@ -25,11 +25,16 @@ def join(model: DistributedDataParallel, **options: Any) -> Iterator[None]:
             order of ``model.modules()``.
         options: those of ``DistributedDataParallel.join``.
     Raises:
-        TypeError: no ``DistributedDataParallel``.
+        TypeError: no ``DistributedDataParallel``. ValueError: a bottleneck of ``sync_values``.
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"join(): argument 'model' must be DistributedDataParallel, not {type(model).__name__}")
     bottlenecks = [each for each in model.modules() if isinstance(each, KeyValueBottleneck)]
+    if any(each.shares_values for each in bottlenecks):
+        raise ValueError(
+            "expected a model without sync_values(...), whose backward passes need all processes: give those without "
+            "data empty batches instead"
+        )
 
     @torch.no_grad()
     def empty_forward() -> None:

@@ -29,7 +29,7 @@ def sync_values(module: _Module, process_group: Group = None) -> _Module:
     Args:
         module: what ``DistributedDataParallel`` will wrap, or any other module with a ``KeyValueBottleneck`` in it; for
             ``fully_shard`` name its values as ``ignored_params``.
-        process_group: the default one if None.
+        process_group: the default one if None; False to share no longer.
     Returns:
         the module.
     Raises:
@@ -42,7 +42,7 @@ def sync_values(module: _Module, process_group: Group = None) -> _Module:
         raise ValueError(f"expected a module with a KeyValueBottleneck in it, got {type(module).__name__} without one")
     ignored = _torch.ignored_in_ddp(module)
     for name, bottleneck in found.items():
-        bottleneck._shares_values = Members(process_group)
+        bottleneck._shares_values = None if process_group is False else Members(process_group)
         own = {**dict(bottleneck.named_buffers(recurse=False)), "values": bottleneck.values}
         collectives.of_the_first([tensor.data for tensor in own.values()], process_group)
         ignored |= {f"{name}.{tensor}" for tensor in own} | {f"{name}.{tensor}".lstrip(".") for tensor in own}

@@ -122,6 +122,11 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         self.process_group = process_group
 
     @property
+    def shares_values(self) -> bool:
+        """Whether the gradient of the values is that of all processes, by ``kvb.distributed.sync_values``."""
+        return self._shares_values is not None and collectives.world(self._shares_values.group) > 1
+
+    @property
     def dim_values(self) -> int:
         """V: that of the tensor, which may be exchanged for another."""
         return self.values.shape[2]
@@ -245,7 +250,7 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
     def _in_one_pass(self, pool: str, shape: torch.Size) -> bool:
         """Whether ``lookup`` gives the values as they are wanted: not with codebooks before more than one position."""
         nearest = self.topk == 1 and self.sample_codebook_temperature == 0 and self._fewest > 0
-        return nearest and not (self.sparse_grad or self._shares_values) and (pool != "none" or len(shape) == 0)
+        return nearest and not (self.sparse_grad or self.shares_values) and (pool != "none" or len(shape) == 0)
 
     def _present(self) -> Tensor | None:
         """Which ranks of a search find a usable pair, [C, T]; None where all do."""
@@ -254,7 +259,7 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         return torch.arange(self.topk, device=self._usable.device) < self._usable.sum(-1, keepdim=True)
 
     def _gather(self, table: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
-        if self._shares_values is not None and collectives.world(self._shares_values.group) > 1:
+        if self._shares_values is not None and self.shares_values:
             return ops.gather_together(table, indices, pool, layout, self.sparse_grad, self._shares_values.group)
         fetch = ops.gather_row_grad if self.sparse_grad else torch.ops.kvb.gather
         return fetch(table, indices, pool, layout)

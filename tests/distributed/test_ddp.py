@@ -171,6 +171,17 @@ def test_join_of_ddp_alone_is_an_error(processes):
         assert "kvb.distributed.join(model)" in message
 
 
+def _join_with_rows():
+    model = DDP(kvb.distributed.sync_values(Model(scenarios.module(Scenario(2, ())))))
+    with pytest.raises(ValueError, match="expected a model without sync_values"), kvb.distributed.join(model):
+        pass
+    return True
+
+
+def test_join_needs_dense_gradients(processes):
+    assert processes(2, _join_with_rows) == [True, True]
+
+
 def test_join_takes_ddp_only():
     with (
         pytest.raises(TypeError, match="must be DistributedDataParallel, not Linear"),

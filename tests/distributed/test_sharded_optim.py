@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import kvb
+import kvb.distributed
 
 OPTIMIZERS = {
     "RowwiseSGD": lambda params: kvb.optim.RowwiseSGD(params, lr=0.3, weight_decay=0.1),
@@ -139,3 +140,52 @@ def test_training_with_fully_shard(processes, optimizer):
         stepper.step()
     want = {**{name: param.detach() for name, param in model.named_parameters()}, **scenarios.state(model.bottleneck)}
     scenarios.close(found, want)
+
+
+def _whole_values(sparse):
+    """Values stay whole, and share their gradients by what was fetched."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    model.bottleneck.sparse_grad = sparse
+    fully_shard(kvb.distributed.sync_values(model), ignored_params={model.bottleneck.values})
+    stepper = kvb.optim.RowwiseSGD(model.parameters(), lr=0.3)
+    for step in range(3):
+        stepper.zero_grad()
+        model(batch(step, torch.distributed.get_rank())).square().sum().backward()
+        kvb.optim.clip_grad_norm_(model.parameters(), 1.0)
+        stepper.step()
+    whole = {name: getattr(param, "full_tensor", lambda p=param: p)() for name, param in model.named_parameters()}
+    return {name: tensor.detach() for name, tensor in whole.items()}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_fully_shard_beside_values_by_rows(processes, sparse):
+    found = scenarios.same(processes(2, _whole_values, sparse))
+    model = Model()
+    stepper = kvb.optim.RowwiseSGD(model.parameters(), lr=0.3)
+    for step in range(3):
+        stepper.zero_grad()
+        (model(torch.cat([batch(step, rank) for rank in range(2)])).square().sum() / 2).backward()
+        kvb.optim.clip_grad_norm_(model.parameters(), 1.0)
+        stepper.step()
+    scenarios.close(found, {name: param.detach() for name, param in model.named_parameters()})
+
+
+def _decoded():
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    model = fully_shard(Model().bottleneck)
+    register_fsdp_forward_method(model, "decode")
+    codes = model.encode(batch(0, 0))
+    out = model.decode(codes, pool="mean")
+    out.sum().backward()
+    return {"out": out.detach(), "grad": model.values.grad.full_tensor()}
+
+
+def test_codes_of_fully_shard(processes):
+    found = scenarios.same(processes(2, _decoded))
+    model = Model().bottleneck
+    out = model.decode(model.encode(batch(0, 0)), pool="mean")
+    out.sum().backward()
+    scenarios.close(found, {"out": out.detach(), "grad": model.values.grad})

@@ -262,3 +262,37 @@ def test_bytes_of_a_training_step(processes, sizes, world):
     print(f"\n{sizes}, {world} processes: {found}; codes: 1/{found['dense'][0] / found['codes'][0]:.0f}")
     if K == 4096:
         assert found["codes"][0] <= found["dense"][0] / 100
+
+
+def _sent(kind):
+    B, (C, K, D, V) = 6, (4, 64, 3, 5)
+    options = {"threshold_ema_dead_code": 0.9} if kind == "dead" else {"sparse_grad": kind == "counts by codes"}
+    bottleneck = kvb.KeyValueBottleneck(C, K, D, V, **options)
+    if kind.startswith("counts"):
+        bottleneck.freeze_keys()
+    with counting.counted() as sent:
+        if kind == "sgd_step":
+            codes, targets = torch.zeros(B, C, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
+            kvb.training.sgd_step(bottleneck.values, codes, targets, process_group=None)
+        elif kind == "eval":
+            bottleneck.eval()(torch.randn(B, C, D))
+            bottleneck.encode_dataset(torch.randn(B, C, D), progress=False)
+        else:
+            bottleneck(torch.randn(B, C, D))
+    return sent.bytes, sent.calls
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_are_those_of_the_documentation(processes, world):
+    """Besides a few numbers about sizes and what is about to be done."""
+    B, C, K, D, ring, others = 6, 4, 64, 3, 2 * (world - 1) / world, world - 1
+    want = {
+        "learning": (2, ring * 4 * C * K * (D + 1) + others * 16),
+        "dead": (4, ring * 4 * C * K * (D + 1 + D) + others * (4 * C * K + 16)),
+        "counts": (2, ring * 4 * C * K + others * 16),
+        "counts by codes": (3, others * (B * C * 2 + 16 + 8)),
+        "sgd_step": (2, others * (B * (C * 2 + 8) + 8)),
+        "eval": (0, 0),
+    }
+    for kind, (calls, sent) in want.items():
+        assert processes(world, _sent, kind)[0] == (pytest.approx(sent), calls), kind
