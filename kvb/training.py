@@ -63,6 +63,21 @@ def sgd_step(
         disagree, values that are not contiguous, or a number out of its range. IndexError: a code outside [0, K) or a
         target outside [0, V). RuntimeError: devices differ.
     """
+    limit = _check(values, codes, targets, lr, max_norm, label_smoothing)
+    split = hasattr(values, "device_mesh")
+    codes, targets, own = _of_all(codes, targets.to(torch.int64), values.shape[1], False if split else process_group)
+    flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
+    arguments = values, flat, targets, lr, limit, label_smoothing
+    if split:
+        return SGDStep(*_of_dtensor()(*arguments))
+    step = SGDStep(*torch.ops.kvb.sgd_step_(*arguments))
+    return step if own is None else step._replace(logits=step.logits[own])
+
+
+def _check(
+    values: Tensor, codes: Tensor, targets: Tensor, lr: float, max_norm: float | None, label_smoothing: float
+) -> float:
+    """The arguments of ``sgd_step``; returns the largest norm, infinity for None."""
     validation.floating("sgd_step", "values", values)
     validation.shape("values", values, "C K V", (None, None, None))
     if not values.is_contiguous():
@@ -78,14 +93,7 @@ def sgd_step(
     limit = infinity if max_norm is None else validation.number("max_norm", max_norm, 0.0, infinity, open_low=True)
     if validation.number("label_smoothing", label_smoothing, 0.0, infinity) > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    split = hasattr(values, "device_mesh")
-    codes, targets, own = _of_all(codes, targets.to(torch.int64), values.shape[1], False if split else process_group)
-    flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
-    arguments = values, flat, targets, lr, limit, label_smoothing
-    if split:
-        return SGDStep(*_of_dtensor()(*arguments))
-    step = SGDStep(*torch.ops.kvb.sgd_step_(*arguments))
-    return step if own is None else step._replace(logits=step.logits[own])
+    return limit
 
 
 def _of_all(codes: Tensor, targets: Tensor, K: int, group: collectives.Group) -> tuple[Tensor, Tensor, slice | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import queue
 import traceback
@@ -26,12 +27,14 @@ def _serve(rank: int, tasks: Any, results: Any) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         limit = timedelta(seconds=TIMEOUT / 4)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
+        faulthandler.dump_traceback_later(0.9 * TIMEOUT)  # where it hangs, if it does
         torch.manual_seed(rank)  # what is random differs, unless kvb sees to it
         try:
             results.put((rank, function(*arguments), None))
         except Exception:
             results.put((rank, None, traceback.format_exc()))
         finally:
+            faulthandler.cancel_dump_traceback_later()
             if dist.is_initialized():
                 dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unittest.mock
 from datetime import timedelta
 
 import pytest
@@ -55,8 +56,8 @@ def test_as_many_keys_as_rows_are_the_rows(processes, method):
 
 
 def _lloyd(sizes, seeds):
-    key_learning._seed = lambda *others: seeds.clone()
-    return _initialised("kmeans", sizes, 0, 1)
+    with unittest.mock.patch.object(key_learning, "_seed", return_value=seeds.clone()):
+        return _initialised("kmeans", sizes, 0, 1)
 
 
 @pytest.mark.parametrize("sizes", [(40, 40), (70, 10), (0, 50, 30)])

@@ -5,21 +5,15 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from test_pages import free_port
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "distributed" / "sharded.py"
-
-
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
 
 
 def _run(port, split):
