@@ -16,7 +16,8 @@ from kvb.modules.bottleneck import BottleneckOutput
 class ByCodebooks(Sharded):
     """C/n codebooks in each of n processes: search, statistics and learning stay in the process.
 
-    Values pooled over codebooks are added up, [B, *shape, V]; what has an axis C is joined.
+    Values pooled over codebooks are added up, [B, *shape, V]; what has an axis C is joined. The ``KeyReport`` of
+    ``init_keys`` is that of this process's codebooks.
     """
 
     def place(self, layout: Layout) -> None:
@@ -30,6 +31,10 @@ class ByCodebooks(Sharded):
     def _queries(self, x: Tensor) -> Tensor:
         queries = exchange.shared(super()._queries(x), self._layout.shards)
         return queries[:, :, self._layout.here]
+
+    def _seed(self) -> Tensor:
+        """As there; other draws in other codebooks, where processes have the same generator."""
+        return super()._seed() + self._layout.begin
 
     def forward(
         self, x: Tensor, *, pool: str = "none", return_values_only: bool | None = None

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from kvb import collectives, functional, validation
 from kvb.distributed import exchange
@@ -41,9 +41,10 @@ class Sharded(KeyValueBottleneck):
         self._layout, self.process_group = layout, layout.data
         values = distribute_tensor(self.values.detach(), layout.mesh, layout.placements)
         self.values = nn.Parameter(values, requires_grad=self.values.requires_grad)
-        for name in SPLIT:
-            buffer = self._taken_quietly(name)
-            part = exchange.part_of(distribute_tensor(buffer, layout.mesh, layout.placements))
+        same = [Replicate()] * layout.mesh.ndim
+        for name in (*SPLIT, "initted", "kvb_flags"):
+            placements = layout.placements if name in SPLIT else same
+            part = exchange.part_of(distribute_tensor(self._taken_quietly(name), layout.mesh, placements))
             setattr(self, name, part.clone() if _borrows(part) else part)
         self.refresh_keys()
         self._look()

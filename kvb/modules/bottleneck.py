@@ -243,9 +243,12 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         """Indices and distances [B, S, C, T]."""
         mask = self._usable
         if self.sample_codebook_temperature > 0:
-            seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
-            return torch.ops.kvb.sample(queries, keys, mask, self.sample_codebook_temperature, seed, self.topk)
+            return torch.ops.kvb.sample(queries, keys, mask, self.sample_codebook_temperature, self._seed(), self.topk)
         return torch.ops.kvb.nearest(queries, keys, packed, mask, self.topk)
+
+    def _seed(self) -> Tensor:
+        """Of one draw of keys."""
+        return torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
 
     def _in_one_pass(self, pool: str, shape: torch.Size) -> bool:
         """Whether ``lookup`` gives the values as they are wanted: not with codebooks before more than one position."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from sharding_cases import CASES, GIANT, near, pair, queries, same_state, whole
+from sharding_cases import CASES, GIANT, mesh, near, pair, queries, same_state, whole
 
-from kvb.distributed import exchange
+import kvb
+from kvb.distributed import exchange, parallelize
 from kvb.optim import RowwiseAdagrad, RowwiseAdam, RowwiseSGD, clip_grad_norm_
+from kvb.testing.data import clusters, near_duplicates, offset
 from kvb.training import sgd_step
 
 HALVES = range(0, len(CASES), 11)
@@ -42,6 +44,70 @@ def _looked_up(split, begin):
 @pytest.mark.parametrize("split", ["codebooks", "pairs"])
 def test_lookups_are_those_of_one_process(processes, split, begin):
     processes(4, _looked_up, split, begin)
+
+
+def _near_ties():
+    """Keys one unit in the last place apart, on both sides of a border, and two clusters far from the origin."""
+    for data in (near_duplicates, offset, clusters):
+        for D in (3, 14, 64):
+            torch.manual_seed(D)
+            x, keys = data(200, 2, 128, D)
+            keys = keys[:, torch.randperm(128)]
+            alone, there = (kvb.KeyValueBottleneck(2, 128, D, 1, topk=2, process_group=False) for _ in range(2))
+            alone.keys = there.keys = keys
+            wanted = alone.eval()(x[:, 0], return_values_only=False)
+            found = parallelize(there, mesh(4), pairs="table").eval()(x[:, 0], return_values_only=False)
+            assert torch.equal(found.indices, wanted.indices), (data.__name__, D)
+            assert torch.equal(found.distances, wanted.distances), (data.__name__, D)
+
+
+def test_near_ties_are_told_apart_as_in_one_process(processes):
+    processes(4, _near_ties)
+
+
+def _wrapped():
+    """A whole model, flags of the first process, and batches alone."""
+    torch.manual_seed(0)
+    models = [kvb.DiscreteKeyValueBottleneck(12, num_memories=8, num_memory_codebooks=4, dim_memory=5) for _ in "12"]
+    models[1].load_state_dict(models[0].state_dict())
+    models[0].bottleneck.process_group = False
+    if dist.get_rank() == 0:
+        models[1].freeze_keys()
+    models[0].freeze_keys()
+    parallelize(models[1], mesh(4), codebooks="table")
+    assert models[1].keys_frozen
+    x = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
+    near(models[1](x), models[0](x), "memories")
+    codes = [model.encode_dataset(x.split(8), progress=False).codes for model in models]
+    assert torch.equal(*codes)
+    table = kvb.KeyValueBottleneck(4, 8, 3, 5, process_group=False)
+    alone = kvb.KeyValueBottleneck(4, 8, 3, 5, process_group=False)
+    parallelize(table, mesh(4), data="table")
+    alone.load_state_dict({name: whole(tensor) for name, tensor in table.state_dict().items()})
+    batches = [torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(rank)) for rank in range(4)]
+    table(batches[dist.get_rank()], pool="mean").square().mean().backward()
+    alone(torch.cat(batches), pool="mean").square().mean().backward()
+    same_state(table, alone, "data")
+    near(whole(table.values.grad), alone.values.grad, "data")
+
+
+def test_models_and_batches(processes):
+    processes(4, _wrapped)
+
+
+def _sampled():
+    there = kvb.KeyValueBottleneck(4, 16, 2, 3, sample_codebook_temperature=5.0)
+    there.keys = there.keys[:1].expand(4, -1, -1).clone()
+    parallelize(there, mesh(2), codebooks="table")
+    torch.manual_seed(3)
+    return there.eval().encode(torch.zeros(200, 4, 2))
+
+
+def test_processes_draw_apart(processes):
+    """Equal codebooks, the same seed: the draws of one process are no copy of another's."""
+    one, other = processes(2, _sampled)
+    assert torch.equal(one, other)
+    assert 0.02 < (one[:, 0] == one[:, 2]).float().mean() < 0.4
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
