@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import scenarios
@@ -55,8 +56,8 @@ def test_as_many_keys_as_rows_are_the_rows(processes, method):
 
 
 def _lloyd(sizes, seeds):
-    key_learning._seed = lambda *others: seeds.clone()
-    return _initialised("kmeans", sizes, 0, 1)
+    with mock.patch.object(key_learning, "_seed", return_value=seeds):
+        return _initialised("kmeans", sizes, 0, 1)
 
 
 @pytest.mark.parametrize("sizes", [(40, 40), (70, 10), (0, 50, 30)])
