@@ -1,7 +1,8 @@
-"""Codes and their labels in one file: two arrays in NumPy's .npy format, one after the other, written as they come.
+"""Codes, labels and masks in one file: arrays in NumPy's .npy format, one after the other, written as they come.
 
-``numpy.load(path, mmap_mode="r")`` reads the codes; on an open file ``numpy.load`` reads codes, then labels. Here both
-are mapped: nothing is read before it is used.
+``numpy.load(path, mmap_mode="r")`` reads the codes; on an open file ``numpy.load`` reads codes, then labels [N, ...] if
+there are any, then a mask [N, *shape] if there is one; codes with a mask and no labels have labels [N, 0]. Here all are
+mapped: nothing is read before it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kvb import files
 
 _MAGIC = b"\x93NUMPY\x01\x00"  # of version 1.0; two bytes with the header's length follow
 _ALIGNED = 64  # bytes that the numbers of an array start at a multiple of
-_MANY = 10**18  # more samples than there can be: the codes' header has room for so many
+_MANY = 10**18  # an upper bound of samples: the codes' header has room for it
 _CODES = {"i2": torch.int16, "i4": torch.int32, "i8": torch.int64}
 _LABELS = {
     **_CODES,
@@ -36,11 +37,15 @@ _HEADER = re.compile(
 _SHOWN = 100  # characters of a header in a message
 
 
+NO_LABELS = torch.empty((1, 0), dtype=torch.int8)  # of a sample, where a mask follows
+
+
 class Mapped(NamedTuple):
-    """A file's codes and labels, each a map of it that others do not see written to; and which file that is."""
+    """A file's arrays, each a map of it that others do not see written to; and which file that is."""
 
     codes: Tensor
     labels: Tensor | None
+    mask: Tensor | None
     identity: tuple[int, ...]
 
 
@@ -53,13 +58,13 @@ def stores(dtype: torch.dtype) -> bool:
     return dtype in _LABELS.values()
 
 
-def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor]) -> None:
-    """Write parts [N, ...] of codes one by one, then the labels that are known when the last part has come.
+def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> None:
+    """Write parts [N, ...] of codes one by one, then labels and masks, which are known when the last part has come.
 
     Args:
         file: a new file.
         parts: at least one; int16, int32 or int64.
-        labels: for all parts, in the same order; empty if there are none.
+        labels, masks: for all parts, in the same order; empty if there are none.
     """
     samples = room = 0
     for codes in parts:
@@ -68,43 +73,46 @@ def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor]) -> 
         codes = codes.contiguous()
         file.write(files.content(codes))
         samples += len(codes)
-    if labels:
-        file.write(_header((samples, *labels[0].shape[1:]), labels[0].dtype, file.tell()))
-        for part in labels:
+    if masks and not labels:
+        labels = [NO_LABELS.expand(samples, 0)]
+    for rest in (labels, masks):
+        if rest:
+            file.write(_header((samples, *rest[0].shape[1:]), rest[0].dtype, file.tell()))
+        for part in rest:
             part = part.contiguous()
             file.write(files.content(part))
     file.seek(0)
     file.write(_header((samples, *codes.shape[1:]), codes.dtype, 0, room))
 
 
-class Layout(NamedTuple):
-    """Where what ``write`` writes lies in the file, if all sizes are known before: headers, and where numbers begin."""
+class Place(NamedTuple):
+    """Where an array lies in a file: its header at ``at``, its numbers from ``begin`` to ``end``."""
 
-    header: bytes  # at 0
-    codes: int
-    label_header: bytes  # after the codes; empty if there are no labels
-    labels: int
-    size: int
+    header: bytes
+    at: int
+    begin: int
+    end: int
 
 
-def layout(codes: Tensor, labels: Tensor | None, samples: int) -> Layout:
-    """The layout for so many samples like these.
+def layout(arrays: Sequence[Tensor], samples: int) -> list[Place]:
+    """Where ``write`` puts arrays of so many samples, if all sizes are known before.
 
     Args:
-        codes: [1, C, *shape]. labels: [1, ...] or None.
+        arrays: [1, ...], one sample each: codes, then labels if there are any, then a mask; labels [1, 0] where there
+            is a mask only.
     """
-    room = len(_header((_MANY, *codes.shape[1:]), codes.dtype, 0))
-    header = _header((samples, *codes.shape[1:]), codes.dtype, 0, room)
-    end = len(header) + samples * codes[0].nbytes
-    if labels is None:
-        return Layout(header, len(header), b"", end, end)
-    label_header = _header((samples, *labels.shape[1:]), labels.dtype, end)
-    begin = end + len(label_header)
-    return Layout(header, len(header), label_header, begin, begin + samples * labels[0].nbytes)
+    places: list[Place] = []
+    for array in arrays:
+        at = places[-1].end if places else 0
+        room = 0 if places else len(_header((_MANY, *array.shape[1:]), array.dtype, 0))
+        header = _header((samples, *array.shape[1:]), array.dtype, at, room)
+        begin = at + len(header)
+        places.append(Place(header, at, begin, begin + samples * array.nbytes))
+    return places
 
 
 def read(file: BinaryIO, path: str) -> Mapped:
-    """Map a file, which may be closed afterwards; ``path`` is its name in messages.
+    """Map a file, which may be closed afterwards; messages call it ``path``.
 
     Raises:
         ValueError: it is not exactly what ``write`` or ``numpy.save`` writes.
@@ -124,20 +132,28 @@ def _read(file: BinaryIO) -> Mapped:
         raise _Damage("got something else")
     memory = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_COPY)
     codes, end = _array(memory, 0, _CODES)
-    labels = None
+    labels = mask = None
     if codes.dim() < 2:
         raise _Damage(f"got numbers of shape {tuple(codes.shape)} instead of (N, C, *shape)")
     if end < status.st_size:
-        labels, end = _array(memory, end, _LABELS)
+        labels, end = _array(memory, end, _LABELS, may_be_empty=True)
         if len(labels) != len(codes):
             raise _Damage(f"got {len(labels)} labels of {len(codes)} samples")
+    if memory[end : end + len(_MAGIC)] == _MAGIC:
+        mask, end = _array(memory, end, {"b1": torch.bool})
+        if mask.shape[1:] not in (codes.shape[2:], codes.shape[3:]) or len(mask) != len(codes):
+            raise _Damage(f"got a mask {tuple(mask.shape)} of codes {tuple(codes.shape)}")
     if end != status.st_size:
         raise _Damage(f"got {status.st_size - end} bytes after its arrays")
-    return Mapped(codes, labels, identity(status))
+    if labels is not None and labels.numel() == 0:
+        if mask is None:
+            raise _Damage(f"got labels {tuple(labels.shape)}")
+        labels = None
+    return Mapped(codes, labels, mask, identity(status))
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:
-    """What no other file has, nor this one with other content."""
+    """Identifies a file with its present content."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -156,7 +172,9 @@ def _header(shape: Sequence[int], dtype: torch.dtype, begin: int, room: int = 0)
     return _MAGIC + (length - fixed).to_bytes(2, "little") + text.ljust(length - fixed - 1) + b"\n"
 
 
-def _array(memory: mmap.mmap, begin: int, dtypes: dict[str, torch.dtype]) -> tuple[Tensor, int]:
+def _array(
+    memory: mmap.mmap, begin: int, dtypes: dict[str, torch.dtype], *, may_be_empty: bool = False
+) -> tuple[Tensor, int]:
     """One array, and where the next begins."""
     start = begin + len(_MAGIC) + 2
     if memory[begin : begin + len(_MAGIC)] != _MAGIC:
@@ -172,6 +190,8 @@ def _array(memory: mmap.mmap, begin: int, dtypes: dict[str, torch.dtype]) -> tup
         raise _Damage(f"got numbers of type {(found[1] + found[2]).decode()!r}")
     count = math.prod(shape)
     want = end + count * dtype.itemsize
-    if count == 0 or want > len(memory):
+    if want > len(memory) or (count == 0 and not may_be_empty):
         raise _Damage(f"{shape} asks for {want} bytes, got {len(memory)}")
+    if count == 0:
+        return torch.empty(shape, dtype=dtype), want
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=end).view(shape), want

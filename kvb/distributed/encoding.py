@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,58 +32,59 @@ class _Reader(NamedTuple):
     inputs_extractor: Callable[[Any], Any] | None
     labels: bool
     labels_extractor: Callable[[Any], Any] | None
+    mask_extractor: Callable[[Any], Any] | None
 
-    def read(self, item: Any) -> tuple[Tensor, Tensor | None]:
-        """Codes [n, C, *shape] and labels [n, ...] of a batch, on the host, contiguous."""
+    def read(self, item: Any) -> list[Tensor]:
+        """The arrays of a batch, on the host: codes [n, C, *shape], labels and a mask if there are any."""
         kept = items.Labels(self.labels, self.inputs_extractor, self.labels_extractor)
         inputs = items.inputs_of(item, self.inputs_extractor)
-        found = kept.find(item, inputs)
-        codes = self.model.encode(self.model._moved(inputs), dtype=self.dtype).cpu().contiguous()
+        mask = None if self.mask_extractor is None else self.mask_extractor(item)
+        found, move = kept.find(item, inputs), self.model._moved
+        codes, used = self.model._codes(move(inputs), move(mask), self.dtype)
         kept.add(found, len(codes))
         if kept.parts and not npy.stores(kept.parts[0].dtype):
             raise TypeError(f"a .npy file cannot hold labels of {kept.parts[0].dtype}: convert them first")
-        return codes, kept.parts[0].contiguous() if kept.parts else None
+        labels = kept.parts or [npy.NO_LABELS.expand(len(codes), 0)] * (used is not None)
+        return [array.cpu().contiguous() for array in (codes, *labels, *([] if used is None else [used]))]
 
 
 class _Plan(NamedTuple):
     """The file to write, in blocks of samples."""
 
-    codes: Tensor  # [1, C, *shape], like all
-    labels: Tensor | None
+    arrays: list[Tensor]  # [1, ...], like all samples
     samples: int
     block: int
     keys: int  # a checksum
-    layout: npy.Layout
+    places: list[npy.Place]
 
     @classmethod
-    def of(cls, codes: Tensor, labels: Tensor | None, samples: int, block: int, keys: int) -> _Plan:
-        return cls(codes, labels, samples, block, keys, npy.layout(codes, labels, samples))
+    def of(cls, arrays: list[Tensor], samples: int, block: int, keys: int) -> _Plan:
+        return cls(arrays, samples, block, keys, npy.layout(arrays, samples))
 
     def described(self) -> bytes:
         """What a plan must have in common with another to go on with its file."""
-        parts = {"codes": self.codes, "labels": self.labels}
-        like = {name: None if part is None else [str(part.dtype), *part.shape[1:]] for name, part in parts.items()}
-        return json.dumps({**like, "samples": self.samples, "block": self.block, "keys": self.keys}).encode()
+        like = [[str(array.dtype).removeprefix("torch."), *array.shape[1:]] for array in self.arrays]
+        return json.dumps({"arrays": like, "samples": self.samples, "block": self.block, "keys": self.keys}).encode()
 
     @classmethod
     def read(cls, description: bytes) -> _Plan:
         told = json.loads(description)
-        codes, labels = (
-            None if part is None else torch.empty(1, *part[1:], dtype=getattr(torch, part[0].removeprefix("torch.")))
-            for part in (told["codes"], told["labels"])
-        )
-        return cls.of(codes, labels, told["samples"], told["block"], told["keys"])  # type: ignore[arg-type]
+        arrays = [torch.empty(1, *shape, dtype=getattr(torch, dtype)) for dtype, *shape in told["arrays"]]
+        return cls.of(arrays, told["samples"], told["block"], told["keys"])
 
     @property
     def blocks(self) -> int:
         return -(-self.samples // self.block)
 
-    def places(self, block: int) -> Iterator[tuple[int, int]]:
-        """Where the codes and the labels of a block begin, and how many bytes they are."""
+    @property
+    def size(self) -> int:
+        return self.places[-1].end
+
+    def parts(self, block: int) -> Iterator[tuple[int, int]]:
+        """Where the arrays of a block begin, and how many bytes each is."""
         begin, size = block * self.block, min(self.block, self.samples - block * self.block)
-        for start, part in ((self.layout.codes, self.codes), (self.layout.labels, self.labels)):
-            if part is not None:
-                yield start + begin * part[0].nbytes, size * part[0].nbytes
+        for place, array in zip(self.places, self.arrays, strict=True):
+            yield place.begin + begin * array.nbytes, size * array.nbytes
 
 
 @torch.no_grad()
@@ -93,10 +94,11 @@ def encode_dataset(
     out: str | os.PathLike[str],
     *,
     batch_size: int = 256,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype | Literal["auto"] = "auto",
     inputs_extractor: Callable[[Any], Any] | None = None,
     labels: bool = True,
     labels_extractor: Callable[[Any], Any] | None = None,
+    mask_extractor: Callable[[Any], Any] | None = None,
     process_group: Group = None,
     progress: bool = True,
 ) -> CodeDataset:
@@ -113,7 +115,7 @@ def encode_dataset(
             ``collate_fn`` and ``batch_size`` are used. Items are as for ``model.encode_dataset``.
         out: a .npy file, in a folder that all processes share.
         batch_size: samples of a batch, each of which is written as one block.
-        dtype, inputs_extractor, labels, labels_extractor, progress: as for ``model.encode_dataset``.
+        dtype, inputs_extractor, labels, labels_extractor, mask_extractor, progress: as for ``model.encode_dataset``.
         process_group: the default one if None; False for this process alone, which can then be stopped, too.
     Returns:
         a ``CodeDataset`` that maps the file, in every process.
@@ -122,7 +124,7 @@ def encode_dataset(
         samples. RuntimeError: another process failed, or did not call this in time; another run writes ``out``.
     """
     storage = validation.code_dtype(dtype, model._target().key_value_pairs_per_codebook)
-    reader = _Reader(model, storage, inputs_extractor, labels, labels_extractor)
+    reader = _Reader(model, storage, inputs_extractor, labels, labels_extractor, mask_extractor)
     load, samples, block = _loader_of(data, validation.positive_int("batch_size", batch_size))
     group, device = process_group, model._target()._device
     collectives.meet("encode_dataset", group, device=device)
@@ -145,8 +147,7 @@ def _begin(
     told = torch.zeros(_TOLD, dtype=torch.uint8)
     with collectives.FailingTogether(group, device):
         if collectives.rank(group) == 0:
-            codes, labels = reader.read(next(iter(load([0]))))
-            plan = _Plan.of(codes, labels, samples, block, _checksum_of_keys(reader.model))
+            plan = _Plan.of(reader.read(next(iter(load([0])))), samples, block, _checksum_of_keys(reader.model))
             description = plan.described()
             told[: len(description)] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
             work = _Work.begin(target, plan)
@@ -218,17 +219,17 @@ class _Work:
         records = len(description) + plan.blocks * _RECORD
         known = progress.read(len(description))
         work = cls(target, plan, numbers, progress, torch.zeros(plan.blocks, dtype=torch.uint8))
-        if known == description and os.fstat(numbers.fileno()).st_size == plan.layout.size:
+        if known == description and os.fstat(numbers.fileno()).st_size == plan.size:
             work.done = torch.tensor([work._is_done(block) for block in range(plan.blocks)], dtype=torch.uint8)
             return work
         if known:
             warnings.warn(f"{str(target)!r} is encoded anew: what was begun has other keys or data", stacklevel=4)
-        for file, size in ((numbers, plan.layout.size), (progress, records)):
+        for file, size in ((numbers, plan.size), (progress, records)):
             file.truncate(0)
             file.truncate(size)
         _put(progress, 0, description)
-        _put(numbers, 0, plan.layout.header)
-        _put(numbers, plan.layout.labels - len(plan.layout.label_header), plan.layout.label_header)
+        for place in plan.places:
+            _put(numbers, place.at, place.header)
         return work
 
     @classmethod
@@ -248,7 +249,7 @@ class _Work:
     def _is_done(self, block: int) -> bool:
         """Whether a block was written as its record says: a machine that went down may have kept only one of them."""
         found = 0
-        for begin, size in self.plan.places(block):
+        for begin, size in self.plan.parts(block):
             self.numbers.seek(begin)
             found = zlib.crc32(self.numbers.read(size), found)
         self.progress.seek(self._record(block))
@@ -263,11 +264,10 @@ class _Work:
         loaded = load([sample for each in sizes for sample in each])
         bar = tqdm(loaded, desc="encoding", total=len(blocks), disable=not shown, leave=False, delay=PATIENCE)
         for block, size, item in zip(blocks, sizes, bar, strict=True):
-            codes, labels = reader.read(item)
-            _require_like(codes, plan.codes, "codes", len(size))
-            _require_like(labels, plan.labels, "labels", len(size))
-            found, contents = 0, [files.content(part) for part in (codes, labels) if part is not None]
-            for (begin, _), content in zip(plan.places(block), contents, strict=True):
+            arrays = reader.read(item)
+            _require_like(arrays, plan.arrays, len(size))
+            found, contents = 0, map(files.content, arrays)
+            for (begin, _), content in zip(plan.parts(block), contents, strict=True):
                 _put(self.numbers, begin, content)
                 found = zlib.crc32(content, found)
             _put(self.progress, self._record(block), _done(found))
@@ -296,14 +296,13 @@ def _put(file: BinaryIO, begin: int, content: bytes | memoryview) -> None:
         content = content[file.write(content) :]
 
 
-def _require_like(part: Tensor | None, like: Tensor | None, what: str, samples: int) -> None:
-    """As the first sample has it."""
-    if part is None and like is None:
-        return
-    if part is None or like is None:
-        raise ValueError("expected labels in all items of data or in none, got them in some only")
-    if part.dtype != like.dtype or part.shape[1:] != like.shape[1:] or len(part) != samples:
-        raise ValueError(
-            f"expected {what} of one dtype and shape for all samples, {samples} of {like.dtype} "
-            f"{tuple(like.shape[1:])}, got {len(part)} of {part.dtype} {tuple(part.shape[1:])}"
-        )
+def _require_like(arrays: list[Tensor], first: list[Tensor], samples: int) -> None:
+    """As the first sample has them."""
+    if len(arrays) != len(first):
+        raise ValueError("expected labels, and a mask, in all items of data or in none, got them in some only")
+    for what, array, like in zip(("codes", "labels", "masks"), arrays, first, strict=False):
+        if array.dtype != like.dtype or array.shape[1:] != like.shape[1:] or len(array) != samples:
+            raise ValueError(
+                f"expected {what} of one dtype and shape for all samples, {samples} of {like.dtype} "
+                f"{tuple(like.shape[1:])}, got {len(array)} of {array.dtype} {tuple(array.shape[1:])}"
+            )

@@ -8,6 +8,8 @@ from torch import Tensor
 from kvb import collectives, ops
 from kvb.distributed import exchange
 from kvb.distributed.sharding import Sharded
+from kvb.functional import Pool
+from kvb.modules import positions
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.key_learning import KeyReport
 from kvb.modules.streams import Stream
@@ -38,7 +40,7 @@ class ByPairs(Sharded):
 
     # --- search -------------------------------------------------------------------------------------------------------
 
-    def _in_one_pass(self, pool: str, shape: torch.Size) -> bool:
+    def _in_one_pass(self, pool: Pool, shape: torch.Size) -> bool:
         return False
 
     def _search(self, queries: Tensor, keys: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,14 +82,18 @@ class ByPairs(Sharded):
         place = torch.where(own, indices - here.start, 0)
         return (own if allowed is None else own & _picked(allowed, place)), place
 
-    def _rows(self, flat: Tensor, indices: Tensor, pool: str, allowed: Tensor | None = None) -> Tensor:
-        """Rows at indices [B, S, C]: [B, C, S, *], or pooled [B, S, *]; zero where not allowed. One ``all_reduce``.
+    def _rows(
+        self, flat: Tensor, indices: Tensor, pool: Pool, allowed: Tensor | None = None, counted: Tensor | None = None
+    ) -> Tensor:
+        """Rows at indices [B, S, C]: [B, C, S, *], or pooled [B, S, *]. One ``all_reduce``.
 
         Args:
             flat: this process's table as [1, C*k, *].
+            allowed: [C, k], of this process's pairs. counted: [B, S]. Rows are zero where these are not.
         """
         (B, S, C), width = indices.shape, flat.shape[-1]
         own, place = self._own(indices, allowed)
+        own = own if counted is None else own & counted[..., None]
         sample, position, book = own.nonzero(as_tuple=True)
         row = book * (flat.shape[1] // C) + place[own]
         fetch = ops.gather_row_grad if self.sparse_grad else torch.ops.kvb.gather
@@ -99,23 +105,26 @@ class ByPairs(Sharded):
         total = exchange.summed(part, self._layout.shards)
         return (total / C if pool == "mean" else total).to(flat.dtype).view(*shape, width)
 
-    def _values_at(self, indices: Tensor, pool: str, allowed: Tensor | None) -> Tensor:
-        return self._rows(exchange.local_rows(self.values, self._layout.data), indices, pool, allowed)
+    def _values_at(self, indices: Tensor, pool: Pool, allowed: Tensor | None, counted: Tensor | None) -> Tensor:
+        return self._rows(exchange.local_rows(self.values, self._layout.data), indices, pool, allowed, counted)
 
-    def _fetch_values(self, indices: Tensor, shape: torch.Size, pool: str) -> Tensor:
+    def _fetch_values(self, indices: Tensor, shape: torch.Size, pool: Pool, counted: Tensor | None) -> Tensor:
         """As there. A masked pair is found where no other is left: its value is zero."""
-        B, _, C, _ = indices.shape
-        fetched = self._values_at(_positions(indices), pool, self._usable)
+        B, S, C, T = indices.shape
+        flat = indices.permute(0, 3, 1, 2).reshape(B, T * S, C)
+        counted = None if counted is None else positions.per_rank(counted, T)
+        fetched = self._values_at(flat, pool, self._usable, counted)
         return fetched.view(B, *((C,) if pool == "none" else ()), *self._ranks(), *shape, self.dim_values)
 
-    def _gather(self, table: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
-        return self._rows(table.reshape(1, -1, table.shape[-1]), indices, pool)
+    def _gather(self, table: Tensor, indices: Tensor, pool: Pool, counted: Tensor | None = None) -> Tensor:
+        return self._rows(table.reshape(1, -1, table.shape[-1]), indices, pool, counted=counted)
 
-    def decode(self, indices: Tensor, pool: str = "none") -> Tensor:
+    def decode(self, indices: Tensor, pool: Pool = "none", *, mask: Tensor | None = None) -> Tensor:
         """As there; one ``all_reduce``, and with ``topk`` > 1 one of C numbers more."""
         flat = self._flat_codes(indices, pool).to(torch.int64)
+        counted = None if mask is None else self._counted_codes(indices, mask)
         shape, usable = indices.shape[2:], self._search_mask()
-        out = self._values_at(flat, pool, usable if self._too_few(usable) else None)
+        out = self._values_at(flat, pool, usable if self._too_few(usable) else None, counted)
         return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), out.shape[-1])
 
     def _too_few(self, usable: Tensor | None) -> bool:
@@ -143,7 +152,7 @@ class ByPairs(Sharded):
         return torch.where(own, place, size), size
 
     @torch.no_grad()
-    def _learn(self, queries: Tensor, indices: Tensor) -> None:
+    def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
         """As ``reference.update_keys_``, whose smoothing knows the sizes of all pairs of a codebook."""
         self._packed.release()
         bins, k = self._bins(indices)
@@ -174,12 +183,6 @@ class ByPairs(Sharded):
         """As there, of this process's pairs [C, k]; every process calls it."""
         total = self._total(self.cluster_size_counter.sum(-1, keepdim=True))
         return self.cluster_size_counter / total.clamp(min=1)
-
-
-def _positions(indices: Tensor) -> Tensor:
-    """[B, S, C, T] as [B, T*S, C]."""
-    B, S, C, T = indices.shape
-    return indices.permute(0, 3, 1, 2).reshape(B, T * S, C)
 
 
 def _picked(mask: Tensor, place: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from kvb import collectives, functional, validation
 from kvb.distributed import exchange
 from kvb.distributed.layout import CODEBOOKS, Layout
+from kvb.functional import Pool
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.reference.shared import require_codes
 
@@ -62,7 +63,7 @@ class Sharded(KeyValueBottleneck):
     def _table(self) -> Tensor:
         return exchange.local(self.values, self._layout.data)
 
-    def _flat_codes(self, indices: Tensor, pool: str) -> Tensor:
+    def _flat_codes(self, indices: Tensor, pool: Pool) -> Tensor:
         """Codes [B, C, *shape] as [B, S, C]: all checked by every process, so that all raise or none."""
         validation.integer("decode", "indices", indices)
         validation.codes(indices, self.num_codebooks)

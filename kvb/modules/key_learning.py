@@ -10,21 +10,23 @@ Learning (arXiv:1711.00937), appendix A.1, for the moving averages.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from kvb import collectives, functional
+from kvb import (
+    collectives,
+    ops,  # noqa: F401  (importing ops registers the operators)
+)
 from kvb.collectives import Chance, Group
+from kvb.modules.samples import Reservoir, draw, fill, rows_of, spread_out
 from kvb.modules.streams import BATCH, Stream
 
 ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
 SEEDS_PER_KEY = 8  # k-means++ chooses K seeds from a sample of 8*K rows
-JITTER = 1e-3  # of the data's spread: keeps keys apart that were filled from the same row
-METHODS = ("random", "sample", "kmeans", "kmeans++")
+Method = Literal["random", "sample", "kmeans", "kmeans++"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class Rates(NamedTuple):
@@ -38,7 +40,7 @@ class Rates(NamedTuple):
 class KeyReport(NamedTuple):
     """What ``init_keys`` did, measured on its last pass over the data.
 
-    rows: queries of one codebook seen in that pass; skipped: how many (query, codebook) held NaN or Inf;
+    rows: queries per codebook in that pass; skipped: (query, codebook) pairs with NaN or Inf;
     inertia: mean squared distance of a finite query to its key; dead_codes: pairs that no query hit, of C*K.
     """
 
@@ -51,7 +53,7 @@ class KeyReport(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.method}: {self.rows} rows a codebook ({self.skipped} skipped), inertia {self.inertia:.6g}, "
+            f"{self.method}: {self.rows} rows per codebook ({self.skipped} skipped), inertia {self.inertia:.6g}, "
             f"{self.dead_codes} of {self.pairs} codes dead"
         )
 
@@ -77,26 +79,35 @@ def hits_of_all(queries: Tensor, indices: Tensor, present: Tensor | None, K: int
 
 
 def spare_rows(
-    queries: Tensor, K: int, dtype: torch.dtype, generator: torch.Generator | None = None, group: Group = False
+    queries: Tensor,
+    K: int,
+    dtype: torch.dtype,
+    generator: torch.Generator | None = None,
+    counted: Tensor | None = None,
+    group: Group = False,
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Random queries [C, R, D] that may replace dead pairs, and how many of each codebook may: the first, all finite.
 
     Different pairs get different queries while there are enough. An empty batch has none to give.
 
     Args:
-        queries: [B, S, C, D], of this process; all processes of the group get the same ones of all their queries.
+        queries: [B, S, C, D]. counted: [B, S] bool, the positions to draw from; None for all.
+        group: the processes that all get the same rows of all their queries.
     """
     B, S, _, D = queries.shape
     alone = collectives.world(group) == 1
     if alone and B * S == 0:
         return None, None
     # A random subset first: drawing K rows from 4*K is as random, and far cheaper than permuting all rows C times.
-    if generator is None:
+    if counted is not None:
+        chance = torch.where(counted.flatten(), draw((B * S,), queries, generator), -1)
+        some = chance.topk(min(4 * K, B * S)).indices
+    elif generator is None:
         some = torch.randperm(B * S, device=queries.device)[: 4 * K]
     else:
         some = torch.randperm(B * S, device=generator.device, generator=generator)[: 4 * K].to(queries.device)
     rows = queries[some // S, some % S].transpose(0, 1).to(dtype)
-    priority = _draw(rows.shape[:2], rows, generator)
+    priority = draw(rows.shape[:2], rows, generator)
     priority = torch.where(rows.isfinite().all(-1), priority, -1)
     priority, places = priority.topk(min(K, rows.shape[1]))
     rows = rows.gather(1, places[..., None].expand(-1, -1, D))
@@ -125,6 +136,7 @@ def update(
     start: float | None = None,
     rescale_all: bool = False,
     generator: torch.Generator | None = None,
+    counted: Tensor | None = None,
     group: Group = False,
 ) -> Tensor:
     """Move every hit key towards the mean of its queries, then replace dead pairs, in place; the new keys, packed.
@@ -137,17 +149,27 @@ def update(
 
     Args:
         keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D]. queries: [B, S, C, D].
+        counted: [B, S] bool, the positions of queries that may replace a pair; None for all.
         group: the processes whose queries may replace pairs; their other arguments are the same.
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
     state = keys, keys_avg, cluster_size
     K, dtype = keys.shape[1], keys.dtype
-    spare, usable = spare_rows(queries, K, dtype, generator, group) if threshold > 0 else (None, None)
+    spare, usable = spare_rows(queries, K, dtype, generator, counted, group) if threshold > 0 else (None, None)
+    moved = tuple(part.contiguous() for part in state)
     packed = torch.ops.kvb.update_keys_(
-        *(moved := [part.contiguous() for part in state]),
-        *(part.to(exact).contiguous() for part in (hits, sums)),
-        *(spare, usable),
-        *(decay, eps, threshold, max(1.0, threshold) if start is None else start, rescale_all),
+        keys=moved[0],
+        keys_avg=moved[1],
+        cluster_size=moved[2],
+        hits=hits.to(exact).contiguous(),
+        sums=sums.to(exact).contiguous(),
+        spare=spare,
+        usable=usable,
+        decay=decay,
+        eps=eps,
+        threshold=threshold,
+        start=max(1.0, threshold) if start is None else start,
+        rescale_all=rescale_all,
     )
     for part, new in zip(state, moved, strict=True):
         if new is not part:
@@ -159,22 +181,39 @@ def step(
     moving: tuple[Tensor, Tensor, Tensor],
     queries: Tensor,
     indices: Tensor,
+    *,
     mask: Tensor | None,
     rates: Rates,
     generator: torch.Generator | None = None,
+    counted: Tensor | None = None,
     group: Group = False,
 ) -> Tensor:
     """``update`` with the statistics of the batches of all processes; the new keys, packed.
 
     Args:
-        moving: keys, keys_avg, cluster_size. queries: [B, S, C, D]. indices: [B, S, C], of the search with ``mask``.
+        moving: keys, keys_avg, cluster_size. queries: [B, S, C, D], NaN where ``counted`` [B, S] is False.
+        indices: [B, S, C], of the search with ``mask`` [C, K].
     """
     hits, sums = torch.ops.kvb.accumulate(queries, indices, moving[0].shape[1])
     if mask is not None:  # a codebook in which nothing may be found learns nothing
         found = mask.any(-1, keepdim=True)
         hits, sums = hits * found, sums * found[..., None]
     hits, sums = collectives.total((hits.to(sums.dtype), sums), group)
-    return update(*moving, hits, sums, queries, **rates._asdict(), generator=generator, group=group)
+    keys, keys_avg, cluster_size = moving
+    return update(
+        keys=keys,
+        keys_avg=keys_avg,
+        cluster_size=cluster_size,
+        hits=hits,
+        sums=sums,
+        queries=queries,
+        decay=rates.decay,
+        eps=rates.eps,
+        threshold=rates.threshold,
+        generator=generator,
+        counted=counted,
+        group=group,
+    )
 
 
 def replace_dead(
@@ -186,82 +225,19 @@ def replace_dead(
     threshold: float,
     start: float | None = None,
 ) -> None:
-    """What ``update`` does to dead pairs, without statistics of a batch that could move the others."""
-    hits, sums = torch.zeros_like(cluster_size), torch.zeros_like(keys)
-    state = keys, keys_avg, cluster_size
-    update(*state, hits, sums, queries, decay=1.0, eps=1.0, threshold=threshold, start=start)
-
-
-# --- samples of rows --------------------------------------------------------------------------------------------------
-
-
-def _rows(queries: Tensor) -> Tensor:
-    """[B, S, C, D] -> [C, B*S, D]."""
-    return queries.permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _draw(shape: Iterable[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers on the device of ``like``, drawn where the generator lives."""
-    if generator is None:  # not an argument that is None: no graph with sizes that vary takes that
-        return torch.rand(tuple(shape), device=like.device)
-    return torch.rand(tuple(shape), generator=generator, device=generator.device).to(like.device)
-
-
-class Reservoir:
-    """A weighted random sample of ``size`` rows a codebook, without replacement, in one pass.
-
-    Every row gets the priority log(u) / weight; the highest stay (Efraimidis and Spirakis, Weighted random sampling
-    with a reservoir, Information Processing Letters 97, 2006). Rows of weight 0 are never taken.
-    """
-
-    def __init__(self, size: int, like: Tensor) -> None:
-        C, _, D = like.shape
-        self.rows = like.new_zeros((C, size, D))
-        self.priority = like.new_full((C, size), -torch.inf)
-
-    def add(self, rows: Tensor, weights: Tensor, generator: torch.Generator | None) -> None:
-        """rows [C, N, D], weights [C, N] >= 0; rows that are not finite count as weight 0."""
-        size = self.rows.shape[1]
-        positive = (weights > 0) & rows.isfinite().all(-1)
-        chance = _draw(weights.shape, weights, generator).clamp(min=torch.finfo(torch.float32).tiny).log()
-        priority = torch.where(positive, chance / torch.where(positive, weights, 1), -torch.inf)
-        merged = torch.cat([self.priority, priority.to(self.priority.dtype)], 1).topk(size)
-        both = torch.cat([self.rows, rows.to(self.rows.dtype)], 1)
-        self.rows = both.gather(1, merged.indices[..., None].expand(-1, -1, both.shape[-1]))
-        self.priority = merged.values
-
-    def merge(self, group: Group) -> None:
-        """Become the sample of the rows of all processes."""
-        self.rows, self.priority = collectives.best(self.rows, self.priority, group)
-
-    @property
-    def filled(self) -> Tensor:
-        """[C, size]: which places hold a row; the full ones come first."""
-        return self.priority > -torch.inf
-
-
-def _fill(reservoir: Reservoir, K: int, generator: torch.Generator | None) -> Tensor:
-    """K rows a codebook; where data was short, rows drawn again and moved a little. Warns with numbers."""
-    rows, filled = reservoir.rows[:, :K], reservoir.filled[:, :K]
-    found = filled.sum(-1, keepdim=True)
-    fewest = int(found.min())
-    if fewest == 0:
-        raise ValueError("data holds a codebook without a single finite row: the keys cannot be initialised")
-    if fewest == K:
-        return rows
-    rows = torch.where(filled[..., None], rows, 0)
-    warnings.warn(
-        f"only {fewest} finite rows for {K} keys in a codebook: the other {K - fewest} keys are copies with jitter",
-        stacklevel=4,
+    """Replace dead pairs as ``update`` does, without moving any other key."""
+    update(
+        keys=keys,
+        keys_avg=keys_avg,
+        cluster_size=cluster_size,
+        hits=torch.zeros_like(cluster_size),
+        sums=torch.zeros_like(keys),
+        queries=queries,
+        decay=1.0,
+        eps=1.0,
+        threshold=threshold,
+        start=start,
     )
-    again = (_draw(filled.shape, rows, generator) * found).long().clamp(max=K - 1)
-    copies = rows.gather(1, again[..., None].expand_as(rows))
-    mean = rows.sum(1, keepdim=True) / found[..., None]
-    spread = (
-        torch.where(filled[..., None], rows - mean, 0).square().sum((1, 2), keepdim=True) / found[..., None]
-    ).sqrt()
-    noise = (_draw(rows.shape, rows, generator) - 0.5) * JITTER * torch.where(spread > 0, spread, 1)
-    return torch.where(filled[..., None], rows, copies + noise)
 
 
 # --- initialisation from data -----------------------------------------------------------------------------------------
@@ -270,36 +246,16 @@ def _fill(reservoir: Reservoir, K: int, generator: torch.Generator | None) -> Te
 @torch.no_grad()
 def sample_keys(stream: Stream, K: int, like: Tensor, chance: Chance, limit: int | None = None) -> Tensor:
     """K random finite rows of the data for every codebook, without replacement while there are enough."""
-    return _fill(_sample(stream, K, like, chance, limit), K, chance.shared)
+    return fill(_sample(stream, K, like, chance, limit), K, chance.shared)
 
 
 def _sample(stream: Stream, size: int, like: Tensor, chance: Chance, limit: int | None) -> Reservoir:
     reservoir = Reservoir(size, like)
     for queries in stream.queries("sampling", limit):
-        rows = _rows(queries)
+        rows = rows_of(queries)
         reservoir.add(rows, rows.new_ones(rows.shape[:2]), chance.own)
     reservoir.merge(stream.group)
     return reservoir
-
-
-def _spread_out(rows: Tensor, filled: Tensor, K: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Rows [C, R, D] -> seeds [C, K, D], and which of them are no repetition.
-
-    Every next seed is drawn with probability proportional to the squared distance to the seeds so far (Arthur and
-    Vassilvitskii, k-means++, SODA 2007).
-    """
-    C, _, D = rows.shape
-    seeds, new = rows.new_zeros((C, K, D)), torch.zeros((C, K), dtype=torch.bool, device=rows.device)
-    weight = filled.to(rows.dtype)
-    gap = torch.where(filled, torch.inf, 0).to(rows.dtype)
-    for k in range(K):
-        chance = _draw(weight.shape, weight, generator).clamp(min=torch.finfo(torch.float32).tiny).log()
-        pick = torch.where(weight > 0, chance / weight, -torch.inf).argmax(-1, keepdim=True)
-        new[:, k] = weight.gather(1, pick)[:, 0] > 0
-        seeds[:, k] = rows.gather(1, pick[..., None].expand(-1, -1, D))[:, 0]
-        gap = torch.minimum(gap, (rows - seeds[:, k, None]).square().sum(-1))
-        weight = gap
-    return seeds, new
 
 
 def _seed(stream: Stream, K: int, like: Tensor, plus: bool, chance: Chance, limit: int) -> Tensor:
@@ -308,11 +264,11 @@ def _seed(stream: Stream, K: int, like: Tensor, plus: bool, chance: Chance, limi
     sample = _sample(stream, SEEDS_PER_KEY * K, like, chance, limit)
     books = max(1, BATCH // sample.rows[0].numel())
     parts = zip(sample.rows.split(books), sample.filled.split(books), strict=True)
-    seeds, new = zip(*(_spread_out(rows, filled, K, chance.shared) for rows, filled in parts), strict=True)
+    seeds, new = zip(*(spread_out(rows, filled, K, chance.shared) for rows, filled in parts), strict=True)
     chosen = Reservoir(K, like)
     # A seed that repeats an earlier one has weight 0 here, and its place is filled like any other shortage.
     chosen.add(torch.cat(seeds), torch.cat(new).to(like.dtype), chance.shared)
-    return _fill(chosen, K, chance.shared)
+    return fill(chosen, K, chance.shared)
 
 
 @torch.no_grad()
@@ -328,13 +284,14 @@ def kmeans(stream: Stream, K: int, like: Tensor, *, iters: int, plus: bool, chan
         hits = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
         sums = torch.zeros_like(keys, dtype=torch.float64)
         spare = Reservoir(K, like)
-        packed = functional.pack_keys(keys)
+        packed = torch.ops.kvb.pack_keys(keys)
         for queries in stream.queries("k-means", limit):
-            indices, distances = functional.nearest(queries, keys, packed=packed)
+            ranked, apart = torch.ops.kvb.nearest(queries, keys, packed, mask=None, topk=1)
+            indices, distances = ranked[..., 0], apart[..., 0]
             batch_hits, batch_sums = torch.ops.kvb.accumulate(queries, indices, K)
             hits += batch_hits
             sums += batch_sums
-            spare.add(_rows(queries), distances.permute(2, 0, 1).flatten(1), chance.own)
+            spare.add(rows_of(queries), distances.permute(2, 0, 1).flatten(1), chance.own)
         members, sums = collectives.total((hits.to(sums.dtype), sums), stream.group)
         spare.merge(stream.group)
         empty = members == 0
@@ -346,7 +303,7 @@ def kmeans(stream: Stream, K: int, like: Tensor, *, iters: int, plus: bool, chan
     return keys
 
 
-def passes_needed(method: str, iters: int, epochs: int, *, replay: bool = False) -> int:
+def passes_needed(method: Method, iters: int, epochs: int, *, replay: bool = False) -> int:
     """How often ``init_keys`` reads the data: seeding, iterations, then epochs or one measuring pass.
 
     Args:
@@ -361,7 +318,7 @@ def passes_needed(method: str, iters: int, epochs: int, *, replay: bool = False)
 def initialise(
     moving: tuple[Tensor, Tensor, Tensor],
     stream: Stream,
-    method: str,
+    method: Method,
     *,
     fresh: bool,
     kmeans_iters: int,
@@ -370,7 +327,7 @@ def initialise(
     rates: Rates,
     generator: torch.Generator | None,
 ) -> KeyReport:
-    """Find keys in the data of all processes of the stream's group, and let them learn; all in place.
+    """Initialise keys from the data of all processes of the stream's group, and let them learn; all in place.
 
     Args:
         moving: keys, keys_avg, cluster_size: those of the first process. fresh: there are no keys yet. mask: [C, K],
@@ -391,7 +348,7 @@ def initialise(
     if found is not None:
         for part, start in zip(moving, (found, found, torch.ones(())), strict=True):
             part.copy_(start)
-    packed = functional.pack_keys(moving[0])
+    packed = torch.ops.kvb.pack_keys(moving[0])
     for epoch in range(max(1, epochs)):
         meter = Meter(like)
         learns = epoch < epochs
@@ -402,7 +359,8 @@ def initialise(
             indices, distances = torch.ops.kvb.nearest(queries, moving[0], packed, mask, 1)
             meter.add(indices[..., 0], distances[..., 0], queries)
             if learns:
-                packed = step(moving, queries, indices[..., 0], mask, rates, chance.own, group)
+                codes = indices[..., 0]
+                packed = step(moving, queries, codes, mask=mask, rates=rates, generator=chance.own, group=group)
     return meter.report(method, group)
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from kvb import collectives
 from kvb.collectives import Group, Members
 from kvb.modules import key_learning, recomputation
-from kvb.modules.state import BottleneckState
+from kvb.modules.modes import Modes
 from kvb.modules.streams import Stream
 
 _MODES = {0: "keys wait for data", 1: "keys learn", 2: "hits are counted", 3: "hits are counted, with sparse_grad"}
 
 
-class LearnsKeys(BottleneckState):
+class LearnsKeys(Modes):
     """The part of a ``KeyValueBottleneck`` that changes its buffers on forwards in training mode."""
 
     decay: float
@@ -65,20 +65,26 @@ class LearnsKeys(BottleneckState):
 
     # --- batch by batch -----------------------------------------------------------------------------------------------
 
-    def _observe(self, queries: Tensor, indices: Tensor) -> None:
-        """Learn the keys or count the hits of one batch in training mode; indices [B, S, C, T]."""
+    def _observe(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
+        """Learn the keys or count the hits of one batch in training mode; indices [B, S, C, T], counted [B, S]."""
         if recomputation.in_backward():
             return  # the forward that runs again has been observed
         if self._learning:
-            self._learn(queries.detach(), indices[..., 0])
+            self._learn(queries.detach(), indices[..., 0], counted)
         elif self._counting:
             self._taken_quietly("cluster_size_counter").add_(self._hits(queries.detach(), indices))
 
-    def _learn(self, queries: Tensor, indices: Tensor) -> None:
+    def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
         """One step of the moving averages, taken by every process, also by one with an empty batch."""
         self._packed.release()  # before the statistics need memory
         packed = key_learning.step(
-            self._moving(), queries, indices, self._usable, self._rates(), group=self._processes()
+            self._moving(),
+            queries,
+            indices,
+            mask=self._usable,
+            rates=self._rates(),
+            counted=counted,
+            group=self._processes(),
         )
         self._keep_packed(packed)
 
@@ -103,24 +109,19 @@ class LearnsKeys(BottleneckState):
 
     # --- from data ----------------------------------------------------------------------------------------------------
 
-    def _initialise_from(self, batch: Tensor) -> None:
+    def _initialise_from(self, batch: Tensor, mask: Tensor | None = None) -> None:
         """The first batch in training mode initialises keys that wait for data: the batches of all processes."""
         if not (self.training and self._learning):
             self._require_keys()
-        group, numbers = self._processes(), batch.numel()
+        group, numbers = self._processes(), batch.numel() if mask is None else batch.numel() * int(mask.any())
         if group is not False:
             numbers = int(collectives.total((torch.tensor([numbers], device=batch.device),), group)[0])
         if numbers > 0:
-            self.init_keys(batch.detach(), epochs=0, progress=False)
-
-    def _require_keys(self) -> None:
-        self._look()
-        if not self._initialised:
-            raise RuntimeError("keys are not initialised: call init_keys(...) or run one batch in training mode")
+            self.init_keys(batch.detach(), epochs=0, mask=mask, progress=False)
 
     @torch.no_grad()
     def _initialise(
-        self, stream: Stream, method: str, epochs: int, generator: torch.Generator | None
+        self, stream: Stream, method: key_learning.Method, epochs: int, generator: torch.Generator | None
     ) -> key_learning.KeyReport:
         """``init_keys`` on copies, which become the state when all went well."""
         keys, keys_avg, cluster_size = (part.clone() for part in self._moving())

@@ -1,12 +1,12 @@
 """Data as batches of queries: tensors are cut, loaders are read once per pass.
 
-Everything here works on items of a loader; what a query is, and what an encoder makes of an item, the caller says.
+Everything here works on items of a loader; the caller says what a query is, and what an encoder makes of an item.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,16 +28,23 @@ def first(item: Any) -> Any:
     return item[0] if isinstance(item, (tuple, list)) else item
 
 
+class Part(NamedTuple):
+    """What was made of one batch, and which of its positions count, [B, *shape]; None for all."""
+
+    made: Any
+    mask: Tensor | None
+
+
 class Stream:
     """Passes over data as queries [B, S, C, D].
 
     Args:
         batches: an iterable of items, read once per pass.
-        features: makes features [B, *shape, d] of an item; where an encoder runs, if there is one.
-        queries: makes queries [B, S, C, D] of features.
+        features: makes features [B, *shape, d], and their mask, of an item; where an encoder runs, if there is one.
+        queries: makes queries [B, S, C, D] of features and mask: of the positions that count.
         replay: keep the features of the first limited pass on the host, and make all limited passes from them, so that
             an encoder sees them once.
-        passes: how often ``batches`` will be read, ``progress`` says.
+        passes: how often ``batches`` will be read; shown by ``progress``.
         group: the processes whose streams end together: if one of them raises, all do.
         device: where they tell one another.
     Raises:
@@ -47,8 +54,8 @@ class Stream:
     def __init__(
         self,
         batches: Iterable[Any],
-        features: Callable[[Any], Tensor],
-        queries: Callable[[Tensor], Tensor],
+        features: Callable[[Any], Part],
+        queries: Callable[[Part], Tensor],
         *,
         replay: bool = False,
         passes: int,
@@ -65,11 +72,11 @@ class Stream:
         self.batches, self.features, self.make_queries = batches, features, queries
         self.passes, self.progress, self.replay = passes, progress, replay
         self.group, self.device = group, device
-        self._kept: list[Tensor] | None = None
+        self._kept: list[Part] | None = None
         self._begun = 0
 
     def queries(self, label: str, limit: int | None = None) -> Iterator[Tensor]:
-        """One pass; ``limit`` stops it after so many rows of one codebook, rounded up to whole samples: with other
+        """One pass; ``limit`` is the number of rows per codebook that end it, rounded up to whole samples: with other
         processes each reads its share of them.
         """
         with collectives.FailingTogether(self.group, self.device) as status:
@@ -82,12 +89,12 @@ class Stream:
     def _limited(self, label: str, limit: int | None) -> Iterator[Tensor]:
         replayed = self.replay and limit is not None
         share = None if limit is None else -(-limit // collectives.world(self.group))
-        kept: list[Tensor] = []
+        kept: list[Part] = []
         rows = 0
         for features in self._read(label) if self._kept is None or not replayed else self._kept:
             queries = self.make_queries(features)
             if replayed and self._kept is None:
-                kept.append(features.cpu())
+                kept.append(features._replace(made=features.made.cpu()))
             if share is not None:
                 queries = queries[: -(-(share - rows) // max(1, queries.shape[1]))]
             rows += queries.shape[0] * queries.shape[1]
@@ -108,7 +115,7 @@ class Stream:
         if status.count == 0:
             raise ValueError("data yielded no rows")
 
-    def _read(self, label: str) -> Iterator[Tensor]:
+    def _read(self, label: str) -> Iterator[Part]:
         self._begun += 1
         title = f"keys: {label} (pass {self._begun} of {self.passes})"
         total = len(self.batches) if isinstance(self.batches, Sized) else None

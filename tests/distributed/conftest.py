@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import queue
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,16 +28,16 @@ def _serve(rank: int, tasks: Any, results: Any) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         limit = timedelta(seconds=TIMEOUT / 4)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
-        faulthandler.dump_traceback_later(0.9 * TIMEOUT)  # where it hangs, if it does
         torch.manual_seed(rank)  # what is random differs, unless kvb sees to it
+        faulthandler.dump_traceback_later(0.9 * TIMEOUT, file=sys.__stderr__)  # a process that hangs says where
         try:
             results.put((rank, function(*arguments), None))
         except Exception:
             results.put((rank, None, traceback.format_exc()))
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
+        tasks.get()  # until all are done: another may still need this one's connections
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Pool:
@@ -57,6 +58,8 @@ class Pool:
         for tasks in self.tasks[:world]:
             tasks.put((world, store, function, arguments))
         found = [self.results.get(timeout=TIMEOUT) for _ in range(world)]
+        for tasks in self.tasks[:world]:
+            tasks.put("done")
         failed = [f"process {rank}:\n{error}" for rank, _, error in found if error]
         if failed:
             pytest.fail("\n".join(failed))

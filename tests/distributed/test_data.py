@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import unittest.mock
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import scenarios
@@ -56,7 +56,7 @@ def test_as_many_keys_as_rows_are_the_rows(processes, method):
 
 
 def _lloyd(sizes, seeds):
-    with unittest.mock.patch.object(key_learning, "_seed", return_value=seeds.clone()):
+    with mock.patch.object(key_learning, "_seed", return_value=seeds):
         return _initialised("kmeans", sizes, 0, 1)
 
 

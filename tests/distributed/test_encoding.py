@@ -129,6 +129,39 @@ class _Growing(Samples):
         return self.x[index][:, None].expand(-1, 1 + index // 9, -1)
 
 
+class Padded(Dataset):
+    """Sequences of five positions, of which some count; (sequence, label, mask) or without a label."""
+
+    def __init__(self, labels):
+        generator = torch.Generator().manual_seed(2)
+        self.x, self.mask = torch.randn(N, 3, 5, 2, generator=generator), torch.rand(N, 5, generator=generator) > 0.3
+        self.labels = labels
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        item = {"x": self.x[index], "mask": self.mask[index]}
+        return {**item, "y": index % 5} if self.labels else item
+
+
+OPTIONS = {"inputs_extractor": lambda item: item["x"], "mask_extractor": lambda item: item["mask"]}
+
+
+def _padded(path, labels):
+    return len(encode_dataset(bottleneck(), Padded(labels), path, batch_size=7, progress=False, **OPTIONS))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_masks_are_kept(processes, tmp_path, labels):
+    assert processes(2, _padded, tmp_path / "codes.npy", labels) == [N, N]
+    loader = DataLoader(Padded(labels), batch_size=7)
+    one = bottleneck().encode_dataset(loader, out=tmp_path / "one.npy", progress=False, **OPTIONS)
+    assert (one.labels is None) != labels
+    assert one.mask is not None
+    assert (tmp_path / "codes.npy").read_bytes() == (tmp_path / "one.npy").read_bytes()
+
+
 def _killed(rank, path, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     encode_dataset(bottleneck(), Samples(waits=0.05), path, batch_size=5, progress=False)

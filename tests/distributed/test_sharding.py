@@ -29,6 +29,11 @@ def _looked_up(split, begin):
         near(found.values, wanted.values, what)
         codes = there.encode(x, dtype="auto")
         assert torch.equal(codes, alone.encode(x, dtype="auto")), what
+        padding = torch.rand(x.shape[0], *x.shape[2:-1], generator=torch.Generator().manual_seed(3)) > 0.4
+        padded = there(x, mask=padding), alone(x, mask=padding)
+        assert torch.equal(padded[0].indices, padded[1].indices), what
+        near(padded[0].values, padded[1].values, f"{what}, padded")
+        near(there.decode(codes, "sum", mask=padding), alone.decode(codes, "sum", mask=padding), what, scale=20)
         for pool in ("none", "mean", "sum"):
             scale = case.C * case.options.get("topk", 1)
             near(
@@ -219,7 +224,7 @@ def _rowwise(split, sizes):
             for module, optimizer in zip((alone, there), optimizers, strict=True):
                 optimizer.zero_grad()
                 for part in queries(case, seed=step).split(40):  # gradients add up
-                    module(part, pool="sum").square().sum().backward()
+                    module(part, pool="sum", mask=part[:, 0, 0] > -2).square().sum().backward()
                 norms.append(clip_grad_norm_([module.values], 3.0))
                 optimizer.step()
             near(norms[1], norms[0], f"{kind.__name__}, norm", scale=100)
