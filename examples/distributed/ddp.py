@@ -28,10 +28,18 @@ def blobs(part: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> float:
+    """The accuracy on new data."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        return train(device)
+    finally:
+        dist.destroy_process_group()  # when nothing is left that uses it
+
+
+def train(device: torch.device) -> float:
     rank, world = dist.get_rank(), dist.get_world_size()
     x, y = (part.to(device) for part in blobs(rank, SAMPLES // world))
 
@@ -62,7 +70,6 @@ def main() -> float:
     dist.all_reduce(right)
     if rank == 0:
         print(f"accuracy {right.item() / world:.1%}; {int((bottleneck.cluster_size_counter > 0).sum())} pairs in use")
-    dist.destroy_process_group()
     return right.item() / world
 
 

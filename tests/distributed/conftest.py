@@ -21,13 +21,14 @@ TIMEOUT = 120.0  # seconds until a test that hangs is ended
 
 
 def _serve(rank: int, tasks: Any, results: Any) -> None:
-    """Run one task after the other, each in a process group of its own."""
+    """Run one task after the other, each in a process group of its own; without a store it makes one itself."""
     torch.set_num_threads(1)
     while (task := tasks.get()) is not None:
         world, store, function, arguments = task
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         limit = timedelta(seconds=TIMEOUT / 4)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
+        if store is not None:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
         torch.manual_seed(rank)  # what is random differs, unless kvb sees to it
         faulthandler.dump_traceback_later(0.9 * TIMEOUT, file=sys.__stderr__)  # a process that hangs says where
         try:
@@ -54,7 +55,7 @@ class Pool:
         for process in self.processes:
             process.start()
 
-    def run(self, world: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+    def run(self, world: int, store: str | None, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
         for tasks in self.tasks[:world]:
             tasks.put((world, store, function, arguments))
         found = [self.results.get(timeout=TIMEOUT) for _ in range(world)]
@@ -80,14 +81,18 @@ def _pools():
 
 @pytest.fixture
 def processes(_pools, tmp_path):
-    """``processes(world, function, *arguments)``: the results by rank. A process that fails or hangs fails the test."""
+    """``processes(world, function, *arguments)``: the results by rank. A process that fails or hangs fails the test.
+
+    ``grouped=False`` leaves it to the function to make a process group.
+    """
     number = iter(range(100))
 
-    def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(world: int, function: Callable[..., Any], *arguments: Any, grouped: bool = True) -> list[Any]:
         if not _pools:
             _pools.append(Pool())
         try:
-            return _pools[0].run(world, str(tmp_path / f"store{next(number)}"), function, arguments)
+            store = str(tmp_path / f"store{next(number)}") if grouped else None
+            return _pools[0].run(world, store, function, arguments)
         except queue.Empty:
             _pools.pop().stop()
             pytest.fail(f"{function.__name__}: {world} processes did not end within {TIMEOUT:.0f} s")
