@@ -63,6 +63,9 @@ class Sharded(KeyValueBottleneck):
     def _table(self) -> Tensor:
         return exchange.local(self.values, self._layout.data)
 
+    def _part(self, whole: Tensor) -> Tensor:
+        return self._layout.part(whole)
+
     def _flat_codes(self, indices: Tensor, pool: Pool) -> Tensor:
         """Codes [B, C, *shape] as [B, S, C]: all checked by every process, so that all raise or none."""
         validation.integer("decode", "indices", indices)
@@ -74,14 +77,6 @@ class Sharded(KeyValueBottleneck):
         return flat
 
     # --- what only some processes may know ----------------------------------------------------------------------------
-
-    def mask_pairs(self: _Self, mask: Tensor | None) -> _Self:
-        """As there: ``mask`` [C, K] is of all pairs, or a DTensor."""
-        if mask is not None:
-            validation.mask("mask_pairs", mask, self.num_codebooks, self.key_value_pairs_per_codebook)
-        self._write("kvb_mask", torch.ones(()) if mask is None else self._layout.part(mask))
-        self._look()
-        return self
 
     def deactivate_counts(self: _Self) -> _Self:
         """As there; every process calls it."""

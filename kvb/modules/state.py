@@ -79,6 +79,10 @@ class BottleneckState(nn.Module):
         """The values that are here, [C, K, V]."""
         return self.values
 
+    def _part(self, whole: Tensor) -> Tensor:
+        """What is here of a tensor [C, K, ...]."""
+        return whole
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Begin anew, in place, as a new module does: also what ``to_empty`` gave memory to after the meta device."""
@@ -156,7 +160,7 @@ class BottleneckState(nn.Module):
         """Restrict the search to pairs where ``mask`` [C, K] (bool) is True; None lifts it. Saved with the module."""
         if mask is not None:
             validation.mask("mask_pairs", mask, self.num_codebooks, self.key_value_pairs_per_codebook)
-        self._write(MASK, torch.ones(()) if mask is None else mask)
+        self._write(MASK, torch.ones(()) if mask is None else self._part(mask))
         self._look()
         return self
 

@@ -115,6 +115,24 @@ def test_processes_draw_apart(processes):
     assert 0.02 < (one[:, 0] == one[:, 2]).float().mean() < 0.4
 
 
+def _unlearned(split):
+    case = (CASES if split == "codebooks" else GIANT)[0]
+    alone, there = (each.freeze_keys().eval() for each in pair(case, (4,), **{split: "table"}))
+    x = queries(case)
+    counts = [kvb.unlearning.hits(each, x) for each in (alone, there)]
+    assert torch.equal(*counts)
+    for each in (alone, there):
+        kvb.unlearning.erase(each, counts[0] == 0)
+    same_state(there, alone, "erased")
+    with pytest.raises(NotImplementedError, match="call bottleneck.mask_pairs"):
+        kvb.unlearning.forget(there, counts[0] == 0)
+
+
+@pytest.mark.parametrize("split", ["codebooks", "pairs"])
+def test_pairs_are_erased_in_their_process(processes, split):
+    processes(4, _unlearned, split)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
