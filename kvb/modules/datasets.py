@@ -95,28 +95,38 @@ class ReadsData:
         validation.epochs(epochs)
         if bottleneck.keys_frozen:
             raise RuntimeError("keys are frozen: call unfreeze_keys() before init_keys(...)")
-        batches, taken = items.taken_apart(
+        passes = key_learning.passes_needed(method, bottleneck.kmeans_iters, epochs, replay=self._replays)
+        taken = items.taken_apart(
             data, cut=self._cut, inputs_extractor=inputs_extractor, mask=mask, mask_extractor=mask_extractor
         )
+        stream = self._stream(*taken, passes, progress, bottleneck._processes() if sync else False)
+        report: key_learning.KeyReport = bottleneck._initialise(stream, method, epochs, generator)
+        return report
+
+    def _stream(
+        self,
+        batches: Iterable[Any],
+        taken: Callable[[Any], items.Taken],
+        passes: int,
+        progress: bool,
+        group: collectives.Group,
+    ) -> Stream:
+        """Batches as queries, when all processes of the group are here."""
 
         def features(item: Any) -> Part:
             _, inputs, counted = taken(item)
             return self._features(self._moved(inputs), self._moved(counted))
 
-        group: collectives.Group = bottleneck._processes() if sync else False
-        collectives.meet("init_keys", group, device=bottleneck._device)
-        stream = Stream(
-            batches,
-            features,
-            self._counted,
-            replay=self._replays,
-            passes=key_learning.passes_needed(method, bottleneck.kmeans_iters, epochs, replay=self._replays),
+        device, replay = self._target()._device, self._replays
+        collectives.meet("init_keys", group, device=device)
+        return Stream(
+            *(batches, features, self._counted),
+            replay=replay,
+            passes=passes,
             progress=progress,
             group=group,
-            device=bottleneck._device,
+            device=device,
         )
-        report: key_learning.KeyReport = bottleneck._initialise(stream, method, epochs, generator)
-        return report
 
     def encode_dataset(
         self,
