@@ -8,9 +8,9 @@ from typing import Any, Literal, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kvb.collectives import Group
 from kvb.functional import Pool
 from kvb.modules import key_learning, positions
-from kvb.collectives import Group
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.datasets import ReadsData
 from kvb.modules.streams import Part, cut
