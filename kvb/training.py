@@ -6,13 +6,14 @@ authors' experiments: mean vote of the codebooks, label smoothing, clipped SGD w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvb import collectives, ops, validation  # noqa: F401  (importing ops registers the operators)
+from kvb.reference import values as reference
 
 
 class SGDStep(NamedTuple):
@@ -29,6 +30,7 @@ def sgd_step(
     codes: Tensor,
     targets: Tensor,
     *,
+    mask: Tensor | None = None,
     lr: float = 0.3,
     max_norm: float | None = 1.0,
     label_smoothing: float = 0.1,
@@ -48,36 +50,20 @@ def sgd_step(
 
     Args:
         values: [C, K, V], such as ``bottleneck.values``: contiguous float16, bfloat16, float32 or float64; V classes.
-            Of a module that ``kvb.distributed.parallelize`` split, the DTensor, whose mesh is the ``process_group``.
         codes: [B, C, *shape] of any integer dtype, from ``encode`` or a ``CodeDataset``; same device.
         targets: [B] int64 in [0, V).
+        mask: bool [B, *shape], True where a position votes; a sample without any teaches nothing.
         lr: the learning rate, >= 0.
         max_norm: the largest norm of the gradient, > 0; None does not clip.
         label_smoothing: in [0, 1].
-        process_group: take the step on the batches of all processes together, of any sizes: they send codes and
-            targets, and hold the same values before and after it. None for the default group, False to step alone.
+        process_group: who steps on all batches together: None the default group, False none; a DTensor's mesh says it.
     Returns:
         an ``SGDStep``: loss and gradient norm, of all processes, and logits of this one, as they were before the step.
     Raises:
-        TypeError: values that are not floating-point, codes or targets that are not integers. ValueError: shapes that
-        disagree, values that are not contiguous, or a number out of its range. IndexError: a code outside [0, K) or a
-        target outside [0, V). RuntimeError: devices differ.
+        TypeError: values that are not floating-point, codes or targets that are not integers, a mask that is not bool.
+        ValueError: shapes that disagree, values that are not contiguous, or a number out of its range. IndexError: a
+        code outside [0, K) or a target outside [0, V). RuntimeError: devices differ.
     """
-    limit = _check(values, codes, targets, lr, max_norm, label_smoothing)
-    split = hasattr(values, "device_mesh")
-    codes, targets, own = _of_all(codes, targets.to(torch.int64), values.shape[1], False if split else process_group)
-    flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
-    arguments = values, flat, targets, lr, limit, label_smoothing
-    if split:
-        return SGDStep(*_of_dtensor()(*arguments))
-    step = SGDStep(*torch.ops.kvb.sgd_step_(*arguments))
-    return step if own is None else step._replace(logits=step.logits[own])
-
-
-def _check(
-    values: Tensor, codes: Tensor, targets: Tensor, lr: float, max_norm: float | None, label_smoothing: float
-) -> float:
-    """The arguments of ``sgd_step``; returns the largest norm, infinity for None."""
     validation.floating("sgd_step", "values", values)
     validation.shape("values", values, "C K V", (None, None, None))
     if not values.is_contiguous():
@@ -86,27 +72,64 @@ def _check(
     validation.codes(codes, values.shape[0])
     validation.integer("sgd_step", "targets", targets)
     validation.shape("targets", targets, "B", (codes.shape[0],))
-    for name, tensor in (("codes", codes), ("targets", targets)):
+    if mask is not None:
+        validation.positions("sgd_step", mask, (codes.shape[0], *codes.shape[2:]))
+    for name, tensor in (("codes", codes), ("targets", targets), ("mask", codes if mask is None else mask)):
         validation.same_device(name, tensor, "values", values)
-    infinity = float("inf")
-    validation.number("lr", lr, 0.0, infinity)
-    limit = infinity if max_norm is None else validation.number("max_norm", max_norm, 0.0, infinity, open_low=True)
-    if validation.number("label_smoothing", label_smoothing, 0.0, infinity) > 1:
+    validation.number("lr", lr, 0.0, math.inf)
+    limit = math.inf if max_norm is None else validation.number("max_norm", max_norm, 0.0, math.inf, open_low=True)
+    if validation.number("label_smoothing", label_smoothing, 0.0, math.inf) > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    return limit
+    codes, targets, mask, own = _of_all(values, codes, targets.to(torch.int64), mask, process_group)
+    flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
+    step = _step(values, flat, targets, mask, lr, limit, label_smoothing)
+    return step if own is None else step._replace(logits=step.logits[own])
 
 
-def _of_all(codes: Tensor, targets: Tensor, K: int, group: collectives.Group) -> tuple[Tensor, Tensor, slice | None]:
-    """Codes and targets of all processes, and which are this one's; None where there is no other."""
-    if collectives.world(group) == 1:
-        return codes, targets, None
+def _of_all(
+    values: Tensor, codes: Tensor, targets: Tensor, mask: Tensor | None, group: collectives.Group
+) -> tuple[Tensor, Tensor, Tensor | None, slice | None]:
+    """Codes, targets and mask of all processes, and which are this one's; None where there is no other."""
+    if _is_split(values) or collectives.world(group) == 1:
+        return codes, targets, mask, None
+    K = values.shape[1]
     within = torch.where((codes >= 0) & (codes < K), codes, -1)  # sent in fewer bytes, others could look right
-    all_codes, all_targets = collectives.parts((collectives.as_codes(within, K), targets), group)
-    begin = sum(map(len, all_targets[: collectives.rank(group)]))
-    return torch.cat(all_codes), torch.cat(all_targets), slice(begin, begin + len(targets))
+    sent = [collectives.as_codes(within, K), targets, *([] if mask is None else [mask])]
+    found = collectives.parts(sent, group)
+    begin = sum(map(len, found[1][: collectives.rank(group)]))
+    all_codes, all_targets, *masks = map(torch.cat, found)
+    return all_codes, all_targets, masks[0] if masks else None, slice(begin, begin + len(targets))
 
 
-def _of_dtensor() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    from kvb.distributed.steps import sgd_step_  # with DTensor, which only those who have one need to import
+def _step(
+    values: Tensor,
+    indices: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    lr: float,
+    max_norm: float,
+    label_smoothing: float,
+) -> SGDStep:
+    """The step for indices [B, S, C], at the positions [B, *shape] that count; None for all."""
+    counted = None if mask is None else mask.reshape(indices.shape[:2])
+    if _is_split(values):
+        from kvb.distributed.steps import sgd_step_  # with DTensor, which only those who have one need to import
 
-    return sgd_step_
+        return SGDStep(*sgd_step_(values, indices, targets, counted, lr, max_norm, label_smoothing))
+    if counted is None:
+        return SGDStep(*torch.ops.kvb.sgd_step_(values, indices, targets, lr, max_norm, label_smoothing))
+    exact = torch.promote_types(values.dtype, torch.float32)
+    votes = torch.ops.kvb.gather(values, indices, "mean", "bscv").to(exact)
+    voters = counted.sum(1, keepdim=True).clamp(min=1)
+    logits = torch.where(counted[..., None], votes, 0).sum(1) / voters
+    loss, grad = reference.cross_entropy(logits, targets, label_smoothing)
+    # Padding has the index 0 and a gradient of zero, which keeps the bits of that row.
+    spread = torch.where(counted[..., None], (grad / voters)[:, None], 0)
+    rows, grads, count = torch.ops.kvb.gather_backward_rows(spread, indices, values.shape[1], "mean")
+    norm = reference.clipped_step_(values, rows, grads, count, lr, max_norm)
+    return SGDStep(loss, norm, logits)
+
+
+def _is_split(values: Tensor) -> bool:
+    """Whether other processes have parts of the values, a DTensor."""
+    return hasattr(values, "device_mesh")

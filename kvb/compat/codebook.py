@@ -104,7 +104,8 @@ class Codebook(nn.Module):
         if not self.ema_update and self.threshold_ema_dead_code <= 0:
             return
         hits, sums = torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1])
-        synced = collectives.total((hits.to(sums.dtype), sums), None if self.sync_codebook else False)
+        if self.sync_codebook:
+            hits, sums = collectives.total((hits.to(sums.dtype), sums))
         keys = self.embed.detach()
         # Without ema_update the statistics still tell which codes are dead.
         moved = keys if self.ema_update else keys.clone()
@@ -112,7 +113,9 @@ class Codebook(nn.Module):
             moved,
             self.embed_avg,
             self.cluster_size,
-            *(*synced, queries),
+            hits,
+            sums,
+            queries,
             decay=self.decay,
             eps=self.eps,
             threshold=0.0,

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kvb import collectives, ops  # noqa: F401  (importing ops registers the operators)
 from kvb.distributed import exchange
 from kvb.distributed.layout import CODEBOOKS, Layout
 from kvb.reference.arithmetic import widest
 from kvb.reference.shared import accumulator, require_codes
-from kvb.reference.values import descend_, smoothed_cross_entropy
+from kvb.reference.values import clipped_step_, cross_entropy
 
 
 def sgd_step_(
-    values: DTensor, codes: Tensor, targets: Tensor, lr: float, max_norm: float, label_smoothing: float
+    values: Any,
+    codes: Tensor,
+    targets: Tensor,
+    counted: Tensor | None,
+    lr: float,
+    max_norm: float,
+    label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference.sgd_step_`` on the union of all data-parallel batches; logits are those of this batch.
 
@@ -23,51 +30,55 @@ def sgd_step_(
     gradients [B, V].
 
     Args:
-        values: [C, K, V], split over codebooks or over pairs. codes: [B, S, C]. targets: [B].
+        values: DTensor [C, K, V], split over codebooks or over pairs. codes: [B, S, C]. targets: [B].
+        counted: bool [B, S], the positions that vote; None for all.
     """
     layout, table = Layout.of(values), exchange.part_of(values)
-    (C, K, V), (B, S, _) = values.shape, codes.shape
+    (C, K, _), (B, S, _) = values.shape, codes.shape
     require_codes(codes, C, K)
-    fetched = _fetched(table, codes, layout)
-    logits = exchange.summed(fetched.votes(), layout.shards) / (C * S)
-    losses, grad = smoothed_cross_entropy(logits, targets, label_smoothing)
-    loss, samples = collectives.total((losses.sum(), losses.new_tensor(float(B))), layout.data)
-    fetched.codes = collectives.joined(fetched.codes, layout.data)
-    rows, grads, count = fetched.merged(collectives.joined(grad, layout.data) / samples / S / C)
+    if counted is None:
+        counted = torch.ones((B, S), dtype=torch.bool, device=codes.device)
+    fetched = (_OfCodebooks if layout.axis == CODEBOOKS else _OfPairs)(table, codes, counted, layout)
+    voters = C * counted.sum(1, keepdim=True).clamp(min=1)
+    logits = exchange.summed(fetched.votes(), layout.shards) / voters
+    loss, grad = cross_entropy(logits, targets, label_smoothing)
+    total = loss * B if B else loss.new_zeros(())
+    total, samples = collectives.total((total, loss.new_tensor(float(B))), layout.data)
+    sent = fetched.codes, counted, grad * B / samples / voters
+    fetched.codes, fetched.counted, grad = map(torch.cat, collectives.parts(sent, layout.data))
+    rows, grads, count = fetched.merged(grad)
     squares = collectives.total((grads.to(widest(grads.device)).square().sum(),), layout.shards)[0]
-    norm = squares.sqrt()
-    descend_(table.view(-1, V), rows, grads, count, norm, lr, max_norm)
-    return loss / samples, norm.to(accumulator(values.dtype)), logits
+    norm = clipped_step_(table, rows, grads, count, lr, max_norm, squares.sqrt())
+    return total / samples, norm, logits
 
 
 class _OfCodebooks:
     """The rows that a batch fetches of the codebooks that are here."""
 
-    def __init__(self, table: Tensor, codes: Tensor, layout: Layout) -> None:
-        self.table, self.codes = table, codes[..., layout.here]
+    def __init__(self, table: Tensor, codes: Tensor, counted: Tensor, layout: Layout) -> None:
+        self.table, self.codes, self.counted = table, codes[..., layout.here].contiguous(), counted
 
     def votes(self) -> Tensor:
         """The sums [B, V] of what every sample fetches."""
         votes: Tensor = torch.ops.kvb.gather(self.table, self.codes, "sum", "bscv")
-        return votes.to(accumulator(votes.dtype)).sum(1)
+        return torch.where(self.counted[..., None], votes.to(accumulator(votes.dtype)), 0).sum(1)
 
     def merged(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, their gradients and their number, given the gradient [B, V] of ``votes``."""
-        grad = grad[:, None].expand(-1, self.codes.shape[1], -1)
-        return torch.ops.kvb.gather_backward_rows(grad, self.codes, self.table.shape[1], "sum")
+        spread = torch.where(self.counted[..., None], grad[:, None], 0)
+        return torch.ops.kvb.gather_backward_rows(spread, self.codes, self.table.shape[1], "sum")
 
 
 class _OfPairs:
     """The rows that a batch fetches of the pairs that are here."""
 
-    def __init__(self, table: Tensor, codes: Tensor, layout: Layout) -> None:
-        self.table, self.codes, self.here = table, codes, layout.here
+    def __init__(self, table: Tensor, codes: Tensor, counted: Tensor, layout: Layout) -> None:
+        self.table, self.codes, self.counted, self.here = table, codes, counted, layout.here
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """Which sample fetches which row of [C*k, V]."""
-        sample, _, book = (own := (self.codes >= self.here.start) & (self.codes < self.here.stop)).nonzero(
-            as_tuple=True
-        )
+        own = (self.codes >= self.here.start) & (self.codes < self.here.stop) & self.counted[..., None]
+        sample, _, book = own.nonzero(as_tuple=True)
         return sample, book * self.table.shape[1] + self.codes[own].to(torch.int64) - self.here.start
 
     def votes(self) -> Tensor:
@@ -81,7 +92,3 @@ class _OfPairs:
         sample, row = self._rows()
         size = self.table.shape[0] * self.table.shape[1]
         return torch.ops.kvb.gather_backward_rows(grad[sample][:, None, None], row[:, None, None], size, "none")
-
-
-def _fetched(table: Tensor, codes: Tensor, layout: Layout) -> _OfCodebooks | _OfPairs:
-    return (_OfCodebooks if layout.axis == CODEBOOKS else _OfPairs)(table, codes, layout)

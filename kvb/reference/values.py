@@ -128,40 +128,49 @@ def sgd_step_(
         targets.shape == (B,) and targets.dtype == torch.int64,
         f"expected targets torch.int64 {(B,)}, got {targets.dtype} {tuple(targets.shape)}",
     )
-    exact = accumulator(values.dtype)
-    logits = gather(values, indices, "mean", "bscv").to(exact).mean(1)
-    losses, grad = smoothed_cross_entropy(logits, targets, label_smoothing)
-    loss, grad = losses.mean(), grad / B / S
-    rows, grads, count = gather_backward_rows(grad[:, None].expand(B, S, V), indices, K, "mean")
-    norm = grads.to(widest(grads.device)).square().sum().sqrt()
-    descend_(values.view(C * K, V), rows, grads, count, norm, lr, max_norm)
-    return loss, norm.to(exact), logits
+    logits = gather(values, indices, "mean", "bscv").to(accumulator(values.dtype)).mean(1)
+    loss, grad = cross_entropy(logits, targets, label_smoothing)
+    rows, grads, count = gather_backward_rows((grad / S)[:, None].expand(B, S, V), indices, K, "mean")
+    return loss, clipped_step_(values, rows, grads, count, lr, max_norm), logits
 
 
-def smoothed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """The loss of every sample, [B], and its gradient for the logits [B, V]."""
-    _require_classes(targets, logits.shape[1])
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """The mean loss [] of logits [B, V] with the classes targets [B], and its gradient [B, V]."""
+    B, V = logits.shape
+    _require_classes(targets, V)
     shares = logits.log_softmax(-1)
-    fit = torch.full_like(shares, label_smoothing / max(1, logits.shape[1]))
-    fit.scatter_add_(1, targets[:, None], fit.new_full((len(logits), 1), 1 - label_smoothing))
-    return -(fit * shares).sum(-1), shares.exp() - fit
+    fit = torch.full_like(shares, label_smoothing / max(1, V))
+    fit.scatter_add_(1, targets[:, None], fit.new_full((B, 1), 1 - label_smoothing))
+    return -(fit * shares).sum(-1).mean(), (shares.exp() - fit) / B
 
 
-def descend_(
-    table: Tensor, rows: Tensor, grads: Tensor, count: Tensor, norm: Tensor, lr: float, max_norm: float
-) -> None:
-    """``table[rows] -= lr * grads``, clipped by the norm, and nothing where that is not finite.
+def clipped_step_(
+    values: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    count: Tensor,
+    lr: float,
+    max_norm: float,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """Move rows of values [C, K, V], in place, by merged gradients; their norm [].
 
     Args:
-        table: [C*K, V]. rows, grads, count: of ``gather_backward_rows``. norm: [], of all gradients.
+        rows, grads, count: of ``gather_backward_rows``.
+        norm: of all gradients, where these are a part of them.
     """
+    C, K, V = values.shape
+    exact = grads.dtype
+    norm = grads.to(widest(grads.device)).square().sum().sqrt() if norm is None else norm
     step = lr * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     # The tail names no row: let it repeat the last one, which then is written several times with the same numbers.
     last = torch.arange(len(rows), device=rows.device).clamp(max=(count - 1).clamp(min=0))
     rows, grads = rows[last], grads[last]
+    table = values.view(C * K, V)
     before = table.index_select(0, rows)
-    moved = (before.to(grads.dtype) - step.to(grads.dtype) * grads).to(table.dtype)
+    moved = (before.to(exact) - step.to(exact) * grads).to(values.dtype)
     table.index_copy_(0, rows, torch.where(norm.isfinite(), moved, before))
+    return norm.to(exact)
 
 
 def _require_classes(targets: Tensor, V: int) -> None:

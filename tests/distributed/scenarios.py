@@ -25,6 +25,7 @@ class Scenario(NamedTuple):
     dtype: torch.dtype = torch.float32
     keys: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
+    padded: bool = False
 
 
 def batch(scenario: Scenario, step: int, rank: int) -> torch.Tensor:
@@ -34,6 +35,14 @@ def batch(scenario: Scenario, step: int, rank: int) -> torch.Tensor:
     x = torch.randn(n, C, *scenario.shape, D, generator=generator)
     x.flatten(0, -2)[: scenario.nan.get((step, rank), 0), 0] = torch.nan
     return x.to(scenario.dtype)
+
+
+def mask(scenario: Scenario, step: int, rank: int) -> torch.Tensor | None:
+    """Which positions of a batch count."""
+    if not scenario.padded:
+        return None
+    generator = torch.Generator().manual_seed(1000 + 100 * step + rank)
+    return torch.rand(scenario.sizes[step][rank], *scenario.shape, generator=generator) > 0.4
 
 
 def module(scenario: Scenario, **options: Any) -> kvb.KeyValueBottleneck:
@@ -52,7 +61,7 @@ def together(scenario: Scenario) -> dict[str, torch.Tensor]:
     """In one of several processes."""
     own, rank = module(scenario), dist.get_rank()
     for step in range(len(scenario.sizes)):
-        own(batch(scenario, step, rank))
+        own(batch(scenario, step, rank), mask=mask(scenario, step, rank))
     return state(own)
 
 
@@ -60,7 +69,9 @@ def alone(scenario: Scenario) -> dict[str, torch.Tensor]:
     """In one process, on the union of the batches."""
     own = module(scenario)
     for step in range(len(scenario.sizes)):
-        own(torch.cat([batch(scenario, step, rank) for rank in range(scenario.world)]))
+        ranks = range(scenario.world)
+        masks = torch.cat([mask(scenario, step, rank) for rank in ranks]) if scenario.padded else None
+        own(torch.cat([batch(scenario, step, rank) for rank in ranks]), mask=masks)
     return state(own)
 
 

@@ -22,6 +22,7 @@ LEARNING = {
     "queries of bfloat16": Scenario(2, EVEN, dtype=torch.bfloat16),
     "a mask": Scenario(2, EVEN, masked=True),
     "more positions": Scenario(2, EVEN, shape=(2, 3)),
+    "padding": Scenario(2, ((5, 3), (0, 4), (1, 6)), shape=(7,), padded=True),
     "fast averages": Scenario(3, ((3, 2, 1), (1, 2, 3)), {"decay": 0.0}),
     "no steps": Scenario(2, ()),
 }
@@ -32,6 +33,8 @@ COUNTING = {
     "counts of ranks": Scenario(2, EVEN, {"topk": 3}, frozen=True),
     "counts of ranks that find nothing": Scenario(2, EVEN, {"topk": 8}, frozen=True, masked=True),
     "counts by codes": Scenario(3, ((5, 0, 9), (2, 8, 0)), {"sparse_grad": True}, frozen=True),
+    "counts of padding": Scenario(2, ((5, 3), (0, 4)), frozen=True, shape=(7,), padded=True),
+    "counts by codes of padding": Scenario(2, ((5, 3),), {"sparse_grad": True}, frozen=True, shape=(7,), padded=True),
     "counts by codes of NaN": Scenario(2, EVEN, {"sparse_grad": True}, frozen=True, nan={(0, 1): 4, (1, 0): 12}),
     "counts by codes of ranks": Scenario(2, EVEN, {"sparse_grad": True, "topk": 8}, frozen=True, masked=True),
 }

@@ -183,6 +183,43 @@ def test_sgd_steps_of_all_batches(processes, name):
     assert torch.equal(torch.cat([logits for _, logits in found]), step.logits)
 
 
+def _padded(sparse, optimizer):
+    """Sequences of which some positions count: by autograd with ``sync_values``, and in ``sgd_step``."""
+    rank = dist.get_rank()
+    bottleneck, x, mask, targets = sync_values(made(sparse)), *sequences(rank)
+    values = bottleneck.values.detach().clone()
+    stepper = OPTIMIZERS[optimizer]([bottleneck.values])
+    losses(bottleneck(x, mask=mask, pool="mean")).backward()
+    stepper.step()
+    step = kvb.training.sgd_step(values, bottleneck.encode(x, mask=mask), targets, mask=mask, process_group=None)
+    return {"values": bottleneck.values.detach(), "stepped": values, "loss": step.loss}
+
+
+def made(sparse):
+    torch.manual_seed(5)
+    return kvb.KeyValueBottleneck(C, K, D, V, sparse_grad=sparse).freeze_keys()
+
+
+def sequences(rank):
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(3 + rank, C, 6, D, generator=generator)
+    mask = torch.rand(3 + rank, 6, generator=generator) > 0.5
+    return x, mask, torch.randint(V, (3 + rank,), generator=generator)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_values_of_positions_that_count(processes, sparse):
+    found = scenarios.same(processes(2, _padded, sparse, "RowwiseSGD"))
+    bottleneck = made(sparse)
+    x, mask, targets = map(torch.cat, zip(sequences(0), sequences(1), strict=True))
+    values = bottleneck.values.detach().clone()
+    stepper = OPTIMIZERS["RowwiseSGD"]([bottleneck.values])
+    (losses(bottleneck(x, mask=mask, pool="mean")) / 2).backward()
+    stepper.step()
+    step = kvb.training.sgd_step(values, bottleneck.encode(x, mask=mask), targets, mask=mask)
+    scenarios.close(found, {"values": bottleneck.values.detach(), "stepped": values, "loss": step.loss})
+
+
 def _outside():
     codes, targets = coded(0, 4, V)
     codes = codes.to(torch.int64)

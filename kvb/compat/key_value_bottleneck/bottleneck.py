@@ -89,9 +89,15 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
     def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
         self._packed.forget()
         hits, sums = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
+        hits, sums = collectives.total((hits.to(sums.dtype), sums), self._processes())
+        keys, keys_avg, cluster_size = self._moving()
         key_learning.update(
-            *self._moving(),
-            *(*collectives.total((hits.to(sums.dtype), sums), self._processes()), queries),
+            keys,
+            keys_avg,
+            cluster_size,
+            hits,
+            sums,
+            queries,
             decay=self.decay,
             eps=self.eps,
             threshold=0.0,
