@@ -73,11 +73,19 @@ graph_is_kept: Callable[[], bool] = _private("torch._C._autograd._get_current_gr
 # What packs and unpacks the tensors that autograd saves, or None.
 _saving: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
 
+# The DistributedDataParallel whose forward runs, or None.
+active_ddp: Callable[[], Any] = _private("torch.nn.parallel.DistributedDataParallel._get_active_ddp_module")
+# Leaves parameters and buffers of a module out of the DistributedDataParallel that will be around it.
+ignore_in_ddp: Callable[[Any, set[str]], None] = _private(
+    "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"
+)
+
 _private("torch.Tensor._version")
 _private("torch.UntypedStorage._cdata")
 _private("torch._C._FunctionBase.apply")
 _private("torch.Tensor._coalesced_")
 _private("torch.Tensor._indices")
+_private("torch.Tensor._values")
 _private("torch.autograd.forward_ad._current_level")
 
 
@@ -128,9 +136,28 @@ def coordinates(sparse: Tensor) -> Tensor:
     return sparse._indices()
 
 
+def rows_of(sparse: Tensor) -> Tensor:
+    """The rows of a sparse tensor, [M, ...], whether or not it is coalesced."""
+    return sparse._values()
+
+
 def call_coalesced(sparse: Tensor) -> Tensor:
     """The same tensor, declared coalesced: its rows are known to be in order and without repetition."""
     return sparse._coalesced_(True)
+
+
+def tell_calls_apart(operator: Any, first: int) -> None:
+    """Let DTensor remember the rule of an operator together with its arguments from the first that is no tensor.
+
+    By itself it takes only int for such, no SymInt and no str, and would apply the rule of another call.
+    """
+    propagator = _private("torch.distributed.tensor.DTensor._op_dispatcher").sharding_propagator
+    propagator.op_to_schema_info[operator].static_argnum = first
+
+
+def sparse_whole_of(like: Any, part: Tensor) -> Any:
+    """The DTensor, placed as another one, of which this process has a sparse part; no public function makes it."""
+    return type(like)(part, like._spec, requires_grad=False)
 
 
 def address_of(storage: torch.UntypedStorage) -> int:
@@ -147,3 +174,37 @@ def saving_hooks() -> tuple[Any, Any] | None:
     """What packs and unpacks the tensors that autograd saves, where ``saved_tensors_hooks`` are active."""
     hooks: tuple[Any, Any] | None = _saving(False)
     return hooks
+
+
+def joined_forward(model: Any, forward: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+    """Within, a process that has joined a ``DistributedDataParallel`` runs ``forward`` where the others run theirs."""
+    name = "_check_global_requires_backward_grad_sync"  # the last that is sent before a forward
+    _private(f"torch.nn.parallel.DistributedDataParallel.{name}")
+    own = getattr(model, name)
+
+    def and_forward(is_joined_rank: bool) -> Any:
+        found = own(is_joined_rank)
+        if is_joined_rank:
+            with model._inside_ddp_forward():
+                forward()
+        return found
+
+    @contextlib.contextmanager
+    def replaced() -> Iterator[None]:
+        vars(model)[name] = and_forward
+        try:
+            yield
+        finally:
+            del vars(model)[name]
+
+    return replaced()
+
+
+def has_lone_joins(model: Any) -> bool:
+    """Whether a ``DistributedDataParallel`` is within ``join``, and its joined processes run no forward."""
+    return model._join_config.enable and "_check_global_requires_backward_grad_sync" not in vars(model)
+
+
+def ignored_in_ddp(module: Any) -> set[str]:
+    """The names that ``ignore_in_ddp`` was told of a module."""
+    return set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))

@@ -44,7 +44,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     old = _replaceable(target)
     _sweep(target)
-    unfinished = target.with_name(f".{_stem(target)}.{secrets.token_hex(8)}.part")
+    unfinished = target.with_name(f".{stem(target)}.{secrets.token_hex(8)}.part")
     try:
         with _begin(unfinished, 0o666 if old is None else 0o600) as file:
             yield file
@@ -84,18 +84,19 @@ def _replaceable(target: Path) -> os.stat_result | None:
 def _begin(unfinished: Path, mode: int) -> BinaryIO:
     while True:
         file = os.fdopen(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, mode), "w+b")
-        _lock(file.fileno())
+        lock(file.fileno())
         if fcntl is None or os.fstat(file.fileno()).st_nlink:
             return file
         file.close()  # another writer swept it away before it was locked
 
 
-def _stem(target: Path) -> str:
+def stem(target: Path) -> str:
+    """The name of a file, in so few bytes that something can be added to it."""
     name = os.fsencode(target.name)
     return target.name if len(name) <= _LONGEST else hashlib.sha256(name).hexdigest()
 
 
-def _lock(descriptor: int) -> bool:
+def lock(descriptor: int) -> bool:
     """Lock a file until it is closed; False if another process has, or if there are no locks here."""
     if fcntl is None:
         return False
@@ -108,7 +109,7 @@ def _lock(descriptor: int) -> bool:
 
 def _sweep(target: Path) -> None:
     """Remove what writers of ``target`` left behind that no longer live."""
-    pattern = re.compile(rf"\.{re.escape(_stem(target))}\.[0-9a-f]{{16}}\.part")
+    pattern = re.compile(rf"\.{re.escape(stem(target))}\.[0-9a-f]{{16}}\.part")
     for name in filter(pattern.fullmatch, os.listdir(target.parent)):
         with contextlib.suppress(OSError):  # it is gone, or not ours
             _sweep_one(target.with_name(name))
@@ -120,7 +121,7 @@ def _sweep_one(leftover: Path) -> None:
         return
     descriptor = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | _FLAGS)
     try:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode) and _lock(descriptor):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and lock(descriptor):
             leftover.unlink()
     finally:
         os.close(descriptor)

@@ -37,6 +37,9 @@ _HEADER = re.compile(
 _SHOWN = 100  # characters of a header in a message
 
 
+NO_LABELS = torch.empty((1, 0), dtype=torch.int8)  # of a sample, where a mask follows
+
+
 class Mapped(NamedTuple):
     """A file's arrays, each a map of it that others do not see written to; and which file that is."""
 
@@ -71,7 +74,7 @@ def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor], mas
         file.write(files.content(codes))
         samples += len(codes)
     if masks and not labels:
-        labels = [torch.empty((samples, 0), dtype=torch.int8)]
+        labels = [NO_LABELS.expand(samples, 0)]
     for rest in (labels, masks):
         if rest:
             file.write(_header((samples, *rest[0].shape[1:]), rest[0].dtype, file.tell()))
@@ -80,6 +83,32 @@ def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor], mas
             file.write(files.content(part))
     file.seek(0)
     file.write(_header((samples, *codes.shape[1:]), codes.dtype, 0, room))
+
+
+class Place(NamedTuple):
+    """Where an array lies in a file: its header at ``at``, its numbers from ``begin`` to ``end``."""
+
+    header: bytes
+    at: int
+    begin: int
+    end: int
+
+
+def layout(arrays: Sequence[Tensor], samples: int) -> list[Place]:
+    """Where ``write`` puts arrays of so many samples, if all sizes are known before.
+
+    Args:
+        arrays: [1, ...], one sample each: codes, then labels if there are any, then a mask; labels [1, 0] where there
+            is a mask only.
+    """
+    places: list[Place] = []
+    for array in arrays:
+        at = places[-1].end if places else 0
+        room = 0 if places else len(_header((_MANY, *array.shape[1:]), array.dtype, 0))
+        header = _header((samples, *array.shape[1:]), array.dtype, at, room)
+        begin = at + len(header)
+        places.append(Place(header, at, begin, begin + samples * array.nbytes))
+    return places
 
 
 def read(file: BinaryIO, path: str) -> Mapped:

@@ -68,6 +68,34 @@ def _touched_rows(param: Tensor, grad: Tensor, zeros_move: bool) -> tuple[Tensor
     return rows, table.index_select(0, rows)
 
 
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is none of ``torch.distributed.tensor``, of which a process has a part."""
+    return not hasattr(tensor, "placements")
+
+
+def _part(tensor: Any, like: Any = None) -> Tensor:
+    """What this process has of a DTensor, sharing its memory; any other tensor itself.
+
+    Args:
+        like: a DTensor whose placements the part shall have.
+    """
+    if _is_whole(tensor):
+        return tensor
+    if like is not None and tensor.placements != like.placements:
+        tensor = tensor.redistribute(placements=like.placements)
+    part: Tensor = tensor.to_local()
+    return part
+
+
+def _require_whole_rows(param: Any) -> None:
+    last = param.dim() - 1
+    if not _is_whole(param) and any(placement.is_shard(last) for placement in param.placements):
+        raise ValueError(
+            f"expected a table whose rows are whole in one process, got {param.placements}: shard another axis than "
+            "the last, or put the parameter in a group with rowwise=False"
+        )
+
+
 # --- the optimizers ---------------------------------------------------------------------------------------------------
 
 
@@ -112,12 +140,17 @@ class _Rowwise(torch.optim.Optimizer):
 
     def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         by_row = param.dim() == 3 if group["rowwise"] is None else group["rowwise"]
-        if not ((by_row or grad.is_sparse) and param.dim() > 1):
-            self._move(param, grad, self._memory(param, group, rows=False), group)
+        grad = _part(grad, like=param)
+        rows_move = (by_row or grad.is_sparse) and param.dim() > 1
+        if rows_move:
+            _require_whole_rows(param)
+        memory = {name: _part(kept) for name, kept in self._memory(param, group, rows=rows_move).items()}
+        param = _part(param)
+        if not rows_move:
+            self._move(param, grad, memory, group)
             return
         if not param.is_contiguous():
             raise ValueError(f"expected a contiguous table of values, got strides {param.stride()}; call contiguous()")
-        memory = self._memory(param, group, rows=True)
         rows, grads = _touched_rows(param, grad, self._zeros_move(group))
         tables = [param.view(-1, param.shape[-1]), *(kept.view(-1, kept.shape[-1]) for kept in memory.values())]
         parts = [table.index_select(0, rows) for table in tables]
@@ -126,13 +159,13 @@ class _Rowwise(torch.optim.Optimizer):
             table.index_copy_(0, rows, part)
 
     def _memory(self, param: Tensor, group: dict[str, Any], *, rows: bool) -> dict[str, Tensor]:
-        """The state of a parameter, created at its first step; ``step`` counts the steps of each row."""
+        """The state of a parameter, made at its first step; ``step`` counts each row's own steps."""
         state = self.state[param]
         if not state:
             state.update(self._fresh(param, group))
             if "step" in state:
-                shape = (*param.shape[:-1], 1) if rows else ()
-                state["step"] = torch.zeros(shape, dtype=torch.int32, device=param.device)
+                each = param[..., :1] if rows else _part(param).new_zeros(())
+                state["step"] = torch.zeros_like(each, dtype=torch.int32, memory_format=torch.contiguous_format)
         elif "step" in state and state["step"].device != param.device:
             state["step"] = state["step"].to(param.device)  # load_state_dict leaves it where it was saved
         return dict(state)
@@ -305,7 +338,8 @@ def clip_grad_norm_(
     in place by ``min(1, max_norm / (norm + 1e-6))``. Sparse gradients are coalesced first, and stay so.
 
     Args:
-        parameters: one or many; those without a gradient are skipped.
+        parameters: one or many; those without a gradient are skipped. DTensors, as of ``fully_shard``, count as a
+            whole: every process calls this, and gets the same norm.
         max_norm: the largest norm allowed.
         norm_type: p of the norm, float("inf") for the largest absolute value.
         error_if_nonfinite: raise if the norm is NaN or Inf.
@@ -316,20 +350,43 @@ def clip_grad_norm_(
         RuntimeError: the norm is not finite, with ``error_if_nonfinite``; gradients on different devices.
     """
     owners = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    numbers = []
+    numbers, parts = [], []
     for owner in owners:
         if owner.grad is None:
             continue
-        if owner.grad.is_sparse:
-            owner.grad = _merged(owner.grad)
-            numbers.append(owner.grad.values())
-        else:
+        part = _part(owner.grad)
+        if not part.is_sparse:
             numbers.append(owner.grad)
-    norm = nn.utils.get_total_norm(numbers, norm_type, error_if_nonfinite, foreach)
+            parts.append(part)
+            continue
+        if _is_whole(owner.grad):
+            owner.grad = part = _merged(part)
+        parts.append(_merged(part).values())
+        numbers.append(parts[-1] if _is_whole(owner.grad) else _norms_of_parts(owner.grad, parts[-1], norm_type))
+    norm = _norm(numbers, norm_type, error_if_nonfinite, foreach)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in numbers:
-        grad.mul_(factor.to(grad.device))
+    for part in parts:
+        part.mul_(factor.to(part.device))
     return norm
+
+
+def _norms_of_parts(grad: Any, rows: Tensor, norm_type: float) -> Any:
+    """A DTensor of one norm for each process that has a part of a sparse gradient, whose norm is that of the whole."""
+    placements = [type(each)(0) if each.is_shard() else each for each in grad.placements]
+    norm = torch.linalg.vector_norm(rows, norm_type).view(1)
+    return type(grad).from_local(norm, grad.device_mesh, placements, run_check=False)
+
+
+def _norm(numbers: list[Any], norm_type: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
+    """One norm over all tensors; those of a mesh are one tensor with all its processes."""
+    by_mesh: dict[Any, list[Any]] = {}
+    for each in numbers:
+        by_mesh.setdefault(None if _is_whole(each) else each.device_mesh, []).append(each)
+    if set(by_mesh) <= {None}:
+        return nn.utils.get_total_norm(numbers, norm_type, error_if_nonfinite, foreach)
+    norms: list[Any] = [nn.utils.get_total_norm(each, norm_type, False, foreach) for each in by_mesh.values()]
+    norms = [norm if _is_whole(norm) else norm.full_tensor() for norm in norms]
+    return nn.utils.get_total_norm(norms, norm_type, error_if_nonfinite, foreach)
 
 
 def param_groups(model: nn.Module, lr: float, values_lr: float | None = None) -> list[dict[str, Any]]:

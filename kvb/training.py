@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvb import ops, validation  # noqa: F401  (importing ops registers the operators)
+from kvb import collectives, ops, validation  # noqa: F401  (importing ops registers the operators)
 from kvb.reference import values as reference
 
 
@@ -34,6 +34,7 @@ def sgd_step(
     lr: float = 0.3,
     max_norm: float | None = 1.0,
     label_smoothing: float = 0.1,
+    process_group: collectives.Group = False,
 ) -> SGDStep:
     """One step of SGD on the values that codes fetch, with the paper's head and loss, in place.
 
@@ -55,13 +56,13 @@ def sgd_step(
         lr: the learning rate, >= 0.
         max_norm: the largest norm of the gradient, > 0; None does not clip.
         label_smoothing: in [0, 1].
+        process_group: who steps on all batches together: None the default group, False none; a DTensor's mesh says it.
     Returns:
-        an ``SGDStep``: loss, gradient norm and logits, as they were before the step.
+        an ``SGDStep``: loss and gradient norm, of all processes, and logits of this one, as they were before the step.
     Raises:
-        TypeError: values that are not floating-point, codes or targets that are not integers, a mask that is not
-        bool. ValueError: shapes that
-        disagree, values that are not contiguous, or a number out of its range. IndexError: a code outside [0, K) or a
-        target outside [0, V). RuntimeError: devices differ.
+        TypeError: values that are not floating-point, codes or targets that are not integers, a mask that is not bool.
+        ValueError: shapes that disagree, values that are not contiguous, or a number out of its range. IndexError: a
+        code outside [0, K) or a target outside [0, V). RuntimeError: devices differ.
     """
     validation.floating("sgd_step", "values", values)
     validation.shape("values", values, "C K V", (None, None, None))
@@ -79,23 +80,44 @@ def sgd_step(
     limit = math.inf if max_norm is None else validation.number("max_norm", max_norm, 0.0, math.inf, open_low=True)
     if validation.number("label_smoothing", label_smoothing, 0.0, math.inf) > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    codes, targets, mask, own = _of_all(values, codes, targets.to(torch.int64), mask, process_group)
     flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
-    targets = targets.to(torch.int64)
-    if mask is None:
-        return SGDStep(*torch.ops.kvb.sgd_step_(values, flat, targets, lr, limit, label_smoothing))
-    return _step(values, flat, targets, mask.reshape(flat.shape[:2]), lr, limit, label_smoothing)
+    step = _step(values, flat, targets, mask, lr, limit, label_smoothing)
+    return step if own is None else step._replace(logits=step.logits[own])
+
+
+def _of_all(
+    values: Tensor, codes: Tensor, targets: Tensor, mask: Tensor | None, group: collectives.Group
+) -> tuple[Tensor, Tensor, Tensor | None, slice | None]:
+    """Codes, targets and mask of all processes, and which are this one's; None where there is no other."""
+    if _is_split(values) or collectives.world(group) == 1:
+        return codes, targets, mask, None
+    K = values.shape[1]
+    within = torch.where((codes >= 0) & (codes < K), codes, -1)  # sent in fewer bytes, others could look right
+    sent = [collectives.as_codes(within, K), targets, *([] if mask is None else [mask])]
+    found = collectives.parts(sent, group)
+    begin = sum(map(len, found[1][: collectives.rank(group)]))
+    all_codes, all_targets, *masks = map(torch.cat, found)
+    return all_codes, all_targets, masks[0] if masks else None, slice(begin, begin + len(targets))
 
 
 def _step(
     values: Tensor,
     indices: Tensor,
     targets: Tensor,
-    counted: Tensor,
+    mask: Tensor | None,
     lr: float,
     max_norm: float,
     label_smoothing: float,
 ) -> SGDStep:
-    """The step for the positions [B, S] that count, of indices [B, S, C]."""
+    """The step for indices [B, S, C], at the positions [B, *shape] that count; None for all."""
+    counted = None if mask is None else mask.reshape(indices.shape[:2])
+    if _is_split(values):
+        from kvb.distributed.steps import sgd_step_  # with DTensor, which only those who have one need to import
+
+        return SGDStep(*sgd_step_(values, indices, targets, counted, lr, max_norm, label_smoothing))
+    if counted is None:
+        return SGDStep(*torch.ops.kvb.sgd_step_(values, indices, targets, lr, max_norm, label_smoothing))
     exact = torch.promote_types(values.dtype, torch.float32)
     votes = torch.ops.kvb.gather(values, indices, "mean", "bscv").to(exact)
     voters = counted.sum(1, keepdim=True).clamp(min=1)
@@ -106,3 +128,8 @@ def _step(
     rows, grads, count = torch.ops.kvb.gather_backward_rows(spread, indices, values.shape[1], "mean")
     norm = reference.clipped_step_(values, rows, grads, count, lr, max_norm)
     return SGDStep(loss, norm, logits)
+
+
+def _is_split(values: Tensor) -> bool:
+    """Whether other processes have parts of the values, a DTensor."""
+    return hasattr(values, "device_mesh")

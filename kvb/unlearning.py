@@ -316,10 +316,16 @@ def forget(bottleneck: KeyValueBottleneck, mask: Tensor) -> Tensor | None:
         the former mask of the module, or None: what ``bottleneck.mask_pairs`` takes to undo this.
     Raises:
         TypeError, ValueError: a mask that does not fit, or that, with the current mask and deactivated counts, leaves a
-        codebook without a pair to fetch; the module does not change.
+        codebook without a pair to fetch; the module does not change. NotImplementedError: a table that
+        ``kvb.distributed.parallelize`` split.
     Source: Shah et al., arXiv:2311.15268: masked pairs as excluded from the search.
     """
     C, K = _pairs("forget", bottleneck)
+    if hasattr(bottleneck.values, "device_mesh"):
+        raise NotImplementedError(
+            "forget() needs all of the module's mask, and the table is split over processes: call "
+            "bottleneck.mask_pairs(mask) in every process, and keep the former mask yourself"
+        )
     mask = validation.mask("forget", mask, C, K).to(bottleneck.keys.device)
     usable = bottleneck._search_mask()
     empty = ~(mask if usable is None else mask & usable).any(-1)
@@ -355,4 +361,4 @@ def erase(bottleneck: KeyValueBottleneck, mask: Tensor, fill: float = 0.0) -> No
     mask = validation.mask("erase", mask, C, K).to(bottleneck.values.device)
     infinity = float("inf")
     fill = validation.number("fill", fill, -infinity, infinity, open_low=True)
-    bottleneck.values.masked_fill_(~mask[..., None], fill)
+    bottleneck._table().masked_fill_(~bottleneck._part(mask)[..., None], fill)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvb import functional, validation
+from kvb import collectives, functional, validation
 from kvb.compat.clustering import lloyd
 from kvb.modules import key_learning
 
@@ -105,7 +105,7 @@ class Codebook(nn.Module):
             return
         hits, sums = torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1])
         if self.sync_codebook:
-            hits, sums = key_learning.sync_statistics(hits, sums)
+            hits, sums = collectives.total((hits.to(sums.dtype), sums))
         keys = self.embed.detach()
         # Without ema_update the statistics still tell which codes are dead.
         moved = keys if self.ema_update else keys.clone()

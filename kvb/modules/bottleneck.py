@@ -8,13 +8,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvb import functional, ops, validation
+from kvb import collectives, functional, ops, validation
 from kvb._torch import register_namedtuple
+from kvb.collectives import Group, Members
 from kvb.functional import Pool
 from kvb.modules import key_learning, positions, recomputation
 from kvb.modules.datasets import ReadsData
-from kvb.modules.modes import Modes
-from kvb.modules.streams import Part, Stream
+from kvb.modules.learning import LearnsKeys
+from kvb.modules.streams import Part
 
 
 class BottleneckOutput(NamedTuple):
@@ -30,7 +31,7 @@ class BottleneckOutput(NamedTuple):
 register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
 
 
-class KeyValueBottleneck(ReadsData, Modes):
+class KeyValueBottleneck(ReadsData, LearnsKeys):
     """C codebooks of K key-value pairs: every head of the input fetches the value of its nearest key.
 
     Equivalent to, per codebook c: ``i = ((x[:, c, ..., None, :] - keys[c])**2).sum(-1).argmin(-1); values[c, i]``,
@@ -59,6 +60,9 @@ class KeyValueBottleneck(ReadsData, Modes):
             optimizers and ``clip_grad_norm_`` of ``kvb.optim``, ``torch.optim.SGD`` and ``SparseAdam``; one graph break
             under ``torch.compile``.
         check_finite: raise ValueError when an input holds NaN or Inf. Reads the data: the host waits for the device.
+        process_group: the processes of ``torch.distributed`` that learn the keys and count hits together, as one would
+            on all their batches: None for those of the ``DistributedDataParallel`` around this module, or for all;
+            False for this process alone.
     Shape:
         x [B, C, *shape, D] -> values [B, C, *shape, V].
     State:
@@ -72,7 +76,7 @@ class KeyValueBottleneck(ReadsData, Modes):
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
-    values: nn.Parameter
+    _shares_values: Members | None = None  # with whom ``kvb.distributed.sync_values`` shares the values' gradient
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class KeyValueBottleneck(ReadsData, Modes):
         *,
         sparse_grad: bool = False,
         check_finite: bool = False,
+        process_group: Group = None,
     ) -> None:
         infinity = float("inf")
         C = validation.positive_int("num_codebooks", num_codebooks)
@@ -114,6 +119,12 @@ class KeyValueBottleneck(ReadsData, Modes):
         self.return_values_only = return_values_only
         self.sparse_grad = sparse_grad
         self.check_finite = check_finite
+        self.process_group = process_group
+
+    @property
+    def shares_values(self) -> bool:
+        """Whether the gradient of the values is that of all processes, by ``kvb.distributed.sync_values``."""
+        return self._shares_values is not None and collectives.world(self._shares_values.group) > 1
 
     @property
     def dim_values(self) -> int:
@@ -150,17 +161,19 @@ class KeyValueBottleneck(ReadsData, Modes):
         queries = self._queries(x, mask)
         counted = None if mask is None else mask.reshape(queries.shape[:2])
         self._look()
+        if self.training:
+            self._meet(queries)
         if not self._initialised:
             self._initialise_from(x, mask)
         keys, packed = self._keys_for(queries, learns=self.training and self._learning)
         shape = x.shape[2:-1]
         if values_only and self._in_one_pass(pool, shape):
-            values, codes = ops.lookup(queries, keys, packed, self.values, self._usable, pool)
+            values, codes = ops.lookup(queries, keys, packed, self._table(), self._usable, pool)
             del packed  # its memory is that of the keys' next packed form
             if self.training:
                 self._observe(queries, codes[..., None], counted)
             values = positions.cleared(values, counted)
-            return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), values.shape[-1])
+            return values.view(x.shape[0], *(shape if pool != "none" else queries.shape[2:3]), values.shape[-1])
         indices, distances = self._search(queries.detach() if values_only else queries, keys, packed)
         del packed
         indices = positions.cleared(indices, counted)
@@ -208,9 +221,10 @@ class KeyValueBottleneck(ReadsData, Modes):
             [0, K).
         """
         validation.integer("decode", "indices", indices)
-        validation.codes(indices, self.num_codebooks)
+        table = self._table()
+        validation.codes(indices, table.shape[0])
         validation.choice("pool", pool, functional.POOLS)
-        validation.same_device("indices", indices, "values", self.values)
+        validation.same_device("indices", indices, "values", table)
         shape = indices.shape[2:]
         counted = None if mask is None else self._counted_codes(indices, mask)
         flat = indices.reshape(*indices.shape[:2], shape.numel()).transpose(1, 2)
@@ -219,7 +233,7 @@ class KeyValueBottleneck(ReadsData, Modes):
             out = self._decode_usable(flat, usable, counted)
             out = out if pool == "none" else getattr(out, pool)(1)
         else:
-            out = self._gather(self.values, flat, pool, counted)
+            out = self._gather(table, flat, pool, counted)
         return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), out.shape[-1])
 
     def _counted_codes(self, indices: Tensor, mask: Tensor) -> Tensor:
@@ -263,14 +277,17 @@ class KeyValueBottleneck(ReadsData, Modes):
         """Indices and distances [B, S, C, T]."""
         mask = self._usable
         if self.sample_codebook_temperature > 0:
-            seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
-            return torch.ops.kvb.sample(queries, keys, mask, self.sample_codebook_temperature, seed, self.topk)
+            return torch.ops.kvb.sample(queries, keys, mask, self.sample_codebook_temperature, self._seed(), self.topk)
         return torch.ops.kvb.nearest(queries, keys, packed, mask, self.topk)
+
+    def _seed(self) -> Tensor:
+        """Of one draw of keys."""
+        return torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
 
     def _in_one_pass(self, pool: Pool, shape: torch.Size) -> bool:
         """Whether ``lookup`` gives the values as they are wanted: not with codebooks before more than one position."""
         nearest = self.topk == 1 and self.sample_codebook_temperature == 0 and self._fewest > 0
-        return nearest and not self.sparse_grad and (pool != "none" or len(shape) == 0)
+        return nearest and not (self.sparse_grad or self.shares_values) and (pool != "none" or len(shape) == 0)
 
     def _present(self) -> Tensor | None:
         """Which ranks of a search find a usable pair, [C, T]; None where all do."""
@@ -280,7 +297,10 @@ class KeyValueBottleneck(ReadsData, Modes):
 
     def _gather(self, table: Tensor, indices: Tensor, pool: Pool, counted: Tensor | None = None) -> Tensor:
         """Rows of table [C, K, *] at indices [B, M, C], as [B, C, M, *], or pooled over C; zero where not counted."""
-        if self.sparse_grad:
+        if self._shares_values is not None and self.shares_values:
+            group = self._shares_values.group
+            fetched = ops.gather_together(table, indices, pool, "bcsv", self.sparse_grad, group, counted)
+        elif self.sparse_grad:
             fetched = ops.gather_row_grad(table, indices, pool, "bcsv", counted)
         else:
             fetched = torch.ops.kvb.gather(table, indices, pool, "bcsv")
@@ -290,9 +310,9 @@ class KeyValueBottleneck(ReadsData, Modes):
         """Values at indices [B, S, C, T], as [B, C, (T), *shape, V], or pooled over C."""
         present = self._present()
         if present is None:
-            return self._fetch(self.values, indices, shape, pool, counted)
+            return self._fetch(self._table(), indices, shape, pool, counted)
         # The first rank in place of one that found nothing: no masked row is read, and none gets a gradient.
-        fetched = self._fetch(self.values, torch.where(present, indices, indices[..., :1]), shape, counted=counted)
+        fetched = self._fetch(self._table(), torch.where(present, indices, indices[..., :1]), shape, counted=counted)
         fetched = torch.where(self._unfold(present.expand_as(indices), shape)[..., None], fetched, 0)
         return fetched if pool == "none" else getattr(fetched, pool)(1)
 
@@ -301,7 +321,7 @@ class KeyValueBottleneck(ReadsData, Modes):
         present = torch.ops.kvb.gather(usable[..., None].float(), indices, "none", "bcsv") > 0
         some = usable.to(torch.uint8).argmax(-1)
         safe = torch.where(present[..., 0].transpose(1, 2), indices, some)
-        return torch.where(present, self._gather(self.values, safe, "none", counted), 0)
+        return torch.where(present, self._gather(self._table(), safe, "none", counted), 0)
 
     def _fetch(
         self,
@@ -326,7 +346,7 @@ class KeyValueBottleneck(ReadsData, Modes):
     def _ranks(self) -> tuple[int, ...]:
         return (self.topk,) if self.topk > 1 else ()
 
-    # --- learning the keys --------------------------------------------------------------------------------------------
+    # --- whole data sets ----------------------------------------------------------------------------------------------
 
     def _target(self) -> KeyValueBottleneck:
         return self
@@ -339,72 +359,6 @@ class KeyValueBottleneck(ReadsData, Modes):
 
     def _codes(self, inputs: Any, mask: Tensor | None, dtype: torch.dtype) -> Part:
         return Part(self.encode(inputs, mask=mask, dtype=dtype), mask)
-
-    def _observe(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
-        """Learn the keys or count the hits of one batch in training mode; indices [B, S, C, T], counted [B, S]."""
-        if recomputation.in_backward():
-            return  # the forward that runs again has been observed
-        if self._learning:
-            self._learn(queries.detach(), indices[..., 0], counted)
-        elif self._counting:
-            present = self._present()
-            for t in range(indices.shape[-1]):
-                hits = torch.ops.kvb.count(queries.detach(), indices[..., t], self.key_value_pairs_per_codebook)
-                self._taken_quietly("cluster_size_counter").add_(
-                    hits if present is None else hits * present[:, t, None]
-                )
-
-    def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
-        """One step of the moving averages, taken by every process, also by one with an empty batch."""
-        self._packed.release()  # before the statistics need memory
-        packed = key_learning.step(
-            self._moving(), queries, indices, mask=self._usable, rates=self._rates(), counted=counted
-        )
-        self._keep_packed(packed)
-
-    def _moving(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What moves: keys, keys_avg, cluster_size."""
-        keys, keys_avg, cluster_size = map(self._taken_quietly, ("keys", "keys_avg", "cluster_size"))
-        return keys, keys_avg, cluster_size
-
-    def _rates(self) -> key_learning.Rates:
-        return key_learning.Rates(self.decay, self.eps, self.threshold_ema_dead_code)
-
-    def _initialise_from(self, batch: Tensor, mask: Tensor | None = None) -> None:
-        """The first batch in training mode initialises keys that wait for data."""
-        if not (self.training and self._learning):
-            self._require_keys()
-        if batch.numel() > 0 and (mask is None or bool(mask.any())):
-            self.init_keys(batch.detach(), epochs=0, mask=mask, progress=False)
-
-    @torch.no_grad()
-    def _initialise(
-        self, stream: Stream, method: key_learning.Method, epochs: int, generator: torch.Generator | None
-    ) -> key_learning.KeyReport:
-        """``init_keys`` on copies, which become the state when all went well."""
-        keys, keys_avg, cluster_size = (part.clone() for part in self._moving())
-        moving = keys, keys_avg, cluster_size
-        report = key_learning.initialise(
-            moving,
-            stream,
-            method,
-            fresh=not self._initialised,
-            kmeans_iters=self.kmeans_iters,
-            epochs=epochs,
-            mask=self._usable,
-            rates=self._rates(),
-            generator=generator,
-        )
-        self._commit(*moving)
-        return report
-
-    def _commit(self, keys: Tensor, keys_avg: Tensor, cluster_size: Tensor) -> None:
-        """Make them the state of keys that are initialised."""
-        for name, part in (("keys", keys), ("keys_avg", keys_avg), ("cluster_size", cluster_size)):
-            self._write(name, part)
-        self._write("initted", torch.ones(1))
-        self._packed.forget()
-        self._look()
 
     def extra_repr(self) -> str:
         megabytes = self.values.numel() * self.values.element_size() / 1e6

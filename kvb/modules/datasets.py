@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvb import items, validation
+from kvb import collectives, items, validation
 from kvb.data import CodeDataset, encode
 from kvb.modules import key_learning
 from kvb.modules.streams import Part, Stream, cut
@@ -62,6 +62,7 @@ class ReadsData:
         mask_extractor: Callable[[Any], Any] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = True,
+        sync: bool = True,
     ) -> key_learning.KeyReport:
         """Initialise the keys from unlabelled data, then let them learn for ``epochs`` passes of moving averages.
 
@@ -81,35 +82,51 @@ class ReadsData:
             mask_extractor: takes the mask [B, *shape] out of an item of ``data`` that is iterated; None counts all.
             generator: makes the result reproducible.
             progress: show a progress bar.
+            sync: with the processes of ``process_group``, each of which calls this with its own part of the data, also
+                if that is empty; False for this process alone.
         Returns:
             a ``KeyReport`` (inertia, dead codes), measured on the last pass.
         Raises:
-            RuntimeError: the keys are frozen. ValueError: no rows, none finite, or a one-shot iterator where several
-            passes are needed. And as ``forward``.
+            RuntimeError: the keys are frozen; another process failed, or did not call this in time. ValueError: no
+            rows, none finite, or a one-shot iterator where several passes are needed. And as ``forward``.
         """
         bottleneck = self._target()
         method = validation.choice("method", method or bottleneck.init_mode, key_learning.METHODS)
         validation.epochs(epochs)
         if bottleneck.keys_frozen:
             raise RuntimeError("keys are frozen: call unfreeze_keys() before init_keys(...)")
-        batches, taken = items.taken_apart(
+        passes = key_learning.passes_needed(method, bottleneck.kmeans_iters, epochs, replay=self._replays)
+        taken = items.taken_apart(
             data, cut=self._cut, inputs_extractor=inputs_extractor, mask=mask, mask_extractor=mask_extractor
         )
+        stream = self._stream(*taken, passes, progress, bottleneck._processes() if sync else False)
+        report: key_learning.KeyReport = bottleneck._initialise(stream, method, epochs, generator)
+        return report
+
+    def _stream(
+        self,
+        batches: Iterable[Any],
+        taken: Callable[[Any], items.Taken],
+        passes: int,
+        progress: bool,
+        group: collectives.Group,
+    ) -> Stream:
+        """Batches as queries, when all processes of the group are here."""
 
         def features(item: Any) -> Part:
             _, inputs, counted = taken(item)
             return self._features(self._moved(inputs), self._moved(counted))
 
-        stream = Stream(
-            batches,
-            features,
-            self._counted,
-            replay=self._replays,
-            passes=key_learning.passes_needed(method, bottleneck.kmeans_iters, epochs, replay=self._replays),
+        device, replay = self._target()._device, self._replays
+        collectives.meet("init_keys", group, device=device)
+        return Stream(
+            *(batches, features, self._counted),
+            replay=replay,
+            passes=passes,
             progress=progress,
+            group=group,
+            device=device,
         )
-        report: key_learning.KeyReport = bottleneck._initialise(stream, method, epochs, generator)
-        return report
 
     def encode_dataset(
         self,

@@ -10,20 +10,21 @@ Learning (arXiv:1711.00937), appendix A.1, for the moving averages.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from kvb import ops  # noqa: F401  (importing ops registers the operators)
+from kvb import (
+    collectives,
+    ops,  # noqa: F401  (importing ops registers the operators)
+)
+from kvb.collectives import Chance, Group
+from kvb.modules.samples import Reservoir, draw, fill, rows_of, spread_out
 from kvb.modules.streams import BATCH, Stream
 
 ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
 SEEDS_PER_KEY = 8  # k-means++ chooses K seeds from a sample of 8*K rows
-JITTER = 1e-3  # of the data's spread: keeps keys apart that were filled from the same row
 Method = Literal["random", "sample", "kmeans", "kmeans++"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -60,13 +61,21 @@ class KeyReport(NamedTuple):
 # --- per batch: no host synchronisation -------------------------------------------------------------------------------
 
 
-def sync_statistics(hits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the statistics of all processes, in one ``all_reduce``; a single process gets its own back."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return hits, sums
-    both = torch.cat([hits[..., None].to(sums.dtype), sums], -1)
-    dist.all_reduce(both)
-    return both[..., 0], both[..., 1:]
+def hits_of_all(queries: Tensor, indices: Tensor, present: Tensor | None, K: int, group: Group) -> Tensor:
+    """How often finite queries of all processes fetched every pair: int64 [C, K].
+
+    Their codes are sent, in two collectives, where [C, K] counts would be far more. The host waits for their number.
+
+    Args:
+        queries: [B, S, C, D]. indices: [B, S, C, T]. present: [C, T], ranks of a search that found a pair.
+    """
+    C = queries.shape[2]
+    counted = queries.isfinite().all(-1)[..., None]
+    counted = counted if present is None else counted & present
+    codes = collectives.as_codes(torch.where(counted, indices, -1).flatten(0, 1), K)
+    codes = collectives.joined(codes, group).to(torch.int64)
+    books = torch.arange(C, device=codes.device)[:, None] * K
+    return torch.where(codes < 0, C * K, codes + books).flatten().bincount(minlength=C * K + 1)[:-1].view(C, K)
 
 
 def spare_rows(
@@ -75,6 +84,7 @@ def spare_rows(
     dtype: torch.dtype,
     generator: torch.Generator | None = None,
     counted: Tensor | None = None,
+    group: Group = False,
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Random queries [C, R, D] that may replace dead pairs, and how many of each codebook may: the first, all finite.
 
@@ -82,23 +92,33 @@ def spare_rows(
 
     Args:
         queries: [B, S, C, D]. counted: [B, S] bool, the positions to draw from; None for all.
+        group: the processes that all get the same rows of all their queries.
     """
     B, S, _, D = queries.shape
-    if B * S == 0:
+    alone = collectives.world(group) == 1
+    if alone and B * S == 0:
         return None, None
     # A random subset first: drawing K rows from 4*K is as random, and far cheaper than permuting all rows C times.
     if counted is not None:
-        chance = torch.where(counted.flatten(), _draw((B * S,), queries, generator), -1)
+        chance = torch.where(counted.flatten(), draw((B * S,), queries, generator), -1)
         some = chance.topk(min(4 * K, B * S)).indices
     elif generator is None:
         some = torch.randperm(B * S, device=queries.device)[: 4 * K]
     else:
         some = torch.randperm(B * S, device=generator.device, generator=generator)[: 4 * K].to(queries.device)
     rows = queries[some // S, some % S].transpose(0, 1).to(dtype)
-    priority = _draw(rows.shape[:2], rows, generator)
+    priority = draw(rows.shape[:2], rows, generator)
     priority = torch.where(rows.isfinite().all(-1), priority, -1)
-    drawn = priority.topk(min(K, rows.shape[1]))
-    return rows.gather(1, drawn.indices[..., None].expand(-1, -1, D)), (drawn.values >= 0).sum(-1)
+    priority, places = priority.topk(min(K, rows.shape[1]))
+    rows = rows.gather(1, places[..., None].expand(-1, -1, D))
+    if not alone:  # so many from each, whatever its batch: no size has to be agreed on
+        missing = K - rows.shape[1]
+        rows, priority = (
+            nn.functional.pad(rows, (0, 0, 0, missing)),
+            nn.functional.pad(priority, (0, missing), value=-1),
+        )
+        rows, priority = collectives.best(rows, priority, group)
+    return rows, (priority >= 0).sum(-1)
 
 
 @torch.no_grad()
@@ -117,6 +137,7 @@ def update(
     rescale_all: bool = False,
     generator: torch.Generator | None = None,
     counted: Tensor | None = None,
+    group: Group = False,
 ) -> Tensor:
     """Move every hit key towards the mean of its queries, then replace dead pairs, in place; the new keys, packed.
 
@@ -129,11 +150,12 @@ def update(
     Args:
         keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D]. queries: [B, S, C, D].
         counted: [B, S] bool, the positions of queries that may replace a pair; None for all.
+        group: the processes whose queries may replace pairs; their other arguments are the same.
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
     state = keys, keys_avg, cluster_size
     K, dtype = keys.shape[1], keys.dtype
-    spare, usable = spare_rows(queries, K, dtype, generator, counted) if threshold > 0 else (None, None)
+    spare, usable = spare_rows(queries, K, dtype, generator, counted, group) if threshold > 0 else (None, None)
     moved = tuple(part.contiguous() for part in state)
     packed = torch.ops.kvb.update_keys_(
         keys=moved[0],
@@ -164,8 +186,9 @@ def step(
     rates: Rates,
     generator: torch.Generator | None = None,
     counted: Tensor | None = None,
+    group: Group = False,
 ) -> Tensor:
-    """``update`` with the statistics of one batch, in all processes together; the new keys, packed.
+    """``update`` with the statistics of the batches of all processes; the new keys, packed.
 
     Args:
         moving: keys, keys_avg, cluster_size. queries: [B, S, C, D], NaN where ``counted`` [B, S] is False.
@@ -175,7 +198,7 @@ def step(
     if mask is not None:  # a codebook in which nothing may be found learns nothing
         found = mask.any(-1, keepdim=True)
         hits, sums = hits * found, sums * found[..., None]
-    hits, sums = sync_statistics(hits, sums)
+    hits, sums = collectives.total((hits.to(sums.dtype), sums), group)
     keys, keys_avg, cluster_size = moving
     return update(
         keys=keys,
@@ -189,6 +212,7 @@ def step(
         threshold=rates.threshold,
         generator=generator,
         counted=counted,
+        group=group,
     )
 
 
@@ -216,135 +240,46 @@ def replace_dead(
     )
 
 
-# --- samples of rows --------------------------------------------------------------------------------------------------
-
-
-def _rows(queries: Tensor) -> Tensor:
-    """[B, S, C, D] -> [C, B*S, D]."""
-    return queries.permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _draw(shape: Iterable[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers on the device of ``like``, drawn where the generator lives."""
-    if generator is None:  # without the argument: graphs with dynamic sizes do not accept generator=None
-        return torch.rand(tuple(shape), device=like.device)
-    return torch.rand(tuple(shape), generator=generator, device=generator.device).to(like.device)
-
-
-class Reservoir:
-    """A weighted random sample of ``size`` rows per codebook, without replacement, in one pass.
-
-    Every row gets the priority log(u) / weight; the highest stay (Efraimidis and Spirakis, Weighted random sampling
-    with a reservoir, Information Processing Letters 97, 2006). Rows of weight 0 are never taken.
-    """
-
-    def __init__(self, size: int, like: Tensor) -> None:
-        C, _, D = like.shape
-        self.rows = like.new_zeros((C, size, D))
-        self.priority = like.new_full((C, size), -torch.inf)
-
-    def add(self, rows: Tensor, weights: Tensor, generator: torch.Generator | None) -> None:
-        """rows [C, N, D], weights [C, N] >= 0; rows that are not finite count as weight 0."""
-        size = self.rows.shape[1]
-        positive = (weights > 0) & rows.isfinite().all(-1)
-        chance = _draw(weights.shape, weights, generator).clamp(min=torch.finfo(torch.float32).tiny).log()
-        priority = torch.where(positive, chance / torch.where(positive, weights, 1), -torch.inf)
-        merged = torch.cat([self.priority, priority.to(self.priority.dtype)], 1).topk(size)
-        both = torch.cat([self.rows, rows.to(self.rows.dtype)], 1)
-        self.rows = both.gather(1, merged.indices[..., None].expand(-1, -1, both.shape[-1]))
-        self.priority = merged.values
-
-    @property
-    def filled(self) -> Tensor:
-        """[C, size]: which places hold a row; the full ones come first."""
-        return self.priority > -torch.inf
-
-
-def _fill(reservoir: Reservoir, K: int, generator: torch.Generator | None) -> Tensor:
-    """K rows per codebook; where there are too few, repeats rows with jitter. Warns with numbers."""
-    rows, filled = reservoir.rows[:, :K], reservoir.filled[:, :K]
-    found = filled.sum(-1, keepdim=True)
-    fewest = int(found.min())
-    if fewest == 0:
-        raise ValueError("data holds a codebook without a single finite row: the keys cannot be initialised")
-    if fewest == K:
-        return rows
-    warnings.warn(
-        f"only {fewest} finite rows for {K} keys in a codebook: the other {K - fewest} keys are copies with jitter",
-        stacklevel=4,
-    )
-    again = (_draw(filled.shape, rows, generator) * found).long().clamp(max=K - 1)
-    copies = rows.gather(1, again[..., None].expand_as(rows))
-    mean = rows.sum(1, keepdim=True) / found[..., None]
-    spread = (
-        torch.where(filled[..., None], rows - mean, 0).square().sum((1, 2), keepdim=True) / found[..., None]
-    ).sqrt()
-    noise = (_draw(rows.shape, rows, generator) - 0.5) * JITTER * torch.where(spread > 0, spread, 1)
-    return torch.where(filled[..., None], rows, copies + noise)
-
-
 # --- initialisation from data -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def sample_keys(
-    stream: Stream, K: int, like: Tensor, generator: torch.Generator | None, limit: int | None = None
-) -> Tensor:
+def sample_keys(stream: Stream, K: int, like: Tensor, chance: Chance, limit: int | None = None) -> Tensor:
     """K random finite rows of the data for every codebook, without replacement while there are enough."""
-    return _fill(_sample(stream, K, like, generator, limit), K, generator)
+    return fill(_sample(stream, K, like, chance, limit), K, chance.shared)
 
 
-def _sample(stream: Stream, size: int, like: Tensor, generator: torch.Generator | None, limit: int | None) -> Reservoir:
+def _sample(stream: Stream, size: int, like: Tensor, chance: Chance, limit: int | None) -> Reservoir:
     reservoir = Reservoir(size, like)
     for queries in stream.queries("sampling", limit):
-        rows = _rows(queries)
-        reservoir.add(rows, rows.new_ones(rows.shape[:2]), generator)
+        rows = rows_of(queries)
+        reservoir.add(rows, rows.new_ones(rows.shape[:2]), chance.own)
+    reservoir.merge(stream.group)
     return reservoir
 
 
-def _spread_out(rows: Tensor, filled: Tensor, K: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Rows [C, R, D] -> seeds [C, K, D], and which of them are no repetition.
-
-    Every next seed is drawn with probability proportional to the squared distance to the seeds so far (Arthur and
-    Vassilvitskii, k-means++, SODA 2007).
-    """
-    C, _, D = rows.shape
-    seeds, new = rows.new_zeros((C, K, D)), torch.zeros((C, K), dtype=torch.bool, device=rows.device)
-    weight = filled.to(rows.dtype)
-    gap = torch.where(filled, torch.inf, 0).to(rows.dtype)
-    for k in range(K):
-        chance = _draw(weight.shape, weight, generator).clamp(min=torch.finfo(torch.float32).tiny).log()
-        pick = torch.where(weight > 0, chance / weight, -torch.inf).argmax(-1, keepdim=True)
-        new[:, k] = weight.gather(1, pick)[:, 0] > 0
-        seeds[:, k] = rows.gather(1, pick[..., None].expand(-1, -1, D))[:, 0]
-        gap = torch.minimum(gap, (rows - seeds[:, k, None]).square().sum(-1))
-        weight = gap
-    return seeds, new
-
-
-def _seed(stream: Stream, K: int, like: Tensor, plus: bool, generator: torch.Generator | None, limit: int) -> Tensor:
+def _seed(stream: Stream, K: int, like: Tensor, plus: bool, chance: Chance, limit: int) -> Tensor:
     if not plus:
-        return sample_keys(stream, K, like, generator, limit)
-    sample = _sample(stream, SEEDS_PER_KEY * K, like, generator, limit)
+        return sample_keys(stream, K, like, chance, limit)
+    sample = _sample(stream, SEEDS_PER_KEY * K, like, chance, limit)
     books = max(1, BATCH // sample.rows[0].numel())
     parts = zip(sample.rows.split(books), sample.filled.split(books), strict=True)
-    seeds, new = zip(*(_spread_out(rows, filled, K, generator) for rows, filled in parts), strict=True)
+    seeds, new = zip(*(spread_out(rows, filled, K, chance.shared) for rows, filled in parts), strict=True)
     chosen = Reservoir(K, like)
     # A seed that repeats an earlier one has weight 0 here, and its place is filled like any other shortage.
-    chosen.add(torch.cat(seeds), torch.cat(new).to(like.dtype), generator)
-    return _fill(chosen, K, generator)
+    chosen.add(torch.cat(seeds), torch.cat(new).to(like.dtype), chance.shared)
+    return fill(chosen, K, chance.shared)
 
 
 @torch.no_grad()
-def kmeans(
-    stream: Stream, K: int, like: Tensor, *, iters: int, plus: bool, generator: torch.Generator | None
-) -> Tensor:
+def kmeans(stream: Stream, K: int, like: Tensor, *, iters: int, plus: bool, chance: Chance) -> Tensor:
     """Lloyd's algorithm on the first 64*K rows of the data, streamed: keys [C, K, D] like ``like``.
 
-    A cluster that loses all its rows restarts at a row drawn in proportion to its squared distance from its key.
+    Processes read their shares of these rows, and move the means together. A cluster that loses all its rows restarts
+    at a row drawn in proportion to its squared distance from its key.
     """
     limit = ROWS_PER_KEY * K
-    keys = _seed(stream, K, like, plus, generator, limit)
+    keys = _seed(stream, K, like, plus, chance, limit)
     for _ in range(iters):
         hits = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
         sums = torch.zeros_like(keys, dtype=torch.float64)
@@ -356,12 +291,14 @@ def kmeans(
             batch_hits, batch_sums = torch.ops.kvb.accumulate(queries, indices, K)
             hits += batch_hits
             sums += batch_sums
-            spare.add(_rows(queries), distances.permute(2, 0, 1).flatten(1), generator)
-        empty = hits == 0
+            spare.add(rows_of(queries), distances.permute(2, 0, 1).flatten(1), chance.own)
+        members, sums = collectives.total((hits.to(sums.dtype), sums), stream.group)
+        spare.merge(stream.group)
+        empty = members == 0
         rank = (empty.cumsum(-1) - 1).clamp(min=0)
         repaired = spare.rows.gather(1, rank[..., None].expand_as(keys))
         repairable = (empty & spare.filled.gather(1, rank))[..., None]
-        means = torch.where(empty[..., None], keys.double(), sums / hits.clamp(min=1)[..., None]).to(keys.dtype)
+        means = torch.where(empty[..., None], keys.double(), sums / members.clamp(min=1)[..., None]).to(keys.dtype)
         keys = torch.where(repairable, repaired, means)
     return keys
 
@@ -390,20 +327,24 @@ def initialise(
     rates: Rates,
     generator: torch.Generator | None,
 ) -> KeyReport:
-    """Initialise keys from the data, and let them learn; all in place.
+    """Initialise keys from the data of all processes of the stream's group, and let them learn; all in place.
 
     Args:
-        moving: keys, keys_avg, cluster_size. fresh: there are no keys yet. mask: [C, K], pairs that may be hit.
+        moving: keys, keys_avg, cluster_size: those of the first process. fresh: there are no keys yet. mask: [C, K],
+            pairs that may be hit.
     """
+    group = stream.group
+    collectives.of_the_first(moving, group)
+    chance = collectives.chance(group, generator, moving[0].device)
     like, plus = moving[0], method == "kmeans++"
     K, found = like.shape[1], None
     if method == "sample":
-        found = sample_keys(stream, K, like, generator)
+        found = sample_keys(stream, K, like, chance)
     elif method in ("kmeans", "kmeans++"):
-        found = kmeans(stream, K, like, iters=kmeans_iters, plus=plus, generator=generator)
+        found = kmeans(stream, K, like, iters=kmeans_iters, plus=plus, chance=chance)
     elif fresh:
-        device = like.device if generator is None else generator.device
-        found = torch.randn(like.shape, generator=generator, device=device)
+        device = like.device if chance.shared is None else chance.shared.device
+        found = torch.randn(like.shape, generator=chance.shared, device=device)
     if found is not None:
         for part, start in zip(moving, (found, found, torch.ones(())), strict=True):
             part.copy_(start)
@@ -413,12 +354,14 @@ def initialise(
         learns = epoch < epochs
         # Without epochs, what k-means looked at is measured where reading more would cost an encoder's time.
         limit = ROWS_PER_KEY * K if stream.replay and not learns and method.startswith("kmeans") else None
-        for queries in stream.queries("moving averages" if learns else "measuring", limit):
+        empty = like.new_zeros(0, 1, like.shape[0], like.shape[2])
+        for queries in stream.in_step("moving averages", empty) if learns else stream.queries("measuring", limit):
             indices, distances = torch.ops.kvb.nearest(queries, moving[0], packed, mask, 1)
             meter.add(indices[..., 0], distances[..., 0], queries)
             if learns:
-                packed = step(moving, queries, indices[..., 0], mask=mask, rates=rates, generator=generator)
-    return meter.report(method)
+                codes = indices[..., 0]
+                packed = step(moving, queries, codes, mask=mask, rates=rates, generator=chance.own, group=group)
+    return meter.report(method, group)
 
 
 class Meter:
@@ -437,14 +380,18 @@ class Meter:
         self.finite += finite.sum()
         self.queries += indices.numel()
 
-    def report(self, method: str) -> KeyReport:
+    def report(self, method: str, group: Group) -> KeyReport:
+        """Of all processes."""
         C, K = self.hits.shape
-        finite = int(self.finite)
+        queries = torch.full_like(self.finite, self.queries)
+        counts = collectives.total((self.hits, self.finite, queries), group)
+        hits, finite, seen = counts[0], int(counts[1]), int(counts[2])
+        (inertia,) = collectives.total((self.inertia,), group)
         return KeyReport(
             method,
-            rows=self.queries // C,
-            skipped=self.queries - finite,
-            inertia=float(self.inertia) / max(1, finite),
-            dead_codes=int((self.hits == 0).sum()),
+            rows=seen // C,
+            skipped=seen - finite,
+            inertia=float(inertia) / max(1, finite),
+            dead_codes=int((hits == 0).sum()),
             pairs=C * K,
         )

@@ -43,6 +43,8 @@ class BottleneckState(nn.Module):
     keys: Tensor
     kvb_flags: Tensor
     kvb_mask: Tensor
+    values: nn.Parameter  # which a subclass has, as its
+    init_mode: str
 
     def __init__(self, C: int, K: int, D: int, *, initialised: bool) -> None:
         super().__init__()
@@ -72,6 +74,26 @@ class BottleneckState(nn.Module):
         self._seen: list[Tensor] = []
         self._versions: list[int] = []
         self._names, self._held = 0, True
+
+    def _table(self) -> Tensor:
+        """The values that are here, [C, K, V]."""
+        return self.values
+
+    def _part(self, whole: Tensor) -> Tensor:
+        """What is here of a tensor [C, K, ...]."""
+        return whole
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Begin anew, in place, as a new module does: also what ``to_empty`` gave memory to after the meta device."""
+        keys, random = self._taken_quietly("keys"), self.init_mode == "random"
+        self._table().normal_(generator=generator)
+        keys.normal_(generator=generator) if random else keys.zero_()
+        starts = {"keys_avg": keys, "cluster_size": torch.ones(()), "cluster_size_counter": torch.zeros(())}
+        for name, start in {**starts, "initted": torch.tensor(float(random)), MASK: torch.ones(())}.items():
+            self._write(name, start)
+        self._set_flags(learning=True, counting=True)
+        self._packed.forget()
 
     # --- sizes: those of the tensors, which may be replaced -----------------------------------------------------------
 
@@ -138,7 +160,7 @@ class BottleneckState(nn.Module):
         """Restrict the search to pairs where ``mask`` [C, K] (bool) is True; None lifts it. Saved with the module."""
         if mask is not None:
             validation.mask("mask_pairs", mask, self.num_codebooks, self.key_value_pairs_per_codebook)
-        self._write(MASK, torch.ones(()) if mask is None else mask)
+        self._write(MASK, torch.ones(()) if mask is None else self._part(mask))
         self._look()
         return self
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from kvb import collectives
 
 BATCH = 1 << 22  # elements of one batch cut from a tensor
 PATIENCE = 1.0  # seconds until a pass shows its progress
@@ -42,6 +45,8 @@ class Stream:
         replay: keep the features of the first limited pass on the host, and make all limited passes from them, so that
             an encoder sees them once.
         passes: how often ``batches`` will be read; shown by ``progress``.
+        group: the processes whose streams end together: if one of them raises, all do.
+        device: where they tell one another.
     Raises:
         TypeError: batches that cannot be iterated. ValueError: a one-shot iterator, and more than one pass.
     """
@@ -55,6 +60,8 @@ class Stream:
         replay: bool = False,
         passes: int,
         progress: bool,
+        group: collectives.Group = False,
+        device: torch.device | None = None,
     ) -> None:
         if not isinstance(batches, Iterable):
             raise TypeError(f"data must be a Tensor or an iterable of batches, not {type(batches).__name__}")
@@ -64,28 +71,49 @@ class Stream:
             )
         self.batches, self.features, self.make_queries = batches, features, queries
         self.passes, self.progress, self.replay = passes, progress, replay
+        self.group, self.device = group, device
         self._kept: list[Part] | None = None
         self._begun = 0
 
     def queries(self, label: str, limit: int | None = None) -> Iterator[Tensor]:
-        """One pass; ``limit`` is the number of rows per codebook that end it, rounded up to whole samples."""
+        """One pass; ``limit`` is the number of rows per codebook that end it, rounded up to whole samples: with other
+        processes each reads its share of them.
+        """
+        with collectives.FailingTogether(self.group, self.device) as status:
+            for queries in self._limited(label, limit):
+                status.count += queries.shape[0] * queries.shape[1]
+                yield queries
+        if status.count == 0:
+            raise ValueError("data yielded no rows")
+
+    def _limited(self, label: str, limit: int | None) -> Iterator[Tensor]:
         replayed = self.replay and limit is not None
+        share = None if limit is None else -(-limit // collectives.world(self.group))
         kept: list[Part] = []
         rows = 0
-        for features in self._kept or self._read(label) if replayed else self._read(label):
+        for features in self._read(label) if self._kept is None or not replayed else self._kept:
             queries = self.make_queries(features)
             if replayed and self._kept is None:
                 kept.append(features._replace(made=features.made.cpu()))
-            if limit is not None:
-                queries = queries[: -(-(limit - rows) // max(1, queries.shape[1]))]
+            if share is not None:
+                queries = queries[: -(-(share - rows) // max(1, queries.shape[1]))]
             rows += queries.shape[0] * queries.shape[1]
             yield queries
-            if limit is not None and rows >= limit:
+            if share is not None and rows >= share:
                 break
-        if rows == 0:
+        if replayed and self._kept is None:
+            self._kept = kept
+
+    def in_step(self, label: str, empty: Tensor, limit: int | None = None) -> Iterator[Tensor]:
+        """The same, batch by batch with the other processes: ``empty`` queries [0, S, C, D] where this one has none."""
+        rows = 0
+        for queries in collectives.in_step(self._limited(label, limit), self.group, self.device):
+            rows += 0 if queries is None else queries.shape[0] * queries.shape[1]
+            yield empty if queries is None else queries
+        with collectives.FailingTogether(self.group, self.device) as status:
+            status.count = rows
+        if status.count == 0:
             raise ValueError("data yielded no rows")
-        if replayed:
-            self._kept = self._kept or kept
 
     def _read(self, label: str) -> Iterator[Part]:
         self._begun += 1

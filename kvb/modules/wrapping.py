@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kvb.collectives import Group
 from kvb.functional import Pool
 from kvb.modules import key_learning, positions
 from kvb.modules.bottleneck import KeyValueBottleneck
@@ -185,6 +186,14 @@ class BottleneckWrapper(ReadsData, nn.Module):
     def keys(self) -> Tensor:
         """[C, K, D]."""
         return self.bottleneck.keys
+
+    @property
+    def process_group(self) -> Group:
+        return self.bottleneck.process_group
+
+    @process_group.setter
+    def process_group(self, group: Group) -> None:
+        self.bottleneck.process_group = group
 
     @property
     def keys_initialised(self) -> bool:

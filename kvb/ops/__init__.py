@@ -22,6 +22,7 @@ from kvb.ops import batching, gradients
 from kvb.ops.backends import CPU_CAPABILITIES, absent, backend
 from kvb.ops.gradients import gather_row_grad, lookup
 from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, operators
+from kvb.ops.together import gather_together
 
 __all__ = [
     "CPU_CAPABILITIES",
@@ -32,6 +33,7 @@ __all__ = [
     "backend",
     "batching",
     "gather_row_grad",
+    "gather_together",
     "gradients",
     "lookup",
     "operators",

@@ -184,12 +184,17 @@ class _GatherRows(torch.autograd.Function):
             return torch.ops.kvb.gather_backward(grad, indices, K, ctx.pool), None, None, None, None
         if ctx.counted is not None:
             grad, indices = grad[ctx.counted][None], indices[ctx.counted][None]
-        rows, merged, count = torch.ops.kvb.gather_backward_rows(grad, indices, K, ctx.pool)
-        n = int(count)  # on another device the host waits here: a sparse tensor knows its size
-        rows = rows[:n]
-        places = torch.stack([rows // K, rows % K])
-        sparse = torch.sparse_coo_tensor(places, merged[:n], ctx.shape, check_invariants=False, is_coalesced=True)
-        return sparse, None, None, None, None
+        return sparse_rows(grad, indices, ctx.shape, ctx.pool), None, None, None, None
+
+
+def sparse_rows(grad: Tensor, indices: Tensor, shape: torch.Size, pool: str) -> Tensor:
+    """The gradient of values of a shape [C, K, V] as a coalesced sparse tensor, C and K its sparse axes."""
+    K = shape[1]
+    rows, merged, count = torch.ops.kvb.gather_backward_rows(grad, indices, K, pool)
+    n = int(count)  # on another device the host waits here: a sparse tensor knows its size
+    rows = rows[:n]
+    places = torch.stack([rows // K, rows % K])
+    return torch.sparse_coo_tensor(places, merged[:n], shape, check_invariants=False, is_coalesced=True)
 
 
 def _must_be_dense(values: Tensor, indices: Tensor) -> bool:

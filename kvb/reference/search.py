@@ -150,7 +150,7 @@ def _rescore(search: _Search, tile: Tile, q: Tensor, row: Tensor, key: Tensor) -
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def _lowest_unused(chosen: Tensor) -> Tensor:
+def lowest_unused(chosen: Tensor) -> Tensor:
     """The lowest index that does not yet stand in each row of ``chosen`` [rows, t]."""
     options = torch.arange(chosen.shape[1] + 1, device=chosen.device)
     return (options[:, None] != chosen[:, None]).all(-1).to(torch.uint8).argmax(-1)
@@ -176,7 +176,7 @@ def _rank(rows: int, row: Tensor, key: Tensor, distance: Parts, topk: int, K: in
         distances.append(torch.where(missing, torch.inf, value(tuple(best))))
         if bool(missing.any()):
             chosen = torch.stack(indices, -1)[missing] if indices else first.new_empty((int(missing.sum()), 0))
-            first[missing] = _lowest_unused(chosen)
+            first[missing] = lowest_unused(chosen)
         indices.append(first)
     return torch.stack(indices, -1), torch.stack(distances, -1)
 
@@ -234,7 +234,7 @@ def _draw(scores: Tensor, noise: Tensor, fraction: float, power: Tensor, topk: i
         least = scores.amin(-1, keepdim=True)
         some = least.isfinite()
         key = (noise - scaled(fraction * scores.sub_(torch.where(some, least, 0)), power)).argmax(-1, keepdim=True)
-        unused = _lowest_unused(drawn[..., :t].flatten(0, 1)).view_as(key) if t else 0
+        unused = lowest_unused(drawn[..., :t].flatten(0, 1)).view_as(key) if t else 0
         drawn[..., t : t + 1] = key = torch.where(some, key, unused)
         scores.scatter_(-1, key, torch.inf)
     return drawn

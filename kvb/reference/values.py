@@ -144,15 +144,24 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tu
     return -(fit * shares).sum(-1).mean(), (shares.exp() - fit) / B
 
 
-def clipped_step_(values: Tensor, rows: Tensor, grads: Tensor, count: Tensor, lr: float, max_norm: float) -> Tensor:
+def clipped_step_(
+    values: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    count: Tensor,
+    lr: float,
+    max_norm: float,
+    norm: Tensor | None = None,
+) -> Tensor:
     """Move rows of values [C, K, V], in place, by merged gradients; their norm [].
 
     Args:
         rows, grads, count: of ``gather_backward_rows``.
+        norm: of all gradients, where these are a part of them.
     """
     C, K, V = values.shape
     exact = grads.dtype
-    norm = grads.to(widest(grads.device)).square().sum().sqrt()
+    norm = grads.to(widest(grads.device)).square().sum().sqrt() if norm is None else norm
     step = lr * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     # The tail names no row: let it repeat the last one, which then is written several times with the same numbers.
     last = torch.arange(len(rows), device=rows.device).clamp(max=(count - 1).clamp(min=0))

@@ -379,33 +379,3 @@ def test_progress_is_shown_when_asked(capsys, monkeypatch):
 def test_the_report_reads_well():
     report = make(C=1, K=4).init_keys(torch.ones(10, 1, 3), epochs=0, progress=False)
     assert str(report) == f"random: 10 rows per codebook (0 skipped), inertia {report.inertia:.6g}, 3 of 4 codes dead"
-
-
-# --- several processes ------------------------------------------------------------------------------------------------
-
-
-def _rank(rank, world, file, x, state, out):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    module = make(decay=0.5)
-    module.load_state_dict(state)
-    for batch in x.chunk(3):
-        module(batch.chunk(world)[rank])
-    module(x[:9] if rank else x[:0])  # an empty batch takes part too
-    out[rank] = module.keys.clone()
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_learn_like_one(tmp_path):
-    """One all_reduce of the statistics: every process ends with the keys of the whole batch."""
-    x, module = torch.randn(60, 2, 3), make(decay=0.5)
-    state = {name: value.clone() for name, value in module.state_dict().items()}
-    for batch in x.chunk(3):
-        module(batch)
-    module(x[:9])
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        out = manager.dict()
-        torch.multiprocessing.spawn(_rank, (2, tmp_path / "store", x, state, out), nprocs=2)
-        first, second = out[0], out[1]
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, module.keys, rtol=1e-5, atol=1e-6)

@@ -84,7 +84,7 @@ def test_every_method_takes_the_same_arguments(build):
 @pytest.mark.parametrize("build", WRAPPERS)
 def test_no_option_is_lost(build):
     assert set(EVERY_OPTION) == BottleneckOptions.__optional_keys__
-    names = set(inspect.signature(KeyValueBottleneck).parameters)
+    names = set(inspect.signature(KeyValueBottleneck).parameters) - {"process_group"}
     assert names == {*EVERY_OPTION, "num_codebooks", "key_value_pairs_per_codebook", "dim_keys", "dim_values"}
     given = dict(EVERY_OPTION)
     if build is discrete:
@@ -93,6 +93,15 @@ def test_no_option_is_lost(build):
     assert {name: getattr(own, name) for name in given} == given
     with pytest.raises(TypeError, match="unexpected keyword argument 'decays'"):
         build(decays=0.5)
+
+
+@pytest.mark.parametrize("build", WRAPPERS)
+def test_the_process_group_is_that_of_the_bottleneck(build):
+    """No option: it is neither part of a configuration nor of a pickle."""
+    module = build()
+    assert module.process_group is None
+    module.process_group = False
+    assert module.bottleneck.process_group is False
 
 
 @pytest.mark.parametrize("build", [bare, *WRAPPERS])

@@ -35,6 +35,8 @@ def anchors(text: str) -> set[str]:
 @pytest.mark.filterwarnings("ignore:this optimizer moves rows")
 def test_every_block_runs_in_its_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)  # what torchrun sets
     names: dict = {}
     for block in blocks(page.read_text()):
         exec(block, names)

@@ -16,7 +16,9 @@ FLOORS = {
     "experiments": 12,
     "__init__": 11,
     "compat": 10,
+    "distributed": 10,
     "modules.pretrained": 9,
+    "distributed.steps": 3,
     "modules.discrete": 8,
     "modules.encoders": 8,
     "optim": 8,
@@ -26,6 +28,7 @@ FLOORS = {
     "modules.wrapping": 7,
     "modules.bottleneck": 6,
     "modules.datasets": 5,
+    "modules.learning": 5,
     "modules.modes": 4,
     "data": 4,
     "modules.key_learning": 4,
@@ -46,6 +49,7 @@ FLOORS = {
     "testing.attempts": 0,
     "testing.data": -1,
     "ops": 1,
+    "collectives": 0,
     "checkpoints": 1,
     "items": 1,
     "npy": 1,
@@ -54,7 +58,8 @@ FLOORS = {
     "modules.backbones": 0,
     "modules.legacy": 0,
     "modules.recomputation": 0,
-    "modules.streams": 0,
+    "modules.streams": 1,
+    "modules.samples": 1,
     "validation": 0,
     "reference": 0,
     "reference.search": -1,
@@ -65,7 +70,7 @@ FLOORS = {
     "reference.shared": -3,
     "_torch": -4,
 }
-ROOMS = ("kvb.compat", "kvb.experiments", "kvb.ops", "kvb.reference", "kvb.testing")
+ROOMS = ("kvb.compat", "kvb.distributed", "kvb.experiments", "kvb.ops", "kvb.reference", "kvb.testing")
 FILES = sorted(path for path in PACKAGE.glob("**/*.py") if "kernels" not in path.parts)
 # The same for the kernels, which import little else of kvb: private parts of PyTorch, and a check of many tensors.
 BELOW_KERNELS = {"kvb._torch", "kvb.reference.shared", "kvb.reference.statistics"}
@@ -285,7 +290,7 @@ def test_nothing_dangerous_and_nothing_silent(path):
 def test_each_kind_of_line_lives_in_its_room():
     rooms = {
         r"torch\.library|save_for_backward": {"ops"},
-        r"register_buffer|nn\.Parameter": {"modules", "splitters", "decoders", "compat"},
+        r"register_buffer|nn\.Parameter": {"modules", "splitters", "decoders", "compat", "distributed"},
         r"\btl\.": set(),
         r"perf_counter|time\.time|time\.monotonic": {"experiments", "testing"},
         r"torch\.manual_seed": {"experiments", "testing"},

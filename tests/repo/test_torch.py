@@ -185,6 +185,59 @@ def test_backward_passes_and_checkpoints_are_seen():
     assert seen == [(False, False), (True, False), (False, True), (True, True)]
 
 
+# --- DistributedDataParallel ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lone_process(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch has no distributed package")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        self.around = None
+
+    def forward(self, x):
+        self.around = _torch.active_ddp()
+        return self.second(x)
+
+
+def test_the_ddp_whose_forward_runs_is_known(lone_process):
+    layers = Layers()
+    model = torch.nn.parallel.DistributedDataParallel(layers, find_unused_parameters=True)
+    assert _torch.active_ddp() is None
+    model(torch.ones(1, 2))
+    assert layers.around is model
+    assert _torch.active_ddp() is None
+
+
+def test_ddp_leaves_out_what_it_is_told(lone_process):
+    layers = Layers()
+    assert _torch.ignored_in_ddp(layers) == set()
+    _torch.ignore_in_ddp(layers, {"first.weight", "first.bias"})
+    assert _torch.ignored_in_ddp(layers) == {"first.weight", "first.bias"}
+    model = torch.nn.parallel.DistributedDataParallel(layers)
+    model(torch.ones(1, 2)).sum().backward()  # without find_unused_parameters the first layer would be missed
+    model(torch.ones(1, 2)).sum().backward()
+
+
+def test_a_joined_process_runs_the_forward(lone_process):
+    model, runs = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)), []
+    assert not _torch.has_lone_joins(model)
+    with model.join():
+        assert _torch.has_lone_joins(model)
+        with _torch.joined_forward(model, lambda: runs.append(_torch.active_ddp())):
+            assert not _torch.has_lone_joins(model)
+            model.join_hook(divide_by_initial_world_size=True).main_hook()
+    assert runs == [model]
+
+
 def test_how_transforms_wrap():
     seen = []
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kvb import checkpoints, validation
+from kvb import checkpoints, collectives, validation
 from kvb.compat.key_value_bottleneck import utils
 from kvb.modules import bottleneck, key_learning
 from kvb.modules.wrapping import BottleneckOptions
@@ -89,7 +89,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
     def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
         self._packed.forget()
         hits, sums = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
-        hits, sums = key_learning.sync_statistics(hits, sums)
+        hits, sums = collectives.total((hits.to(sums.dtype), sums), self._processes())
         keys, keys_avg, cluster_size = self._moving()
         key_learning.update(
             keys,

@@ -1,0 +1,149 @@
+"""How a bottleneck learns its keys and counts its hits: batch by batch, together with other processes.
+
+After any number of steps all processes hold bitwise the same keys, statistics and counts, and these are what one
+process would have on all their batches, up to the rounding of sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvb import collectives
+from kvb.collectives import Group, Members
+from kvb.modules import key_learning, recomputation
+from kvb.modules.modes import Modes
+from kvb.modules.streams import Stream
+
+_MODES = {0: "keys wait for data", 1: "keys learn", 2: "hits are counted", 3: "hits are counted, with sparse_grad"}
+
+
+class LearnsKeys(Modes):
+    """The part of a ``KeyValueBottleneck`` that changes its buffers on forwards in training mode."""
+
+    decay: float
+    eps: float
+    threshold_ema_dead_code: float
+    kmeans_iters: int
+    sparse_grad: bool
+    init_keys: Any
+    _present: Any
+    _members = Members()
+    _agreed: int | None = None  # what all processes did when that was last looked at
+
+    # --- with whom ----------------------------------------------------------------------------------------------------
+
+    @property
+    def process_group(self) -> Group:
+        """The processes that learn the keys together: None for all, or for those of the DDP around; False for none."""
+        return self._members.group
+
+    @process_group.setter
+    def process_group(self, group: Group) -> None:
+        self._members, self._agreed = Members(group), None
+
+    def _processes(self) -> Group:
+        """The group that this call learns with; False where there is no other process."""
+        return collectives.current(self._members.group)
+
+    def _meet(self, queries: Tensor) -> None:
+        """See that all processes are about to do the same: before anything is sent whose size depends on it.
+
+        The host waits for the device only when this process does something else than before.
+        """
+        if recomputation.in_backward() or torch.compiler.is_compiling() or not (self._learning or self._counting):
+            return
+        group = self._processes()
+        if group is False:
+            return
+        mode = int(self._initialised) if self._learning else 2 + int(self.sparse_grad)
+        rows, device = queries.shape[0] * queries.shape[1], queries.device
+        collectives.agree(_MODES, mode, rows, group, device, wait=device.type == "cpu" or mode != self._agreed)
+        self._agreed = mode
+
+    # --- batch by batch -----------------------------------------------------------------------------------------------
+
+    def _observe(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
+        """Learn the keys or count the hits of one batch in training mode; indices [B, S, C, T], counted [B, S]."""
+        if recomputation.in_backward():
+            return  # the forward that runs again has been observed
+        if self._learning:
+            self._learn(queries.detach(), indices[..., 0], counted)
+        elif self._counting:
+            self._taken_quietly("cluster_size_counter").add_(self._hits(queries.detach(), indices))
+
+    def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
+        """One step of the moving averages, taken by every process, also by one with an empty batch."""
+        self._packed.release()  # before the statistics need memory
+        packed = key_learning.step(
+            self._moving(),
+            queries,
+            indices,
+            mask=self._usable,
+            rates=self._rates(),
+            counted=counted,
+            group=self._processes(),
+        )
+        self._keep_packed(packed)
+
+    def _hits(self, queries: Tensor, indices: Tensor) -> Tensor:
+        """How often every pair [C, K] was fetched by finite queries, in all processes."""
+        group, present, K = self._processes(), self._present(), self.key_value_pairs_per_codebook
+        if group is not False and self.sparse_grad:
+            return key_learning.hits_of_all(queries, indices, present, K, group)
+        hits = [torch.ops.kvb.count(queries, each, K) for each in indices.unbind(-1)]
+        if present is not None:
+            hits = [each * present[:, t, None] for t, each in enumerate(hits)]
+        found = hits[0] if len(hits) == 1 else torch.stack(hits).sum(0)
+        return found if group is False else collectives.total((found.to(torch.int32),), group)[0]
+
+    def _moving(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What moves: keys, keys_avg, cluster_size."""
+        keys, keys_avg, cluster_size = map(self._taken_quietly, ("keys", "keys_avg", "cluster_size"))
+        return keys, keys_avg, cluster_size
+
+    def _rates(self) -> key_learning.Rates:
+        return key_learning.Rates(self.decay, self.eps, self.threshold_ema_dead_code)
+
+    # --- from data ----------------------------------------------------------------------------------------------------
+
+    def _initialise_from(self, batch: Tensor, mask: Tensor | None = None) -> None:
+        """The first batch in training mode initialises keys that wait for data: the batches of all processes."""
+        if not (self.training and self._learning):
+            self._require_keys()
+        group, numbers = self._processes(), batch.numel() if mask is None else batch.numel() * int(mask.any())
+        if group is not False:
+            numbers = int(collectives.total((torch.tensor([numbers], device=batch.device),), group)[0])
+        if numbers > 0:
+            self.init_keys(batch.detach(), epochs=0, mask=mask, progress=False)
+
+    @torch.no_grad()
+    def _initialise(
+        self, stream: Stream, method: key_learning.Method, epochs: int, generator: torch.Generator | None
+    ) -> key_learning.KeyReport:
+        """``init_keys`` on copies, which become the state when all went well."""
+        keys, keys_avg, cluster_size = (part.clone() for part in self._moving())
+        moving = keys, keys_avg, cluster_size
+        report = key_learning.initialise(
+            moving,
+            stream,
+            method,
+            fresh=not self._initialised,
+            kmeans_iters=self.kmeans_iters,
+            epochs=epochs,
+            mask=self._usable,
+            rates=self._rates(),
+            generator=generator,
+        )
+        self._commit(*moving)
+        return report
+
+    def _commit(self, keys: Tensor, keys_avg: Tensor, cluster_size: Tensor) -> None:
+        """Make them the state of keys that are initialised."""
+        for name, part in (("keys", keys), ("keys_avg", keys_avg), ("cluster_size", cluster_size)):
+            self._write(name, part)
+        self._write("initted", torch.ones(1))
+        self._packed.forget()
+        self._look()
