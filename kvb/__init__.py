@@ -1,6 +1,6 @@
 """kvb: the fast, exact Discrete Key-Value Bottleneck for PyTorch."""
 
-from kvb import compat, decoders, functional, optim, splitters, training, unlearning
+from kvb import compat, counting, decoders, functional, optim, splitters, training, unlearning
 from kvb.about import __version__, info
 from kvb.checkpoints import CheckpointError, load, save
 from kvb.data import CodeDataset
@@ -34,6 +34,7 @@ __all__ = [
     "VICRegBottleneckedEncoder",
     "__version__",
     "compat",
+    "counting",
     "decoders",
     "functional",
     "info",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvb._torch import assert_async
 from kvb.reference.arithmetic import widest
 from kvb.reference.shared import (
     Tile,
@@ -13,6 +12,7 @@ from kvb.reference.shared import (
     flat_rows,
     require,
     require_apart,
+    require_classes,
     require_codes,
     require_floating,
     require_shape,
@@ -120,7 +120,7 @@ def sgd_step_(
         targets.shape == (B,) and targets.dtype == torch.int64,
         f"expected targets torch.int64 {(B,)}, got {targets.dtype} {tuple(targets.shape)}",
     )
-    _require_classes(targets, V)
+    require_classes(targets, V)
     exact = accumulator(values.dtype)
     logits = gather(values, indices, "mean", "bscv").to(exact).mean(1)
     shares = logits.log_softmax(-1)
@@ -139,14 +139,3 @@ def sgd_step_(
     moved = (before.to(exact) - step.to(exact) * grads).to(values.dtype)
     table.index_copy_(0, rows, torch.where(norm.isfinite(), moved, before))
     return loss, norm.to(exact), logits
-
-
-def _require_classes(targets: Tensor, V: int) -> None:
-    """Raise IndexError on the CPU; elsewhere assert on the device, without making the host wait."""
-    if targets.numel() == 0:
-        return
-    low, high = targets.aminmax()
-    if targets.device.type != "cpu":
-        assert_async((low >= 0) & (high < V), f"a target is out of bounds for {V} classes")
-    elif low < 0 or high >= V:
-        raise IndexError(f"target {int(low) if low < 0 else int(high)} is out of bounds for {V} classes")
