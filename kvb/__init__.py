@@ -3,6 +3,7 @@
 from kvb import compat, counting, decoders, functional, optim, splitters, training, unlearning
 from kvb.about import __version__, info
 from kvb.checkpoints import CheckpointError, load, save
+from kvb.classifier import KeyValueClassifier
 from kvb.data import CodeDataset
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
@@ -29,6 +30,7 @@ __all__ = [
     "DiscreteKeyValueBottleneckConfig",
     "KeyReport",
     "KeyValueBottleneck",
+    "KeyValueClassifier",
     "SLPretrainedBottleneckedEncoder",
     "SwavBottleneckedEncoder",
     "VICRegBottleneckedEncoder",

@@ -60,7 +60,7 @@ class ClassCounts(nn.Module):
         pairs: int,
         num_classes: int,
         *,
-        smoothing: float = 0.01,
+        smoothing: float = 0.1,
         rank_weights: Sequence[float] | None = None,
         dtype: torch.dtype = torch.int32,
     ) -> None:
