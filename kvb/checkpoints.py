@@ -1,4 +1,4 @@
-"""Checkpoints: whole modules to files and back, all or nothing, with nothing in a file trusted.
+"""Checkpoints: whole modules to files and back, all or nothing; nothing in a file is trusted.
 
 A file holds a state_dict and the SHA-256 of its names, dtypes, shapes and bytes. Files of others load too: a plain
 state_dict in either format, checked by the zip's own CRCs.
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import files
+from kvb.modules import legacy
 
 VERSION = 1
 _PIECE = 1 << 20  # bytes copied at a time
@@ -34,10 +35,11 @@ _SHOWN = 10  # problems named in one message
 _LONG = 200  # characters of what a file holds in one message
 _VERSION, _DIGEST, _STATE = "kvb_checkpoint", "sha256", "state_dict"
 # Flags and mask of a bottleneck, which may be absent: together in one tensor of varying length in kvb 0.1, then apart.
-STATE_NAMES = ("kvb_state", "kvb_flags", "kvb_mask")
+FLAGS, MASK = "kvb_flags", "kvb_mask"
+STATE_NAMES = (legacy.NAME, FLAGS, MASK)
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# Everything that torch, zipfile, pickle and json were seen to raise on files that are not what they should be.
+# What torch, zipfile, pickle and json raise on damaged files.
 _BROKEN = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, binascii.Error, EOFError, MemoryError),
     *(RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, ImportError, OSError),
@@ -46,7 +48,7 @@ _BROKEN = (
 
 
 class CheckpointError(RuntimeError):
-    """A file that is damaged, hostile, of another version, or of another module; nothing was changed."""
+    """A file that is damaged, hostile, of another version, or of another module; nothing has changed."""
 
 
 class _Contents(NamedTuple):
@@ -55,9 +57,9 @@ class _Contents(NamedTuple):
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the module's state_dict to one file: either all of it is there afterwards, or the old file still is.
+    """Write the module's state_dict to one file, all or nothing: a failure leaves the old file.
 
-    A file that is replaced hands on its mode and owner; the file that a symbolic link names is replaced, not the link.
+    The new file keeps mode and owner of the old one; a symbolic link stays, and the file that it names is replaced.
 
     Args:
         module: any ``nn.Module`` whose state_dict holds dense tensors only.
@@ -82,10 +84,10 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
-    """Load a file into the module: either all of it, or nothing; returns the module.
+    """Load a file into the module, all or nothing; returns the module.
 
-    Reads files of ``save`` and plain state_dicts of others, in both formats, whatever the file's name. No code in a
-    file is ever run. Names and shapes must match the module's (as ``strict=True``); the tensors take its dtypes and
+    Reads files of ``save`` and plain state_dicts of others, in both formats, whatever the file's name. Never runs code
+    in a file. Names and shapes must match the module's (as ``strict=True``); the tensors take its dtypes and
     devices.
 
     Raises:
@@ -140,7 +142,7 @@ def _encode(state: dict[str, Tensor], *, safe: bool) -> bytes | memoryview:
     if safe:
         data: bytes = _safetensors().save(state, {name: str(value) for name, value in header.items()})
         return data
-    file = io.BytesIO()  # PyTorch ends the process if writing to a Python file fails, on a full disk or by Ctrl-C
+    file = io.BytesIO()  # PyTorch aborts the process if writing to a Python file fails (full disk, Ctrl-C)
     torch.save({**header, _STATE: state}, file)
     return file.getbuffer()
 
@@ -160,11 +162,11 @@ def _unzip(file: BinaryIO) -> _Contents:
 
 
 def _clean(file: BinaryIO) -> io.BytesIO:
-    """The same archive written anew from entries whose CRCs are right: torch looks at none, and parses differently."""
+    """Rewrites the archive from entries whose CRCs are right: torch checks none, and parses differently."""
     clean, size = io.BytesIO(), os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(clean, "w") as copy:
         entries = archive.infolist()
-        # torch stores every entry once and compresses none: anything else can only be there to explode.
+        # torch stores every entry once, uncompressed: anything else is an attack.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("compressed entries")
         if len({entry.filename for entry in entries}) < len(entries) or sum(e.file_size for e in entries) > size:
@@ -216,7 +218,7 @@ def _flat(state: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def _raise_interruption(error: BaseException | None) -> None:
-    """Raise what stopped the program, Ctrl-C say, where a library fails over it and raises an error of its own."""
+    """Raise what stopped the program (Ctrl-C, say) where a library turned it into its own error."""
     while error is not None:
         if not isinstance(error, Exception):
             raise error
@@ -224,12 +226,12 @@ def _raise_interruption(error: BaseException | None) -> None:
 
 
 def _quoted(name: str) -> str:
-    """A name that may come from a file, for a message."""
+    """Shortens a name, which may come from a file, for a message."""
     return repr(name if len(name) <= _LONG else name[:_LONG] + "...")
 
 
 def _not_plain(value: Any) -> str:
-    """What else than a dense tensor with data this is; empty for one."""
+    """What this is instead of a dense tensor with data; empty if it is one."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     if type(value.detach()) is not Tensor or value.is_nested or value.is_quantized or value.is_meta:
@@ -248,7 +250,7 @@ def _sha256(state: Mapping[str, Tensor]) -> str:
 
 def _verify(state: Mapping[str, Tensor], digest: str) -> None:
     for name, value in state.items():
-        # An expanded tensor may claim any size, and hashing would make it real.
+        # An expanded tensor may claim any size, which hashing would allocate.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{_quoted(name)} claims more elements than it holds")
     if digest != _sha256(state):
@@ -267,7 +269,9 @@ def _misfits(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[s
     problems = [f"missing {name!r}" for name in mine if name not in theirs and not optional(name)]
     for name, value in theirs.items():
         if name not in mine:
-            problems += [] if optional(name) else [f"unexpected {_quoted(name)}"]  # its module says so if it minds
+            problems += (
+                [] if optional(name) else [f"unexpected {_quoted(name)}"]
+            )  # its module raises if it must not be there
         elif value.shape != mine[name].shape and not (optional(name) and value.dim() == 1):
             problems.append(f"{name!r}: expected shape {tuple(mine[name].shape)}, got {tuple(value.shape)}")
         elif not (torch.can_cast(value.dtype, mine[name].dtype) or _are_counts(value, mine[name])):

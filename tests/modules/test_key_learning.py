@@ -373,7 +373,7 @@ def test_progress_is_shown_when_asked(capsys, monkeypatch):
 
 def test_the_report_reads_well():
     report = make(C=1, K=4).init_keys(torch.ones(10, 1, 3), epochs=0, progress=False)
-    assert str(report) == f"random: 10 rows a codebook (0 skipped), inertia {report.inertia:.6g}, 3 of 4 codes dead"
+    assert str(report) == f"random: 10 rows per codebook (0 skipped), inertia {report.inertia:.6g}, 3 of 4 codes dead"
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
