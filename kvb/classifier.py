@@ -22,7 +22,7 @@ from kvb.projection import BATCH, NearestCodes
 from kvb.tabular import Label
 
 METHODS = ("count", "sgd")
-PAIRS, DIM_KEYS = 1024, 32  # at most
+PAIRS, DIM_KEYS = 1024, 48  # at most; chosen with the other defaults on validation examples: docs/experiments.md
 SHARPNESS = 4.0  # of probabilities: scores are mean log likelihoods, and codebooks are far from independent
 _NOT_SAVED = ("encoder", "device")
 _KEPT = 16384  # rows that keys are drawn from
@@ -48,7 +48,7 @@ class KeyValueClassifier(tabular.Estimator):
         topk: how many nearest pairs are fetched; fewer where there are few keys: one of 16.
         codebooks: C.
         pairs: K; None takes one key of each unlabelled sample, up to 1,024.
-        dim_keys: D; None takes as many as there are features, up to 32.
+        dim_keys: D; None takes as many as there are features, up to 48.
         smoothing: as for ``ClassCounts``.
         epochs, learning_rate, batch_size: of "sgd".
         encoder: callable that makes features [B, F], a tensor or an array, of a batch of whatever X holds.
@@ -363,10 +363,16 @@ class KeyValueClassifier(tabular.Estimator):
         vars(self).pop("counts_", None)
         vars(self).pop("values_", None)
         if self.method == "count":
-            ranks = tuple(1 / (1 + t) for t in range(self.coder_.topk))
-            self.counts_ = ClassCounts(C, K, 1, smoothing=self.smoothing, rank_weights=ranks).to(device)
+            self.counts_ = self.new_counts(1)
         else:
             self.values_ = torch.zeros(C, K, 1, device=device)
+
+    def new_counts(self, num_classes: int) -> ClassCounts:
+        """A counting head for the codes of ``coder_``, with these parameters, that has not counted anything."""
+        C, K, _ = self.coder_.keys.shape
+        ranks = tuple(1 / (1 + t) for t in range(self.coder_.topk))
+        counts = ClassCounts(C, K, num_classes, smoothing=self.smoothing, rank_weights=ranks)
+        return counts.to(self.coder_.keys.device)
 
     def _slots_of(self, names: list[Label]) -> Tensor:
         """The places of labels among those of the tables; new ones get room."""

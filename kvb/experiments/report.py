@@ -143,12 +143,17 @@ def markdown(runs: Sequence[Run]) -> str:
         columns.append((f"{scenario}", scenario, "final_accuracy"))
         if scenario == "class-incremental":
             columns += [("average", scenario, "average_accuracy"), ("forgetting", scenario, "forgetting")]
+    costs = ["seconds", "MB kept"] if all(each.kept for each in runs) else []
     lines = [
-        "| | " + " | ".join(name for name, _, _ in columns) + " |",
-        "|---|" + "---|" * len(columns),
+        "| | " + " | ".join([*(name for name, _, _ in columns), *costs]) + " |",
+        "|---|" + "---|" * (len(columns) + len(costs)),
     ]
     for head in runs[0].results[scenarios[0]]:
         cells = [str(protocol.summary(runs, scenario, head)[measure]) for _, scenario, measure in columns]
+        if costs:
+            taken = protocol.spread([each.seconds[scenarios[0]][head] for each in runs]).mean
+            kept = protocol.spread([each.kept.get(head, 0) / 1e6 for each in runs]).mean
+            cells += [f"{taken:.1f}", f"{kept:.3g}"]
         lines.append(f"| {head} | " + " | ".join(cells) + " |")
     used = protocol.spread([each.codes_used for each in runs])
     return "\n".join([*lines, "", f"Pairs used by training examples: {used}."])
