@@ -22,8 +22,9 @@ from kvb.projection import BATCH, NearestCodes
 from kvb.tabular import Label
 
 METHODS = ("count", "sgd")
-PAIRS, DIM_KEYS = 1024, 48  # at most; chosen with the other defaults on validation examples: docs/experiments.md
+PAIRS, DIM_KEYS = 2048, 48  # at most; chosen with the other defaults on validation examples: docs/experiments.md
 SHARPNESS = 4.0  # of probabilities: scores are mean log likelihoods, and codebooks are far from independent
+_UNFIT = (KeyError, ValueError, TypeError, RuntimeError)  # of a file that holds something else
 _NOT_SAVED = ("encoder", "device")
 _KEPT = 16384  # rows that keys are drawn from
 _SELF = TypeVar("_SELF", bound="KeyValueClassifier")
@@ -47,7 +48,7 @@ class KeyValueClassifier(tabular.Estimator):
         method: "count", or "sgd" for values that learn by ``kvb.training.sgd_step``, which ``forget`` cannot undo.
         topk: how many nearest pairs are fetched; fewer where there are few keys: one of 16.
         codebooks: C.
-        pairs: K; None takes one key of each unlabelled sample, up to 1,024.
+        pairs: K; None takes one key of each unlabelled sample, up to 2,048.
         dim_keys: D; None takes as many as there are features, up to 48.
         smoothing: as for ``ClassCounts``.
         epochs, learning_rate, batch_size: of "sgd".
@@ -72,7 +73,7 @@ class KeyValueClassifier(tabular.Estimator):
         pairs: int | None = None,
         dim_keys: int | None = None,
         smoothing: float = 0.1,
-        epochs: int = 20,
+        epochs: int = 10,
         learning_rate: float = 1.0,
         batch_size: int = 256,
         encoder: Callable[[Any], Any] | None = None,
@@ -259,7 +260,7 @@ class KeyValueClassifier(tabular.Estimator):
             text = json.loads(bytes(state["text"].tolist()))
             model = cls(**text["options"], encoder=encoder, device=device)
             model._restore(state, text)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except _UNFIT as error:
             raise CheckpointError(f"{os.fspath(path)} holds no {cls.__name__}: {error}") from error
         return model
 

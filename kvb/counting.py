@@ -109,11 +109,11 @@ class ClassCounts(nn.Module):
             OverflowError: more than int32 holds; nothing is added then.
         """
         flat, labels, given = self._checked("add", codes, labels, weights)
-        self._tally(self.totals, torch.zeros_like(flat), labels, given, remove=False)
-        if self.counts.dtype == torch.int32 and int(self.totals.amax()) >= 1 << 31:
-            self._tally(self.totals, torch.zeros_like(flat), labels, given, remove=True)
+        more = self._totals_of(flat, labels, given)
+        if self.counts.dtype == torch.int32 and int((self.totals + more).amax()) >= 1 << 31:
             raise OverflowError("counts may pass 2**31 - 1, which torch.int32 cannot hold; use dtype=torch.int64")
-        self._tally(self.counts, flat, labels, given, remove=False)
+        self._tally(flat, labels, given, remove=False)
+        self.totals += more
         self._stale[labels.cpu()] = True
         return self
 
@@ -127,18 +127,25 @@ class ClassCounts(nn.Module):
             as ``add``; ValueError: these samples were not all added before; nothing is removed then.
         """
         flat, labels, given = self._checked("remove", codes, labels, weights)
-        lowest = self._tally(self.counts, flat, labels, given, remove=True)
+        lowest = self._tally(flat, labels, given, remove=True)
         if not self._fractional and int(lowest) < 0:
-            self._tally(self.counts, flat, labels, given, remove=False)
+            self._tally(flat, labels, given, remove=False)
             raise ValueError("expected samples that were added before with these labels: a count would be negative")
-        self._tally(self.totals, torch.zeros_like(flat), labels, given, remove=True)
+        self.totals -= self._totals_of(flat, labels, given)
         self._stale[labels.cpu()] = True
         return self
 
-    def _tally(self, counts: Tensor, codes: Tensor, labels: Tensor, weights: Tensor | None, *, remove: bool) -> Tensor:
-        given = None if weights is None else weights.to(counts.dtype)
-        lowest: Tensor = torch.ops.kvb.tally_(counts, codes, labels, given, remove)
+    def _tally(self, codes: Tensor, labels: Tensor, weights: Tensor | None, *, remove: bool) -> Tensor:
+        lowest: Tensor = torch.ops.kvb.tally_(self.counts, codes, labels, weights, remove)
         return lowest
+
+    def _totals_of(self, codes: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """What these samples add to ``totals``."""
+        if weights is None:
+            samples = labels.bincount(minlength=self.num_classes) * codes.shape[1]
+            return samples.expand_as(self.totals).to(self.totals.dtype)
+        each = weights.to(self.totals.dtype).sum(1)
+        return torch.zeros_like(self.totals[:, 0]).index_add_(1, labels, each.T)[:, None]
 
     @torch.no_grad()
     def merge(self, other: ClassCounts) -> ClassCounts:
@@ -284,11 +291,9 @@ class ClassCounts(nn.Module):
         validation.integer(owner, "labels", labels)
         validation.shape("labels", labels, "B", (len(codes),))
         validation.same_device("labels", labels, "counts", self.counts)
-        V, K = self.num_classes, self.counts.shape[1]
-        for name, numbers, end in (("label", labels, V), ("code", codes, K)):
-            if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < end:
-                wrong = numbers.min() if numbers.min() < 0 else numbers.max()
-                raise IndexError(f"{name} {int(wrong)} is out of bounds for {end} {'classes' if end is V else 'pairs'}")
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            wrong = int(labels.min() if labels.min() < 0 else labels.max())
+            raise IndexError(f"label {wrong} is out of bounds for {self.num_classes} classes")
         given = None if weights is None else self._weights(owner, weights, codes, kind=self.counts.dtype)
         return flat, labels.to(torch.int64), given
 

@@ -106,6 +106,20 @@ def set_aside(train: Examples, test: Examples, share: float, generator: torch.Ge
     return Data(train.features[aside], train.take(rest), test)
 
 
+def with_few_labels(data: Data, each: int, seed: int) -> Data:
+    """The same with ``each`` random training examples of every class; all, where it has no more.
+
+    Raises:
+        ValueError: fewer than four: one of four chooses the rates of other heads.
+    """
+    if each < round(1 / VALIDATION_SHARE):
+        raise ValueError(f"labels must be at least 4 of a class, one of which chooses rates, got {each}")
+    generator = torch.Generator().manual_seed(seed)
+    places = [(data.train.labels == label).nonzero()[:, 0] for label in data.train.labels.unique()]
+    chosen = [rows[torch.randperm(len(rows), generator=generator)[:each]] for rows in places]
+    return data._replace(train=data.train.take(torch.cat(chosen)))
+
+
 def normalised(data: Data) -> Data:
     """All features centred on the mean of the key data, and divided by its mean length then.
 

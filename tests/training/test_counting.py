@@ -163,7 +163,7 @@ def test_wrong_arguments_are_named():
         (ValueError, "weights must be >= 0, got -1", lambda: found.add(codes, labels, torch.full((N, C, T), -1))),
         (ValueError, "expected weights of the shape of codes", lambda: found(codes, torch.ones(T + 1))),
         (IndexError, "label 5 is out of bounds for 5 classes", lambda: found.add(codes, labels + 4 - labels + 1)),
-        (IndexError, "code 20 is out of bounds for 20 pairs", lambda: found.add(codes * 0 + 20, labels)),
+        (IndexError, "index 20 is out of bounds for codebook with 20 pairs", lambda: found.add(codes * 0 + 20, labels)),
         (ValueError, "method must be one of", lambda: found(codes, method="mean")),
         (ValueError, "rank_weights for each of the 4", lambda: ClassCounts(C, K, V, rank_weights=(1,))(codes)),
         (ValueError, "dtype must be", lambda: ClassCounts(C, K, V, dtype=torch.int16)),
