@@ -27,6 +27,9 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indi
 std::tuple<Tensor, Tensor, Tensor> sgd_step_(
     Tensor values, Tensor indices, Tensor targets, double lr, double max_norm, double label_smoothing);
 
+// table/tally.cpp
+Tensor tally_(Tensor counts, Tensor indices, Tensor targets, std::optional<Tensor> weights, bool remove);
+
 // table/update.cpp
 Tensor update_keys_(
     Tensor keys, Tensor keys_avg, Tensor cluster_size, Tensor hits, Tensor sums, std::optional<Tensor> spare,

@@ -1,8 +1,9 @@
 """kvb: the fast, exact Discrete Key-Value Bottleneck for PyTorch."""
 
-from kvb import compat, decoders, functional, optim, splitters, training, unlearning
+from kvb import compat, counting, decoders, functional, optim, splitters, training, unlearning
 from kvb.about import __version__, info
 from kvb.checkpoints import CheckpointError, load, save
+from kvb.classifier import KeyValueClassifier
 from kvb.data import CodeDataset
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
@@ -29,11 +30,13 @@ __all__ = [
     "DiscreteKeyValueBottleneckConfig",
     "KeyReport",
     "KeyValueBottleneck",
+    "KeyValueClassifier",
     "SLPretrainedBottleneckedEncoder",
     "SwavBottleneckedEncoder",
     "VICRegBottleneckedEncoder",
     "__version__",
     "compat",
+    "counting",
     "decoders",
     "functional",
     "info",

@@ -37,7 +37,8 @@ def _count(text: str) -> int:
 
 def _add_protocol(commands: Any) -> None:
     protocol = commands.add_parser(
-        "protocol", help="the paper's protocol: three scenarios, nine heads, mean and spread over seeds; its ablations"
+        "protocol",
+        help="the paper's protocol: three scenarios, eleven heads, mean and spread over seeds; its ablations",
     )
     protocol.add_argument("--data", choices=FEATURES, default="digits", help="as for the demo (%(default)s)")
     protocol.add_argument("--scenario", choices=("class-incremental", "task-incremental", "iid"), help="only this one")
@@ -45,6 +46,7 @@ def _add_protocol(commands: Any) -> None:
     protocol.add_argument("--epochs", type=_count, metavar="N", help="passes over a task (as the data needs)")
     protocol.add_argument("--patience", type=_count, metavar="N", help="end a task N epochs after its lowest loss")
     protocol.add_argument("--quick", action="store_true", help="everything tiny, for a first look")
+    protocol.add_argument("--labels", type=_count, metavar="N", help="N labelled examples of a class (all)")
     what = protocol.add_mutually_exclusive_group()
     axes = ("codebooks", "pairs", "dim_keys", "key_data")
     what.add_argument("--ablate", choices=axes, help="vary this, as the paper does; the bottleneck only")
@@ -137,7 +139,7 @@ def _unlearn(chosen: argparse.Namespace) -> None:
 def _protocol(chosen: argparse.Namespace) -> None:
     def run(report: Any, data: Any) -> None:
         scenarios = (chosen.scenario,) if chosen.scenario else report.SCENARIOS
-        plan = report.Plan(chosen.seeds, scenarios, chosen.epochs, chosen.patience, chosen.quick)
+        plan = report.Plan(chosen.seeds, scenarios, chosen.epochs, chosen.patience, chosen.quick, chosen.labels)
         if chosen.full:
             from kvb.experiments import full
 

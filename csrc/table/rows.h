@@ -205,6 +205,17 @@ inline void require_codes(const Tensor& indices, int64_t C, int64_t K) {
   require_in_range(indices, K);
 }
 
+// Classes int64 [B] with every one in [0, V).
+inline void require_classes(const Tensor& targets, int64_t V) {
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < targets.numel(); ++b) {
+    if (target[b] >= 0 && target[b] < V) continue;
+    std::ostringstream message; // out_of_range becomes IndexError in Python
+    message << "target " << target[b] << " is out of bounds for " << V << " classes";
+    throw std::out_of_range(message.str());
+  }
+}
+
 // --- who sums what ---------------------------------------------------------------------------------------------------
 
 // Rows [first, last) of the flattened [C*K] table. One thread sums a row, in batch order: no atomics, and the same

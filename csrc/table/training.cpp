@@ -26,16 +26,6 @@ Sum cross_entropy(const Sum* logits, int64_t V, int64_t target, Sum smoothing, S
   return std::log(total) - (1 - smoothing) * (logits[target] - highest) - each * sum;
 }
 
-void require_classes(const Tensor& targets, int64_t V) {
-  const int64_t* target = targets.const_data_ptr<int64_t>();
-  for (int64_t b = 0; b < targets.numel(); ++b) {
-    if (target[b] >= 0 && target[b] < V) continue;
-    std::ostringstream message; // out_of_range becomes IndexError in Python
-    message << "target " << target[b] << " is out of bounds for " << V << " classes";
-    throw std::out_of_range(message.str());
-  }
-}
-
 // --- rows of values and gradients ------------------------------------------------------------------------------------
 
 constexpr int64_t kVector = 4; // floats of a vector that every machine has

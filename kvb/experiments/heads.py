@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import functional, training
+from kvb.classifier import KeyValueClassifier
 from kvb.modules.bottleneck import KeyValueBottleneck
 
 ROWS = 1024  # features that are split into queries at a time: all of them would be C*D/channels times as large
@@ -34,6 +35,12 @@ class Head(nn.Module):
     """
 
     passes: int | None = None
+
+    def kept(self) -> int:
+        """Bytes of all tensors that have to stay for the head to go on learning."""
+        parts = [part for module in self.modules() for part in vars(module).values() if isinstance(part, Tensor)]
+        storages = {part.data_ptr(): part.nbytes for part in (*self.parameters(), *self.buffers(), *parts)}
+        return sum(storages.values())
 
     def prepare(self, features: Tensor) -> Tensor:
         return features
@@ -68,12 +75,13 @@ class NetworkHead(Head):
 
 
 class _VotingHead(Head):
-    """Codebook voting on codes [N, C] of frozen keys: only values [C, K, V] learn, from zero as in the paper."""
+    """Codebook voting on codes [N, C] or [N, C, T] of frozen keys: only values [C, K, V] learn, from zero."""
 
     values: Tensor
 
     def forward(self, prepared: Tensor) -> Tensor:
-        return functional.gather(self.values, prepared[:, None], pool="mean")[:, 0]
+        codes = prepared[:, None] if prepared.dim() == 2 else prepared.transpose(1, 2)
+        return functional.gather(self.values, codes, pool="mean").mean(1)
 
     def step(self, prepared: Tensor, labels: Tensor, *, rate: float, budget: Budget) -> Tensor:
         return training.sgd_step(
@@ -113,3 +121,45 @@ class BottleneckHead(_VotingHead):
     def prepare(self, features: Tensor) -> Tensor:
         parts = (self.splitter(part) for part in features.split(ROWS))
         return self.bottleneck.encode_dataset(parts, progress=False).codes
+
+
+class CountingHead(Head):
+    """Class counts in the pairs that features fetch, with keys, sizes and smoothing of ``KeyValueClassifier``.
+
+    Args:
+        model: whose ``fit_keys`` has seen the key data.
+        num_classes: V.
+    """
+
+    passes = 1
+
+    def __init__(self, model: KeyValueClassifier, num_classes: int) -> None:
+        super().__init__()
+        self.coder = model.coder_
+        self.counts = model.new_counts(num_classes)
+
+    def prepare(self, features: Tensor) -> Tensor:
+        codes: Tensor = self.coder(features).to(torch.int16)
+        return codes
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        scores: Tensor = self.counts(prepared)
+        return scores
+
+    def step(self, prepared: Tensor, labels: Tensor, *, rate: float, budget: Budget) -> Tensor:
+        self.counts.add(prepared, labels)
+        return torch.zeros(())
+
+
+class NearestPairsHead(_VotingHead):
+    """Codebook voting of several nearest pairs, on the same codes as ``CountingHead``, by SGD."""
+
+    def __init__(self, model: KeyValueClassifier, num_classes: int) -> None:
+        super().__init__()
+        self.coder = model.coder_
+        C, K, _ = self.coder.keys.shape
+        self.values = torch.zeros(C, K, num_classes)
+
+    def prepare(self, features: Tensor) -> Tensor:
+        codes: Tensor = self.coder(features).to(torch.int16)
+        return codes

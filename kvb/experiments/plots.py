@@ -20,6 +20,7 @@ from kvb.experiments.protocol import Run, Spread
 STYLES = (
     *(("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v")),
     *(("#56B4E9", "P"), ("#666666", "X"), ("#000000", "<"), ("#7F3C8D", ">")),
+    *(("#A5AA00", "h"), ("#8C510A", "*")),
 )
 LINE = 0.07  # the height of a label, in accuracy
 SHORT = 6  # letters of a label that fits below a column of a heat map

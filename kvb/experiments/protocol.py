@@ -9,14 +9,16 @@ authors' experiments.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kvb.classifier import KeyValueClassifier
 from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import (
     SCENARIOS,
@@ -29,13 +31,17 @@ from kvb.experiments.class_incremental import (
     learn,
     stratified_split,
 )
-from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head
+from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, CountingHead, Head, NearestPairsHead
 from kvb.experiments.seeding import seeded
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.key_learning import KeyReport, Method
 from kvb.splitters import RandomProjection
 
-HEADS = ("bottleneck", *BASELINES)
+ON_CLASSIFIER: dict[str, type[CountingHead] | type[NearestPairsHead]] = {  # on the codes of ``KeyValueClassifier``
+    "counting": CountingHead,
+    "8 nearest, SGD": NearestPairsHead,
+}
+HEADS = ("bottleneck", *ON_CLASSIFIER, *BASELINES)
 VALIDATION_SHARE = 0.25  # of the training examples: rates of the other heads are chosen on them
 # What the paper's ablations vary; key data is named by whoever has it.
 ABLATIONS: dict[str, tuple[int, ...]] = {
@@ -98,6 +104,20 @@ def set_aside(train: Examples, test: Examples, share: float, generator: torch.Ge
     """The features of a random ``share`` of every class become key data, lose their labels, and train nothing else."""
     rest, aside = stratified_split(train.labels, share, generator)
     return Data(train.features[aside], train.take(rest), test)
+
+
+def with_few_labels(data: Data, each: int, seed: int) -> Data:
+    """The same with ``each`` random training examples of every class; all, where it has no more.
+
+    Raises:
+        ValueError: fewer than four: one of four chooses the rates of other heads.
+    """
+    if each < round(1 / VALIDATION_SHARE):
+        raise ValueError(f"labels must be at least 4 of a class, one of which chooses rates, got {each}")
+    generator = torch.Generator().manual_seed(seed)
+    places = [(data.train.labels == label).nonzero()[:, 0] for label in data.train.labels.unique()]
+    chosen = [rows[torch.randperm(len(rows), generator=generator)[:each]] for rows in places]
+    return data._replace(train=data.train.take(torch.cat(chosen)))
 
 
 def normalised(data: Data) -> Data:
@@ -205,6 +225,53 @@ class Run:
     keys: str  # the report on them
     rates: dict[str, dict[str, float]]
     results: dict[str, dict[str, Result]]
+    seconds: dict[str, dict[str, float]] = field(
+        default_factory=dict, compare=False
+    )  # of learning and testing, codes included
+    kept: dict[str, int] = field(default_factory=dict)  # bytes of a head for all classes
+
+
+class _Contest:
+    """What the heads of one seed are made of: keys are learned once for all scenarios."""
+
+    def __init__(self, recipe: Recipe, data: Data, classes: int, seed: int) -> None:
+        self.recipe, self.data, self.classes, self.seed = recipe, data, classes, seed
+        generator = torch.Generator().manual_seed(seed)
+        self.tasks = draw_tasks(classes, recipe.classes_per_task, generator)
+        fit, validation = stratified_split(data.train.labels, VALIDATION_SHARE, generator)
+        self.parts = data.train.take(fit), data.train.take(validation)
+        self.coded: list[Examples] = []
+        self.used, self.report = 0.0, ""
+        self.model: KeyValueClassifier | None = None
+
+    def encode(self, progress: bool) -> None:
+        """Learn the keys of the bottleneck, and search all codes."""
+        keys = learn_keys(self.recipe, self.data.keys, self.classes, self.seed, progress=progress)
+        encoder = BottleneckHead(keys.splitter, keys.bottleneck)
+        examples = self.data.train, self.data.test
+        self.coded = [part._replace(features=encoder.prepare(part.features)) for part in examples]
+        self.used, self.report = codes_used(self.coded[0].features, self.recipe.pairs), str(keys.report)
+
+    def enter(self, name: str, scenario: str, arguments: Mapping[str, Any]) -> tuple[Heads, float, list[Examples]]:
+        """A head, or one for every task, its learning rate, and the examples that it trains and is tested on."""
+        recipe, tasks, examples = self.recipe, self.tasks, [self.data.train, self.data.test]
+        sizes = _sizes(tasks, scenario)
+        if name == "bottleneck":
+            tables = [torch.zeros(recipe.codebooks, recipe.pairs, size) for size in sizes]
+            return _of(scenario, [CodesHead(table) for table in tables]), recipe.rate, self.coded
+        if name in ON_CLASSIFIER:
+            self.model = self.model or KeyValueClassifier(random_state=self.seed).fit_keys(self.data.keys)
+            kind = ON_CLASSIFIER[name]
+            return (
+                _of(scenario, [kind(self.model, size) for size in sizes]),
+                0.0 if kind.passes else recipe.rate,
+                examples,
+            )
+        build = partial(_other, name, recipe, tasks, scenario, self.seed)
+        built, rate = build(self.data.train.features), 0.0
+        if not (built if isinstance(built, Head) else built[0]).passes:
+            rate, _ = choose_rate(build, *self.parts, tasks, rates=recipe.rates, **arguments)
+        return built, rate, examples
 
 
 def run(
@@ -232,41 +299,35 @@ def run(
     if unknown:
         raise ValueError(f"expected scenarios of {SCENARIOS} and heads of {HEADS}, got {unknown[0]!r}")
     V = int(max(data.train.labels.max(), data.test.labels.max())) + 1 if num_classes is None else num_classes
-    generator = torch.Generator().manual_seed(seed)
-    tasks = draw_tasks(V, recipe.classes_per_task, generator)
-    fit, validation = stratified_split(data.train.labels, VALIDATION_SHARE, generator)
-    parts = data.train.take(fit), data.train.take(validation)
-    used, report = 0.0, ""
+    contest = _Contest(recipe, data, V, seed)
     if "bottleneck" in heads:
-        keys = learn_keys(recipe, data.keys, V, seed, progress=progress)
-        encoder = BottleneckHead(keys.splitter, keys.bottleneck)
-        coded = [part._replace(features=encoder.prepare(part.features)) for part in (data.train, data.test)]
-        used = codes_used(coded[0].features, recipe.pairs)
-        report = str(keys.report)
-        say(f"  seed {seed}: {used:.1%} of the pairs used by training examples")
+        contest.encode(progress)
+        say(f"  seed {seed}: {contest.used:.1%} of the pairs used by training examples")
     rates: dict[str, dict[str, float]] = {scenario: {} for scenario in scenarios}
     results: dict[str, dict[str, Result]] = {scenario: {} for scenario in scenarios}
+    seconds: dict[str, dict[str, float]] = {scenario: {} for scenario in scenarios}
+    kept: dict[str, int] = {}
     for scenario in scenarios:
         arguments: dict[str, Any] = {"budget": recipe.budget, "seed": seed, "scenario": scenario, "stop": recipe.stop}
         for name in heads:
-            if name == "bottleneck":
-                tables = [torch.zeros(recipe.codebooks, recipe.pairs, size) for size in _sizes(tasks, scenario)]
-                built, rate = _of(scenario, [CodesHead(table) for table in tables]), recipe.rate
-                train, test = coded
-            else:
-                build = partial(_other, name, recipe, tasks, scenario, seed)
-                built, rate = build(data.train.features), 0.0
-                train, test = data.train, data.test
-                if not (built if isinstance(built, Head) else built[0]).passes:
-                    rate, _ = choose_rate(build, *parts, tasks, rates=recipe.rates, **arguments)
-            result = Result(list(learn(built, train, test, tasks, rate=rate, **arguments)))
+            built, rate, (train, test) = contest.enter(name, scenario, arguments)
+            begun = time.perf_counter()
+            result = Result(list(learn(built, train, test, contest.tasks, rate=rate, **arguments)))
+            seconds[scenario][name] = time.perf_counter() - begun
             rates[scenario][name], results[scenario][name] = rate, result
-            steps = sum(score.steps for score in result.scores)
-            line = f"  seed {seed}: {scenario:<17} {name:<12} {result.final:.4f}"
-            if scenario != "iid":
-                line += f"  average {result.average:.4f}  forgetting {result.forgetting:.4f}"
-            say(f"{line}  ({steps:,} steps" + (f", rate {rate:g})" if rate else ")"))
-    return Run(seed, [task.tolist() for task in tasks], used, report, rates, results)
+            if isinstance(built, Head):
+                kept[name] = built.kept()
+            say(_line(seed, scenario, name, result, rate))
+    tasks = [task.tolist() for task in contest.tasks]
+    return Run(seed, tasks, contest.used, contest.report, rates, results, seconds, kept)
+
+
+def _line(seed: int, scenario: str, name: str, result: Result, rate: float) -> str:
+    steps = sum(score.steps for score in result.scores)
+    line = f"  seed {seed}: {scenario:<17} {name:<14} {result.final:.4f}"
+    if scenario != "iid":
+        line += f"  average {result.average:.4f}  forgetting {result.forgetting:.4f}"
+    return f"{line}  ({steps:,} steps" + (f", rate {rate:g})" if rate else ")")
 
 
 # --- over seeds -------------------------------------------------------------------------------------------------------

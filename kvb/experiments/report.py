@@ -45,6 +45,7 @@ class Plan:
     epochs: int | None = None
     patience: int | None = None
     quick: bool = False
+    labels: int | None = None  # of a class, instead of all
 
     def recipe(self, source: Source) -> Recipe:
         base = replace(QUICK, classes_per_task=source.recipe.classes_per_task) if self.quick else source.recipe
@@ -118,6 +119,8 @@ def compare(source: Source, plan: Plan, out: Path, say: Callable[[str], None] = 
     begun, recipe, runs = time.perf_counter(), plan.recipe(source), []
     for seed in range(plan.seeds):
         data = source.data(seed, out)
+        if plan.labels is not None:
+            data = protocol.with_few_labels(data, plan.labels, seed)
         if seed == 0:
             for line in header(source, recipe, data):
                 say(line)
@@ -126,7 +129,7 @@ def compare(source: Source, plan: Plan, out: Path, say: Callable[[str], None] = 
         )
     table = markdown(runs)
     say(f"\n{source.study.title.partition(',')[0]}, mean ± sd of {_seeds(plan.seeds)}\n\n{table}")
-    path = out / f"protocol-{source.study.name}"
+    path = out / f"protocol-{source.study.name}{'' if plan.labels is None else f'-{plan.labels}-labels'}"
     _write(path, source, begun, protocol.to_json(recipe, runs), table)
     plots.protocol(
         runs, title=f"{source.study.title.partition(',')[0]}: mean ± sd of {_seeds(plan.seeds)}", path=_png(path)
@@ -143,12 +146,17 @@ def markdown(runs: Sequence[Run]) -> str:
         columns.append((f"{scenario}", scenario, "final_accuracy"))
         if scenario == "class-incremental":
             columns += [("average", scenario, "average_accuracy"), ("forgetting", scenario, "forgetting")]
+    costs = ["seconds", "MB kept"] if all(each.kept for each in runs) else []
     lines = [
-        "| | " + " | ".join(name for name, _, _ in columns) + " |",
-        "|---|" + "---|" * len(columns),
+        "| | " + " | ".join([*(name for name, _, _ in columns), *costs]) + " |",
+        "|---|" + "---|" * (len(columns) + len(costs)),
     ]
     for head in runs[0].results[scenarios[0]]:
         cells = [str(protocol.summary(runs, scenario, head)[measure]) for _, scenario, measure in columns]
+        if costs:
+            taken = protocol.spread([each.seconds[scenarios[0]][head] for each in runs]).mean
+            kept = protocol.spread([each.kept.get(head, 0) / 1e6 for each in runs]).mean
+            cells += [f"{taken:.1f}", f"{kept:.3g}"]
         lines.append(f"| {head} | " + " | ".join(cells) + " |")
     used = protocol.spread([each.codes_used for each in runs])
     return "\n".join([*lines, "", f"Pairs used by training examples: {used}."])

@@ -131,6 +131,11 @@ def sgd_step_(
     return loss, norm, values.new_empty(shape, dtype=dtype)
 
 
+@_operator("(Tensor(a!) counts, Tensor indices, Tensor targets, Tensor? weights, bool remove) -> Tensor")
+def tally_(counts: Tensor, indices: Tensor, targets: Tensor, weights: Tensor | None, remove: bool) -> Tensor:
+    return counts.new_empty(())
+
+
 @_operator(
     "(Tensor(a!) keys, Tensor(b!) keys_avg, Tensor(c!) cluster_size, Tensor hits, Tensor sums,"
     " Tensor? spare, Tensor? usable, float decay, float eps, float threshold, float start, bool rescale_all) -> Tensor"

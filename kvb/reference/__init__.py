@@ -4,6 +4,7 @@ Letters (defined in ``kvb/ops``): B batch, S positions, C codebooks, K pairs per
 T nearest keys asked for. Nothing of size B*S*C*K is ever allocated: all work goes through tiles of ``TILE`` elements.
 """
 
+from kvb.reference.histograms import tally_
 from kvb.reference.packing import pack_keys, packed_matches, packed_nbytes
 from kvb.reference.search import lookup, nearest, sample
 from kvb.reference.statistics import accumulate, count, update_keys_
@@ -22,5 +23,6 @@ __all__ = [
     "packed_nbytes",
     "sample",
     "sgd_step_",
+    "tally_",
     "update_keys_",
 ]

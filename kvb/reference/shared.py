@@ -105,6 +105,17 @@ def require_codes(indices: Tensor, C: int, K: int) -> None:
     _require_in_range(indices, K)
 
 
+def require_classes(targets: Tensor, V: int) -> None:
+    """Raise IndexError on the CPU; elsewhere assert on the device, without making the host wait."""
+    if targets.numel() == 0:
+        return
+    low, high = targets.aminmax()
+    if targets.device.type != "cpu":
+        assert_async((low >= 0) & (high < V), f"a target is out of bounds for {V} classes")
+    elif low < 0 or high >= V:
+        raise IndexError(f"target {int(low) if low < 0 else int(high)} is out of bounds for {V} classes")
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are returned in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -7,7 +7,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kvb._torch import assert_async
 from kvb.reference.arithmetic import widest
 from kvb.reference.shared import (
     Tile,
@@ -15,6 +14,7 @@ from kvb.reference.shared import (
     flat_rows,
     require,
     require_apart,
+    require_classes,
     require_codes,
     require_floating,
     require_shape,
@@ -137,7 +137,7 @@ def sgd_step_(
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """The mean loss [] of logits [B, V] with the classes targets [B], and its gradient [B, V]."""
     B, V = logits.shape
-    _require_classes(targets, V)
+    require_classes(targets, V)
     shares = logits.log_softmax(-1)
     fit = torch.full_like(shares, label_smoothing / max(1, V))
     fit.scatter_add_(1, targets[:, None], fit.new_full((B, 1), 1 - label_smoothing))
@@ -171,14 +171,3 @@ def clipped_step_(
     moved = (before.to(exact) - step.to(exact) * grads).to(values.dtype)
     table.index_copy_(0, rows, torch.where(norm.isfinite(), moved, before))
     return norm.to(exact)
-
-
-def _require_classes(targets: Tensor, V: int) -> None:
-    """Raise IndexError on the CPU; elsewhere assert on the device, without making the host wait."""
-    if targets.numel() == 0:
-        return
-    low, high = targets.aminmax()
-    if targets.device.type != "cpu":
-        assert_async((low >= 0) & (high < V), f"a target is out of bounds for {V} classes")
-    elif low < 0 or high >= V:
-        raise IndexError(f"target {int(low) if low < 0 else int(high)} is out of bounds for {V} classes")

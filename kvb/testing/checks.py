@@ -177,6 +177,29 @@ def check_sgd_step_(op: Any, problem: Problem) -> None:
     require_close("values", values, torch.where(touched, moved, before.double()), torch.where(touched, allowed, 0))
 
 
+def check_tally_(op: Any, problem: Problem) -> None:
+    """Integers exactly, with and without weights, and back to where they were; floats that are whole numbers, too."""
+    case, device = problem.case, problem.indices.device
+    B, S, C = problem.indices.shape
+    targets, weight = (torch.arange(B) * 7) % case.V, (torch.arange(B * S * C) % 5).view(B, S, C)
+    places = (table_rows(problem.indices, case.K) * case.V + targets[:, None, None]).flatten()
+    before = torch.arange(C * case.K * case.V) % 11
+    for dtype in (torch.int32, torch.int64, torch.float32, torch.float64):
+        for given in (None, weight.to(device, dtype), (torch.arange(S) + 1).to(device, dtype)[:, None].expand(B, S, C)):
+            added = torch.ones(B, S, C) if given is None else given.cpu()
+            want = before.clone().index_add_(0, places, added.to(torch.int64).flatten())
+            counts = before.to(device, dtype).view(C, case.K, case.V)
+            found = op.tally_(counts, problem.indices, targets.to(device), given, False)
+            after = require_like("counts", counts, (C, case.K, case.V), dtype).flatten()
+            require(
+                torch.equal(after, want.to(dtype)), f"{int((after != want).sum())} of {after.numel()} counts are wrong"
+            )
+            require(require_like("the lowest count", found, (), dtype) == 0, "expected 0 where nothing is removed")
+            found = op.tally_(counts, problem.indices, targets.to(device), given, True)
+            require(torch.equal(counts.cpu().flatten(), before.to(dtype)), "removing does not undo adding")
+            require(found.cpu() == (before[places].amin() if len(places) else 0), "not the lowest count left")
+
+
 def _judge_hits(problem: Problem, hits: Tensor) -> None:
     case = problem.case
     rows = table_rows(problem.indices, case.K)[problem.queries.cpu().isfinite().all(-1)]

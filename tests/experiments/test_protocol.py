@@ -357,3 +357,21 @@ def test_unknown_names_are_refused(wrong):
 def test_tasks_are_those_of_the_demo_for_the_same_generator():
     tasks = draw_tasks(V, 2, torch.Generator().manual_seed(3))
     assert [task.tolist() for task in tasks] == protocol.run(RECIPE, DATA, 3, heads=("nearest mean",)).tasks
+
+
+def test_few_labels_are_the_same_of_every_class():
+    few = protocol.with_few_labels(DATA, 5, 0)
+    assert few.train.labels.bincount().tolist() == [5] * V
+    assert torch.equal(few.keys, DATA.keys)
+    assert not torch.equal(protocol.with_few_labels(DATA, 5, 1).train.features, few.train.features)
+    with pytest.raises(ValueError, match="at least 4"):
+        protocol.with_few_labels(DATA, 3, 0)
+
+
+def test_the_counting_head_ends_tasks_where_it_ends_all_at_once():
+    tasks, together = (
+        protocol.run(RECIPE, DATA, 0, scenarios=(scenario,), heads=("counting",)).results[scenario]["counting"]
+        for scenario in ("class-incremental", "iid")
+    )
+    assert tasks.final == together.final
+    assert tasks.final > 0.9

@@ -39,6 +39,14 @@ def test_the_command_compares(command, capsys):
     assert (out / "protocol-digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_takes_a_few_labels(command):
+    out = command("--seeds", "1", "--scenario", "iid", "--labels", "8")
+    record = json.loads((out / "protocol-digits-8-labels.json").read_text())
+    _, (run,) = protocol.from_json(record)
+    assert set(run.kept) == set(run.seconds["iid"]) == set(protocol.HEADS)
+    assert "MB kept" in (out / "protocol-digits-8-labels.md").read_text()
+
+
 def test_a_figure_shows_every_head():
     plots = pytest.importorskip("kvb.experiments.plots", exc_type=ModuleNotFoundError)
     assert len(set(plots.STYLES)) >= len(protocol.HEADS)

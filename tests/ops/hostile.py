@@ -151,7 +151,7 @@ class Call:
         """What the operator returns and what is in its tensors afterwards."""
         out = getattr(op, self.operator)(*self.tensors.values(), *self.options)
         outs = out if isinstance(out, tuple) else (out,)
-        written = 3 if self.operator == "update_keys_" else 1 if self.operator == "sgd_step_" else 0
+        written = {"update_keys_": 3, "sgd_step_": 1, "tally_": 1}.get(self.operator, 0)
         if self.operator in ("update_keys_", "pack_keys"):
             outs = ()  # packed keys are each backend's own
         return (*outs, *list(self.tensors.values())[:written])
@@ -217,6 +217,16 @@ def _sgd(call: Call) -> Any:
     return {"values": values.contiguous(), "indices": codes, "targets": targets}, (0.1, call.odd(1.0, 1e9), 0.1)
 
 
+def _tally(call: Call) -> Any:
+    kind = call.random.choice([torch.int32, torch.int64, torch.float32, torch.float64])
+    codes = call.codes(call.B, call.S, call.C, limit=call.K)
+    weights = None if call.random.random() < 0.5 else call.as_dtype(call.strided(call.B, call.S, call.C).round(), kind)
+    call.integer = torch.int64
+    targets, counts = call.codes(call.B, limit=call.V), call.strided(call.C, call.K, call.V).round()
+    tensors = {"counts": counts.to(kind).contiguous(), "indices": codes, "targets": targets, "weights": weights}
+    return tensors, (call.random.random() < 0.5,)
+
+
 def _update(call: Call) -> Any:
     sizes = call.C, call.K, call.D
     exact = torch.float64 if call.float == torch.float64 else torch.float32
@@ -247,6 +257,7 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "accumulate": _statistics,
     "count": _statistics,
     "sgd_step_": _sgd,
+    "tally_": _tally,
     "update_keys_": _update,
 }
 

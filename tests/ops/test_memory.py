@@ -38,6 +38,15 @@ def calls(C=2, K=4, D=3, V=5, B=6):
             {"values": values, "indices": indices, "targets": torch.randint(V, (B,))},
             (0.1, 1.0, 0.0),
         ),
+        "tally_": (
+            {
+                "counts": torch.zeros(C, K, V),
+                "indices": indices,
+                "targets": torch.randint(V, (B,)),
+                "weights": torch.ones(B, 1, C),
+            },
+            (False,),
+        ),
         "update_keys_": (
             {
                 "keys": keys,
