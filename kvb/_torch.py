@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _private(path: str) -> Any:
@@ -163,6 +165,12 @@ def sparse_whole_of(like: Any, part: Tensor) -> Any:
 def address_of(storage: torch.UntypedStorage) -> int:
     """What ``users_of_storage`` takes; good as long as somebody holds the storage."""
     return storage._cdata
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Mark a function as ``torch.compiler.assume_constant_result`` does, which would import the whole compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def in_backward() -> bool:

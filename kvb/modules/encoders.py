@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import checkpoints, splitters, validation
+from kvb._torch import constant_when_compiled
 from kvb.functional import Pool
 from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
@@ -324,7 +325,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         return f"{layout}, {mode}, frozen: {', '.join(frozen) or 'nothing'}"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _takes_batch(extractor: Callable[..., Any]) -> bool:
     """Whether it must be given two arguments."""
     try:

@@ -10,16 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.experimental import register_sharding
 
 from kvb import _torch
 
 SOURCE = Path(_torch.__file__).read_text()
 PATHS = sorted(set(re.findall(r'_private\(\s*"([\w.]+)"', SOURCE)))
 BUILT_IN = ("torch.Tensor.", "torch.UntypedStorage.", "torch._C._FunctionBase.")  # types that keep their methods
+LATE = ("torch.distributed.tensor.",)  # asked for where it is used, as its import takes long
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith(BUILT_IN)])
+@pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith(BUILT_IN + LATE)])
 def test_a_version_without_it_is_told_by_name(path, monkeypatch):
     owner, _, name = path.rpartition(".")
     monkeypatch.delattr(functools.reduce(getattr, owner.split(".")[1:], torch), name)
@@ -115,6 +120,7 @@ def test_sparse_tensors():
     sparse = torch.sparse_coo_tensor(places, rows, (4, 3), check_invariants=False)
     assert not sparse.is_coalesced()
     assert torch.equal(_torch.coordinates(sparse), places)
+    assert torch.equal(_torch.rows_of(sparse), rows)
     assert _torch.call_coalesced(sparse).is_coalesced()
 
 
@@ -271,3 +277,57 @@ def test_a_batched_backward_pass_maps():
     torch.autograd.grad(Noted.apply(x), x, torch.eye(2), is_grads_batched=True)
     torch.autograd.grad(Noted.apply(x), x, torch.ones(2))
     assert seen == [True, False]
+
+
+def test_a_constant_when_compiled():
+    asked = []
+
+    @_torch.constant_when_compiled
+    def known(numbers):
+        asked.append(len(numbers))
+        return sorted(numbers, key=id)[0] > 0  # what the compiler cannot trace
+
+    compiled = torch.compile(lambda x: x + known([1, 2]), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(2)).tolist() == [1, 1]
+    assert asked == [2]
+
+
+@pytest.fixture
+def mesh():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_a_split_tensor_of_a_sparse_part(mesh):
+    like = DTensor.from_local(torch.zeros(4, 3), mesh, [Shard(0)])
+    sparse = torch.sparse_coo_tensor(torch.tensor([[2]]), torch.ones(1, 3), (4, 3))
+    whole = _torch.sparse_whole_of(like, sparse)
+    assert whole.placements == like.placements
+    assert whole.shape == like.shape
+    assert whole._local_tensor is sparse  # to_local() makes a view, which a sparse tensor has not
+
+
+def test_calls_of_a_split_operator_are_told_apart(mesh):
+    """By an argument that is a str: with one rule for both, the second call would repeat the placement of the first."""
+    library = torch.library.Library("kvb_test_split", "DEF")
+    library.define("turned(Tensor x, str how) -> Tensor")
+    library.impl("turned", lambda x, how: x.clone(), "CompositeExplicitAutograd")
+    operator, asked = torch.ops.kvb_test_split.turned.default, []
+
+    def rule(x, how):
+        asked.append(how)
+        return [([Shard(0)], [Shard(0), None])]
+
+    register_sharding(operator)(rule)
+    _torch.tell_calls_apart(operator, 1)
+    split = DTensor.from_local(torch.zeros(4, 3), mesh, [Shard(0)])
+    for how in ("left", "right", "left"):
+        operator(split, how)
+    assert {"left", "right"} <= set(asked)
+
+
+def test_a_version_without_dispatch_of_split_tensors_is_told_by_name(monkeypatch):
+    monkeypatch.delattr(DTensor, "_op_dispatcher")
+    with pytest.raises(ImportError, match=r"kvb needs torch.distributed.tensor.DTensor._op_dispatcher, which torch"):
+        _torch.tell_calls_apart(torch.ops.kvb.count.default, 2)
