@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import binascii
 import contextlib
-import hashlib
-import importlib
-import io
-import json
 import os
 import pickle
-import shutil
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from kvb import files
+from kvb import archives, files
 
 VERSION = 1
-_PIECE = 1 << 20  # bytes copied at a time
+_PIECE = 1 << 18  # elements exchanged at a time
 _SHOWN = 10  # problems named in one message
 _LONG = 200  # characters of what a file holds in one message
 _VERSION, _DIGEST, _STATE = "kvb_checkpoint", "sha256", "state_dict"
@@ -57,28 +51,30 @@ class _Contents(NamedTuple):
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the module's state_dict to one file: either all of it is there afterwards, or the old file still is.
 
-    A file that is replaced hands on its mode and owner; the file that a symbolic link names is replaced, not the link.
+    The tensors go straight into the file, without a copy of the state. A file that is replaced hands on its mode and
+    owner; the file that a symbolic link names is replaced, not the link.
 
     Args:
         module: any ``nn.Module`` whose state_dict holds dense tensors only.
-        path: ends in ".safetensors" for that format (the package safetensors must be installed); anything else is a
-            torch zip, ``{"kvb_checkpoint", "sha256", "state_dict"}``, which ``torch.load`` reads too.
+        path: ends in ".safetensors" for that format; anything else is a torch zip, ``{"kvb_checkpoint", "sha256",
+            "state_dict"}``, which ``torch.load`` reads too.
     Raises:
-        TypeError: no module, or a state_dict with more than dense tensors. RuntimeError: safetensors is not installed.
+        TypeError: no module, a state_dict with more than dense tensors, or a dtype that safetensors cannot hold.
         OSError: the file cannot be written, or ``path`` is no regular file.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"save(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
-    state = {}
-    for name, value in module.state_dict().items():
+    state = module.state_dict()
+    for name, value in state.items():
         if problem := _not_plain(value):
             raise TypeError(f"save() writes dense tensors only, but the state_dict holds {problem} as {name!r}")
-        plain = value.detach().resolve_conj().resolve_neg()
-        state[name] = plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    data = _encode(state, safe=Path(path).suffix == ".safetensors")
-    del state
     with files.replacing(path) as file:
-        file.write(data)
+        if Path(path).suffix == ".safetensors":
+            archives.write_safetensors(file, state, lambda digest: {_VERSION: str(VERSION), _DIGEST: digest})
+        else:
+            archives.write_zip(
+                file, state, lambda state, digest: {_VERSION: VERSION, _DIGEST: digest, _STATE: dict(state)}
+            )
 
 
 def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
@@ -94,13 +90,19 @@ def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"load(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
-    state = read_state(path)
-    if problems := _misfits(module.state_dict(), state):
+    state, own = read_state(path), module.state_dict()
+    if problems := _misfits(own, state):
         shown = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
         raise CheckpointError(f"{path} does not fit {type(module).__name__}:\n\t" + "\n\t".join(shown))
+    adopts = _adopts(module)
     try:
-        with _all_or_nothing(module):
-            module.load_state_dict(state)
+        with _all_or_nothing(module, copies=not adopts) as former:
+            state = _apart(state, own)
+            del own  # which may hold copies
+            module.load_state_dict(state, **({"assign": True} if adopts else {}))
+            if adopts:
+                state.clear()
+                former.exchange()
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit {type(module).__name__}: {error}") from error
     return module
@@ -116,13 +118,16 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     with open(path, "rb") as file:
         begin = file.read(9)
-        zipped = begin[:4] == b"PK\x03\x04"
+        zipped = begin[:4] == archives.ZIP
         if not zipped and begin[8:] != b"{":
             raise CheckpointError(f"{path} is neither a torch zip file nor safetensors; it starts with {begin[:8]!r}")
-        if not zipped:
-            _safetensors()
         try:
-            contents = _unzip(file) if zipped else _unpack(begin + file.read())
+            if zipped:
+                contents = _unzipped(archives.read_zip(file))
+            else:
+                state, metadata = archives.read_safetensors(file)
+                version = metadata.get(_VERSION)
+                contents = _contents(state, version if version is None else int(version), metadata.get(_DIGEST))
             if contents.digest is not None:
                 _verify(contents.state, contents.digest)
         except _BROKEN as error:
@@ -132,61 +137,13 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return contents.state
 
 
-# --- formats ----------------------------------------------------------------------------------------------------------
+# --- what files hold --------------------------------------------------------------------------------------------------
 
 
-def _encode(state: dict[str, Tensor], *, safe: bool) -> bytes | memoryview:
-    header = {_VERSION: VERSION, _DIGEST: _sha256(state)}
-    if safe:
-        data: bytes = _safetensors().save(state, {name: str(value) for name, value in header.items()})
-        return data
-    file = io.BytesIO()  # PyTorch ends the process if writing to a Python file fails, on a full disk or by Ctrl-C
-    torch.save({**header, _STATE: state}, file)
-    return file.getbuffer()
-
-
-def _safetensors() -> ModuleType:
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ModuleNotFoundError as error:
-        raise RuntimeError("safetensors is not installed: pip install safetensors, or use a name like x.pt") from error
-
-
-def _unzip(file: BinaryIO) -> _Contents:
-    found = torch.load(_clean(file), map_location="cpu", weights_only=True)
+def _unzipped(found: Any) -> _Contents:
     if isinstance(found, Mapping) and _VERSION in found:
         return _contents(found.get(_STATE), found[_VERSION], found.get(_DIGEST))
     return _contents(found, None, None)
-
-
-def _clean(file: BinaryIO) -> io.BytesIO:
-    """The same archive written anew from entries whose CRCs are right: torch looks at none, and parses differently."""
-    clean, size = io.BytesIO(), os.fstat(file.fileno()).st_size
-    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(clean, "w") as copy:
-        entries = archive.infolist()
-        # torch stores every entry once and compresses none: anything else can only be there to explode.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("compressed entries")
-        if len({entry.filename for entry in entries}) < len(entries) or sum(e.file_size for e in entries) > size:
-            raise ValueError("entries that overlap")
-        for entry in entries:
-            new = zipfile.ZipInfo(entry.filename)
-            new.file_size = entry.file_size
-            with archive.open(entry) as source, copy.open(new, "w") as sink:
-                shutil.copyfileobj(source, sink, _PIECE)
-    clean.seek(0)
-    return clean
-
-
-def _unpack(data: bytes) -> _Contents:
-    library, broken = _safetensors(), importlib.import_module("safetensors").SafetensorError
-    try:
-        state = library.load(data)
-    except broken as error:
-        raise ValueError(str(error)) from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    version = header.get(_VERSION)
-    return _contents(state, version if version is None else int(version), header.get(_DIGEST))
 
 
 def _contents(state: Any, version: Any, digest: Any) -> _Contents:
@@ -237,21 +194,12 @@ def _not_plain(value: Any) -> str:
     return "" if value.layout == torch.strided else f"a tensor of layout {value.layout}"
 
 
-def _sha256(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name!r} {value.dtype} {tuple(value.shape)}\n".encode())
-        value = value.resolve_conj().resolve_neg().contiguous()
-        digest.update(files.content(value))
-    return digest.hexdigest()
-
-
 def _verify(state: Mapping[str, Tensor], digest: str) -> None:
     for name, value in state.items():
         # An expanded tensor may claim any size, and hashing would make it real.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{_quoted(name)} claims more elements than it holds")
-    if digest != _sha256(state):
+    if digest != archives.sha256(state):
         raise ValueError("the tensors do not match their SHA-256")
 
 
@@ -280,27 +228,106 @@ def _are_counts(given: Tensor, wanted: Tensor) -> bool:
     return given.is_floating_point() and wanted.dtype == torch.int64
 
 
+def _apart(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same state, and no tensor for the module shares memory with another."""
+    seen: set[int] = set()
+    apart = {}
+    for name, value in state.items():
+        place, fits = value.untyped_storage().data_ptr(), name in own and own[name].shape == value.shape
+        apart[name] = value.clone() if fits and place in seen else value
+        seen.add(place)
+    return apart
+
+
+def _adopts(module: nn.Module) -> bool:
+    """Whether nothing but code of PyTorch and kvb loads this module, and leaves its tensors alone with ``assign``."""
+
+    def foreign(part: nn.Module) -> bool:
+        kind = type(part)
+        loaders = kind.load_state_dict, kind._load_from_state_dict, kind.__setattr__
+        hooked = part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks
+        return bool(hooked) or any(loader.__module__.partition(".")[0] not in _KNOWN for loader in loaders)
+
+    plain = all(type(tensor.data) is Tensor for tensor in (*module.parameters(), *module.buffers()))
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    return plain and not swaps and not any(map(foreign, module.modules()))
+
+
+_KNOWN = ("torch", "kvb")
+
+
 @contextlib.contextmanager
-def _all_or_nothing(module: nn.Module) -> Iterator[None]:
-    """Undo whatever happens to the module inside, unless it ends well."""
-    parts = [(part, dict(vars(part)), dict(part._parameters), dict(part._buffers)) for part in module.modules()]
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    copies = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+def _all_or_nothing(module: nn.Module, *, copies: bool) -> Iterator[_Former]:
+    """Undo whatever happens to the module inside, unless it ends well.
+
+    Args:
+        copies: of all tensors, where code that nobody here knows may write to them.
+    """
+    former = _Former(module, copies)
     done = False
     try:
-        yield
+        yield former
         done = True
     finally:
         if not done:
-            for part, attributes, parameters, buffers in parts:
-                vars(part).clear()
-                vars(part).update(attributes)
-                part._parameters.clear()
-                part._parameters.update(parameters)
-                part._buffers.clear()
-                part._buffers.update(buffers)
-            with torch.no_grad():
-                for tensor, copy in copies:
-                    # An inference tensor cannot have changed, nor be written to.
-                    if not tensor.is_inference() or torch.is_inference_mode_enabled():
-                        tensor.copy_(copy)
+            former.put_back()
+
+
+class _Former:
+    """What a module was: its attributes, its tensors, and what they held."""
+
+    def __init__(self, module: nn.Module, copies: bool) -> None:
+        self.parts = [
+            (part, dict(vars(part)), dict(part._parameters), dict(part._buffers)) for part in module.modules()
+        ]
+        tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        # Each a tensor, where its old content is, and a copy of that while both change.
+        self.written: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        if copies:
+            self.written = [(tensor, tensor.detach().clone(), None) for tensor in tensors.values()]
+
+    def put_back(self) -> None:
+        for part, attributes, parameters, buffers in self.parts:
+            vars(part).clear()
+            vars(part).update(attributes)
+            part._parameters.clear()
+            part._parameters.update(parameters)
+            part._buffers.clear()
+            part._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, content, copy in reversed(self.written):
+                # An inference tensor cannot have changed, nor be written to.
+                if not tensor.is_inference() or torch.is_inference_mode_enabled():
+                    tensor.copy_(content if copy is None else copy)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Bring what the module was given into the tensors that it had, and the old content into those given."""
+        for part, _, parameters, buffers in self.parts:
+            tables: list[tuple[dict[str, Any], dict[str, Any]]]
+            tables = [(part._parameters, parameters), (part._buffers, buffers)]
+            for own, old in tables:
+                for name, tensor in old.items():
+                    given = own.get(name)
+                    if tensor is None or given is None or given is tensor:
+                        continue
+                    if tensor.is_meta:  # which holds nothing: the module keeps what it was given
+                        given.data = given.data.to(tensor.dtype)
+                        continue
+                    fits = given.dtype == tensor.dtype and given.device == tensor.device and given.is_contiguous()
+                    # One tensor at a time is converted.
+                    given = given.detach() if fits else given.detach().to(tensor).contiguous()
+                    own[name] = tensor
+                    self._swap(tensor, given)
+
+    def _swap(self, tensor: Tensor, given: Tensor) -> None:
+        mine, theirs = tensor.detach(), given
+        for one, other in zip(
+            mine.view(-1).split(_PIECE) if mine.is_contiguous() else (mine,),
+            theirs.view(-1).split(_PIECE) if mine.is_contiguous() else (theirs,),
+            strict=True,
+        ):
+            self.written.append((one, other, one.clone()))
+            one.copy_(other)
+            other.copy_(self.written[-1][2])
+            self.written[-1] = one, other, None

@@ -410,7 +410,8 @@ def _problems(name: str, value: Any, current: Tensor) -> list[str]:
         ]
     if value.is_meta:
         return []
-    if name in ("keys", "keys_avg") and not (finite := value.to(current.dtype).isfinite().all(-1)).all():
+    if name in ("keys", "keys_avg") and not torch.stack(value.to(current.dtype).aminmax()).isfinite().all():
+        finite = value.to(current.dtype).isfinite().all(-1)
         return [f"{name} contains NaN or Inf in {int((~finite).sum())} of {finite.numel()} pairs as {current.dtype}"]
     if name in ("cluster_size", "cluster_size_counter") and not ((value >= 0) & value.isfinite()).all():
         return [f"{name} holds negative or NaN counts, or infinite ones"]

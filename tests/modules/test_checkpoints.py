@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import kvb
-from kvb import CheckpointError, KeyValueBottleneck, checkpoints
+from kvb import CheckpointError, KeyValueBottleneck, archives
 from kvb.compat.key_value_bottleneck import core
 
 try:
@@ -24,7 +24,7 @@ try:
 except ModuleNotFoundError:
     safetensors = None
 with_safetensors = pytest.mark.skipif(safetensors is None, reason="safetensors is not installed")
-FORMATS = ["file.pt", pytest.param("file.safetensors", marks=with_safetensors)]
+FORMATS = ["file.pt", "file.safetensors"]
 
 
 def make():
@@ -75,13 +75,6 @@ def test_a_file_is_a_safetensors_file(tmp_path):
     source = trained()
     kvb.save(source, tmp_path / "file.safetensors")
     assert same(safetensors.load_file(tmp_path / "file.safetensors"), snapshot(source))
-
-
-def test_without_safetensors_its_name_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(RuntimeError, match="safetensors is not installed: pip install safetensors, or use a name"):
-        kvb.save(trained(), tmp_path / "file.safetensors")
-    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("safe", [False, pytest.param(True, marks=with_safetensors)])
@@ -284,8 +277,8 @@ def hostile():
     state = make().state_dict()
     big = torch.zeros(1).expand(1 << 40)
     name = "3.values"
-    yield Evil(), "Weights only load failed"
-    yield {**state, name: Evil()}, "Weights only load failed"
+    yield Evil(), "UnpicklingError: .* unsupported GLOBAL posix.mkdir"
+    yield {**state, name: Evil()}, "UnpicklingError: .* unsupported GLOBAL posix.mkdir"
     yield [1, 2], "expected a state_dict, got list"
     yield {**state, 3: torch.zeros(1)}, "expected names of tensors, got int"
     yield {**state, name: "text"}, "expected dense tensors, got a str as '3.values'"
@@ -343,7 +336,7 @@ def test_zip_bombs_are_not_inflated(tmp_path):
 @with_safetensors
 def test_safetensors_of_another_version_or_content(tmp_path):
     state = make().state_dict()
-    digest = checkpoints._sha256(state)
+    digest = archives.sha256(state)
     for metadata, message in (
         ({"kvb_checkpoint": "2", "sha256": digest}, "version 2, but this kvb reads version 1"),
         ({"kvb_checkpoint": "x", "sha256": digest}, "invalid literal"),
@@ -355,31 +348,3 @@ def test_safetensors_of_another_version_or_content(tmp_path):
     header = json.dumps({"values": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
     (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header)
     refused(tmp_path / "file", "is damaged or no checkpoint")
-
-
-def test_a_module_that_fails_halfway_is_put_back(tmp_path):
-    class Late(nn.Module):
-        """Loads after everything else, and refuses."""
-
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("last", torch.zeros(1))
-
-        def _load_from_state_dict(self, *arguments):
-            raise OverflowError("not today")
-
-    kvb.save(nn.Sequential(*make(), nn.Module()), tmp_path / "first")
-    state = torch.load(tmp_path / "first", weights_only=True)["state_dict"]
-    torch.save({**state, "4.last": torch.ones(1)}, tmp_path / "file")
-    module = nn.Sequential(*trained(), Late())
-    before, learning, buffers = snapshot(module), module[3].update_keys, dict(module[3]._buffers)
-    with pytest.raises(OverflowError, match="not today"):
-        kvb.load(module, tmp_path / "file")
-    assert same(snapshot(module), before)
-    assert module[3].update_keys == learning
-    assert all(module[3]._buffers[name] is buffer for name, buffer in buffers.items())
-    assert not module[3].update_keys
-    x = torch.randn(50, 2, 3)
-    exact = (x[..., None, :] - module[3].keys).square().sum(-1)
-    exact[:, ~module[3].pair_mask] = torch.inf
-    assert torch.equal(module[3].encode(x), exact.argmin(-1))

@@ -1,0 +1,136 @@
+"""The two formats of checkpoints: what others write is read here and the other way round, in little memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+import kvb
+from kvb import CheckpointError, archives, checkpoints
+
+try:
+    import safetensors.torch as safetensors
+except ModuleNotFoundError:
+    safetensors = None
+with_safetensors = pytest.mark.skipif(safetensors is None, reason="safetensors is not installed")
+FORMATS = ["file.pt", "file.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", sorted(archives._SAFE.values(), key=str), ids=str)
+@with_safetensors
+def test_safetensors_of_every_dtype(dtype, tmp_path):
+    """What the library writes is read here, and what is written here the library reads."""
+    module = nn.Module()
+    for name, shape in {"b": (3, 5), "none": (0, 3), "a": (), "c": (1, 2, 1)}.items():
+        module.register_buffer(name, (torch.rand(shape) * 90).to(dtype))
+    module.register_buffer("turned", (torch.rand(3, 5) * 90).to(dtype).T)
+    kvb.save(module, tmp_path / "ours.safetensors")
+    whole = {name: value.contiguous() for name, value in module.state_dict().items()}
+    safetensors.save_file(whole, tmp_path / "theirs.safetensors", {"format": "pt"})
+    for found in (
+        safetensors.load_file(tmp_path / "ours.safetensors"),
+        checkpoints.read_state(tmp_path / "theirs.safetensors"),
+        checkpoints.read_state(tmp_path / "ours.safetensors"),
+    ):
+        assert found.keys() == whole.keys()
+        assert all(value.dtype == dtype and torch.equal(value, whole[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("dtype", sorted({*archives._SAFE.values(), torch.complex128}, key=str), ids=str)
+def test_torch_files_of_every_dtype(dtype, tmp_path):
+    """``torch.load`` reads what is written here, mapped too, and what ``torch.save`` writes is read here."""
+    module = nn.Module()
+    for name, shape in {"b": (3, 5), "none": (0, 3), "a": (), "c": (1, 2, 1)}.items():
+        module.register_buffer(name, (torch.rand(shape) * 90).to(dtype))
+    module.register_buffer("turned", (torch.rand(3, 5) * 90).to(dtype).T)
+    state, (ours, theirs) = module.state_dict(), (tmp_path / "ours.pt", tmp_path / "theirs.pt")
+    kvb.save(module, ours)
+    torch.save({**state, "part": state["b"][1:]}, theirs)
+    read = checkpoints.read_state(theirs)
+    assert torch.equal(read.pop("part"), state["b"][1:])
+    for found in (
+        torch.load(ours, weights_only=True)["state_dict"],
+        torch.load(ours, weights_only=True, mmap=True)["state_dict"],
+        checkpoints.read_state(ours),
+        read,
+    ):
+        assert list(found) == list(state)
+        assert all(value.dtype == dtype and torch.equal(value, state[name]) for name, value in found.items())
+    mapped = torch.load(ours, weights_only=True, mmap=True)["state_dict"]
+    assert all(value.data_ptr() % 64 == 0 for value in mapped.values() if value.numel())
+
+
+def test_a_file_of_another_byte_order(tmp_path):
+    value = torch.arange(5, dtype=torch.int32)
+    with zipfile.ZipFile(tmp_path / "theirs", "w") as out:
+        torch.save({"a": value}, tmp_path / "plain")
+        with zipfile.ZipFile(tmp_path / "plain") as plain:
+            for name in plain.namelist():
+                data = plain.read(name)
+                other = b"big" if sys.byteorder == "little" else b"little"
+                data = other if name.endswith("byteorder") else data
+                out.writestr(name, value.numpy().byteswap().tobytes() if "/data/" in name else data)
+    assert torch.equal(torch.load(tmp_path / "theirs", weights_only=True)["a"], value)
+    assert torch.equal(checkpoints.read_state(tmp_path / "theirs")["a"], value)
+
+
+PEAK = """if True:
+    import resource, sys, torch, kvb
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    act, path = {"save": kvb.save, "load": kvb.load}[sys.argv[1]], sys.argv[2]
+    module = torch.nn.Sequential(torch.nn.Linear(7, 5), kvb.KeyValueBottleneck(1, 1 << 17, 20, 80))
+    small = kvb.KeyValueBottleneck(1, 4, 14, 10)
+    kvb.save(small, "small" + path)
+    kvb.load(small, "small" + path)
+    size = sum(value.nbytes for value in module.state_dict().values())
+    before = peak()
+    act(module, path)
+    print((peak() - before) / size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.parametrize("name", FORMATS)
+def test_peak_memory(name, tmp_path):
+    """A state of 63 MB: beyond the module, nothing to save it and one more to load it."""
+    for action, most in (("save", 0.1), ("load", 1.1)):
+        done = subprocess.run([sys.executable, "-c", PEAK, action, name], capture_output=True, text=True, cwd=tmp_path)
+        print(f"\n{action} {name}: {done.stdout.strip()} of the state")
+        assert float(done.stdout) <= most, done.stderr
+
+
+def claiming(path, count, size):
+    """A file in which ``weight`` is ``size`` elements of a storage that is said to have ``count``, where 36 are."""
+    value = torch.arange(36.0).view(6, 6)
+    torch.save({"weight": value, "bias": torch.zeros(6)}, path / "plain")
+    with zipfile.ZipFile(path / "plain") as plain, zipfile.ZipFile(path / "file", "w") as out:
+        for name in plain.namelist():
+            data = plain.read(name)
+            if name.endswith("data.pkl"):
+                assert data.count(b"K$") == 1
+                data = data.replace(b"K$", b"K" + bytes([count])).replace(b"K\x06K\x06\x86", b"K\x06K%c\x86" % size)
+            out.writestr(name, data)
+    return path / "file"
+
+
+def test_tensors_that_claim_more_than_the_file_holds(tmp_path):
+    """PyTorch reads what lies behind them in memory."""
+    module = nn.Linear(6, 6)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert kvb.load(module, claiming(tmp_path, 36, 6)).weight.flatten().tolist() == list(range(36))
+    module.load_state_dict(before)
+    with pytest.raises(CheckpointError, match=r"claims 99 elements of torch.float32, where 144 bytes are"):
+        kvb.load(module, claiming(tmp_path, 99, 6))
+    wide = nn.Linear(9, 6)
+    for count, message in ((99, "claims 99 elements"), (36, "resize storage that is not resizable")):
+        with pytest.raises(CheckpointError, match=message):
+            kvb.load(wide, claiming(tmp_path, count, 9))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
