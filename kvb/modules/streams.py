@@ -20,11 +20,6 @@ def cut(data: Tensor) -> tuple[Tensor, ...]:
     return data.split(max(1, BATCH // max(1, data[:1].numel()))) if data.dim() else (data,)
 
 
-def first(item: Any) -> Any:
-    """The inputs in one item of a loader: its first element, or itself."""
-    return item[0] if isinstance(item, (tuple, list)) else item
-
-
 class Stream:
     """Passes over data as queries [B, S, C, D].
 

@@ -404,3 +404,22 @@ def test_two_processes_learn_like_one(tmp_path):
         first, second = out[0], out[1]
     assert torch.equal(first, second)
     torch.testing.assert_close(first, module.keys, rtol=1e-5, atol=1e-6)
+
+
+def test_hits_of_all_processes_are_added_without_rounding(monkeypatch):
+    """Of 4096 processes with the same batch; float32 ends at 2**24."""
+    dist, world = torch.distributed, 4096
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+
+    def add(tensor):
+        total = torch.zeros_like(tensor)
+        for _ in range(world):
+            total += tensor
+        tensor.copy_(total)
+
+    monkeypatch.setattr(dist, "all_reduce", add)
+    hits = torch.tensor([[0, 1, 4095, 4096], [2**24 - 1, 2**24 - 4095, 1234567, 3]])
+    found, sums = key_learning.sync_statistics(hits, torch.ones(2, 4, 3))
+    assert torch.equal(found, hits * world)
+    assert sums.unique().tolist() == [world]
