@@ -4,8 +4,9 @@ from kvb.kernels.device import target
 from kvb.kernels.launch_keys import update_keys_
 from kvb.kernels.launch_pack import pack_keys
 from kvb.kernels.launch_search import lookup, nearest
+from kvb.kernels.launch_statistics import accumulate, count
 from kvb.kernels.launch_training import sgd_step_
-from kvb.kernels.launch_values import accumulate, count, gather, gather_backward, gather_backward_rows
+from kvb.kernels.launch_values import gather, gather_backward, gather_backward_rows
 from kvb.kernels.layout import packed_nbytes
 
 __all__ = [

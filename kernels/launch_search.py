@@ -62,7 +62,7 @@ def _nearest(
     few, column = _few(queries), SEARCH[target(keys.device)]
     small = K <= RESIDENT_K and column.resident >= D
     if wide or topk > 1 or few or (not small and (_crowded(K, D) or not column.filters)):
-        shares = splits(C, K, keys.device) if few and topk == 1 else 1
+        shares = splits(C, K, keys.device) if few and topk == 1 and not wide else 1
         for rows in chunks(queries, indices, distances, 1):
             scan_rows(rows, keys, mask, wide, shares, fetch)
         return indices, distances

@@ -1,7 +1,8 @@
-"""Adding rows to tables: the kernels of ``gather_backward``, ``gather_backward_rows``, ``accumulate`` and ``count``.
+"""Adding rows to tables: the kernels of ``gather_backward``, ``gather_backward_rows`` and ``count``.
 
-They add the rows of x [B, S, C, V] to the rows of a table [C, K, V] that indices [B, S, C] name; x is a gradient
-(a pooled one has stride 0 over the codebooks) or the queries. There are three ways:
+They add the rows of x [B, S, C, V] to the rows of a table [C, K, V] that indices [B, S, C] name; x is a gradient (a
+pooled one has stride 0 over the codebooks); sums of queries, which must not lose a bit, are in statistics.py. There are
+three ways:
 
 * ``check_pairs`` and ``add_by_product``, for small K: a one-hot matrix product for every codebook and slice of the
   batch, then ``add_slices``. Every sum has a fixed order.
@@ -10,9 +11,9 @@ They add the rows of x [B, S, C, V] to the rows of a table [C, K, V] that indice
   Every sum has a fixed order, and the touched rows come out in ascending order: ``move_rows`` takes them and moves
   the rows of a table by them.
 
-Where ``hits`` is given, x are queries: one with NaN or Inf is skipped, the others are counted. The strides of x and of
-the indices, and all sizes that depend on the batch, are plain arguments that are never specialised; ALIGN says which
-power of two divides every stride of x but the last, and UNIT that the last is 1: with them loads are 128 bits wide.
+The strides of x and of the indices, and all sizes that depend on the batch, are plain arguments that are never
+specialised; ALIGN says which power of two divides every stride of x but the last, and UNIT that the last is 1: with
+them loads are 128 bits wide.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ PART = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
 
 
 @triton.jit
-def _row_offsets(n, c, S, x_b, x_s, x_c, ALIGN: tl.constexpr):
+def source_offsets(n, c, S, x_b, x_s, x_c, ALIGN: tl.constexpr):
     """Where the rows (n, c) of x begin, n = b * S + s."""
     return tl.multiple_of(n // S * x_b + n % S * x_s + c * x_c, ALIGN)
 
 
 @triton.jit
-def _load_rows(x, offsets, inside, v, x_v, V: tl.constexpr, UNIT: tl.constexpr):
+def load_rows(x, offsets, inside, v, x_v, V: tl.constexpr, UNIT: tl.constexpr):
     """Rows of x at the columns v; zero where not ``inside``."""
     columns = v if UNIT else v * x_v
     return tl.load(x + offsets[:, None] + columns[None, :], mask=inside[:, None] & (v < V)[None, :], other=0)
@@ -52,14 +53,17 @@ def _finite_rows(x, offsets, inside, x_v, V: tl.constexpr, UNIT: tl.constexpr, B
     """The rows ``inside`` whose V elements are all finite."""
     broken = tl.zeros(offsets.shape, tl.int32)
     for first in range(0, V, BLOCK_V):
-        broken += _broken(_load_rows(x, offsets, inside, first + tl.arange(0, BLOCK_V), x_v, V, UNIT))
+        broken += _broken(load_rows(x, offsets, inside, first + tl.arange(0, BLOCK_V), x_v, V, UNIT))
     return inside & (broken == 0)
 
 
 @triton.jit
-def _count(hits, row, counted):
-    """Add 1 to ``hits`` at ``row`` where ``counted``; integers, so the order does not matter."""
-    tl.atomic_add(hits + row, tl.full(row.shape, 1, tl.int64), mask=counted, sem="relaxed")
+def _magnitude(x):
+    """The bits of |x| as an integer, which has the order of the numbers: of float64 there, else of float32."""
+    if x.dtype == tl.float64:
+        return tl.abs(x).to(tl.int64, bitcast=True)
+    else:
+        return tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -143,7 +147,6 @@ def add_by_product(
     x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
     indices,  # [B, S, C] with the strides i_b, i_s, i_c
     out,  # [slices, C, K, V]
-    hits,  # [C, K] or None
     N,
     S,
     steps,  # tiles of BLOCK_N rows in a slice
@@ -178,15 +181,8 @@ def add_by_product(
         n = (part * steps + step) * BLOCK_N + tl.arange(0, BLOCK_N)
         pointers = indices + n // S * i_b + n % S * i_s + c * i_c
         index, usable = pair_indices(pointers, n < N, K)
-        offsets = _row_offsets(n, c, S, x_b, x_s, x_c, ALIGN)
-        rows = _load_rows(x, offsets, n < N, v, x_v, V, UNIT)
-        if hits is not None:
-            if V <= BLOCK_V:  # the rows are here as a whole
-                usable &= _broken(rows) == 0
-            else:
-                usable = _finite_rows(x, offsets, usable, x_v, V, UNIT, BLOCK_V)
-            if block == 0:
-                _count(hits, c * K + index, usable)
+        offsets = source_offsets(n, c, S, x_b, x_s, x_c, ALIGN)
+        rows = load_rows(x, offsets, n < N, v, x_v, V, UNIT)
         hot = (index.to(tl.int32)[None, :] == k[:, None]) & usable[None, :]
         total += _sum_where(hot, rows, MATRIX)  # apart from the product: tensor cores cut where they add, this rounds
     pointers = out + ((part * C + c) * K + k[:, None]) * V + v[None, :]
@@ -217,7 +213,6 @@ def add_by_atomics(
     x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
     indices,  # [B, S, C] with the strides i_b, i_s, i_c
     table,  # [C, K, V], zero
-    hits,  # [C, K] or None
     count,  # B * S * C
     S,
     x_b,
@@ -241,17 +236,10 @@ def add_by_atomics(
     n, c = r // C, r % C
     index, usable = pair_indices(indices + n // S * i_b + n % S * i_s + c * i_c, r < count, K)
     require_pairs((r < count) & ~usable)
-    offsets = _row_offsets(n, c, S, x_b, x_s, x_c, ALIGN)
+    offsets = source_offsets(n, c, S, x_b, x_s, x_c, ALIGN)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    rows = _load_rows(x, offsets, r < count, v, x_v, V, UNIT)
+    rows = load_rows(x, offsets, r < count, v, x_v, V, UNIT)
     row = c * K + index
-    if hits is not None:
-        if V <= BLOCK_V:  # the rows are here as a whole
-            usable &= _broken(rows) == 0
-        else:
-            usable = _finite_rows(x, offsets, usable, x_v, V, UNIT, BLOCK_V)
-        if tl.program_id(1) == 0:
-            _count(hits, row, usable)
     rows = average(rows.to(table.dtype.element_ty), DIVISOR)
     pointers = table + (row * V)[:, None] + v[None, :]
     tl.atomic_add(pointers, rows, mask=usable[:, None] & (v < V)[None, :], sem="relaxed")
@@ -265,7 +253,8 @@ def table_rows(
     x,  # [B, S, C, V] with the strides x_b, x_s, x_c, x_v
     indices,  # [B, S, C] with the strides i_b, i_s, i_c
     rows,  # [B * S * C] or None
-    hits,  # [C, K] or None
+    hits,  # [C, K] int64, zero, or None
+    peaks,  # [C, K, V] the bits of the largest magnitude of every column, zero, or None
     count,  # B * S * C
     S,
     x_b,
@@ -283,16 +272,27 @@ def table_rows(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The table row c * K + index of every position, C * K where it is skipped; and the hits of every row."""
+    """The table row c * K + index of every position; given ``hits``, C * K where x is not finite.
+
+    Also the hits of every row of the table, and the ``peaks`` of what adds to it.
+    """
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     n, c = r // C, r % C
     index, usable = pair_indices(indices + n // S * i_b + n % S * i_s + c * i_c, r < count, K)
     require_pairs((r < count) & ~usable)
     row = c * K + index
     if hits is not None:
-        offsets = _row_offsets(n, c, S, x_b, x_s, x_c, ALIGN)
+        offsets = source_offsets(n, c, S, x_b, x_s, x_c, ALIGN)
         usable = _finite_rows(x, offsets, usable, x_v, V, UNIT, BLOCK_V)
-        _count(hits, row, usable)
+        tl.atomic_add(hits + row, tl.full(row.shape, 1, tl.int64), mask=usable, sem="relaxed")
+        if peaks is not None:
+            for first in range(0, V, BLOCK_V):
+                v = first + tl.arange(0, BLOCK_V)
+                bits = _magnitude(load_rows(x, offsets, usable, v, x_v, V, UNIT))
+                at = peaks + (row * V)[:, None] + v[None, :]
+                inside = usable[:, None] & (v < V)[None, :]
+                higher = inside & (bits > tl.load(at, mask=inside, other=0))  # most are not, and take no atomic
+                tl.atomic_max(at, bits, mask=higher, sem="relaxed")
     if rows is not None:
         tl.store(rows + r, tl.where(usable, row, C * K), mask=r < count)
 
@@ -359,10 +359,10 @@ def add_runs(
     usable = here != END
     begins = _begins(here, _row_at(ordered, i - 1, count, END), END)
     position = tl.load(order + i, mask=usable, other=0)
-    offsets = _row_offsets(position // C, position % C, S, x_b, x_s, x_c, ALIGN)
+    offsets = source_offsets(position // C, position % C, S, x_b, x_s, x_c, ALIGN)
     leads = begins | (usable & (j == 0))  # one position speaks for its run in this chunk
     hot = (here[:, None] == here[None, :]) & leads[:, None]
-    total = _sum_where(hot, _load_rows(x, offsets, usable, v, x_v, V, UNIT), MATRIX)
+    total = _sum_where(hot, load_rows(x, offsets, usable, v, x_v, V, UNIT), MATRIX)
 
     inside = begins & (here != behind)
     columns = (v < V)[None, :]

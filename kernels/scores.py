@@ -22,6 +22,8 @@ SEEN = tl.constexpr(30000.0)  # half norms of all others lie below
 EPSILON = tl.constexpr(2.0**-23)
 FLUSH = tl.constexpr(2.0**-14)  # what a float16 loses at most to MATRIX units that are "flushing"
 TINY = tl.constexpr(2.4e-38)  # twice the least normal float32: what the squares of two distances lose below it
+SIGNIFICAND = tl.constexpr(52)  # bits of a float64; above them stands its power, as
+ONE = tl.constexpr(1023)  # in numbers of [1, 2)
 FAR = tl.constexpr(3.0e38)  # more than any score or distance that decides
 
 
@@ -41,6 +43,12 @@ def row_offsets(row, book, S, stride_b, stride_s, stride_c, FLAT: tl.constexpr, 
 def finite(x):
     """Neither NaN nor Inf."""
     return tl.abs(x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)) < float("inf")
+
+
+@triton.jit
+def two_to(field):
+    """The float64 2^(field - ONE), for int64 fields of normal numbers."""
+    return (field << SIGNIFICAND).to(tl.float64, bitcast=True)
 
 
 @triton.jit

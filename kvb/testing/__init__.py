@@ -5,8 +5,9 @@ Expected results are spelled out here in float64; plain PyTorch is judged by the
 
 from __future__ import annotations
 
-from kvb.testing.cases import CASES, DATA, POOLS, Case, Problem, problem
+from kvb.testing.cases import CASES, POOLS, Case, Problem, problem
 from kvb.testing.checks import CHECKS, Backend
+from kvb.testing.data import DATA, MEMORY
 from kvb.testing.expectations import UNIT, Wrong
 from kvb.testing.runner import run
 from kvb.testing.verdicts import Verdict, attempt, backends, devices, verdict
@@ -15,6 +16,7 @@ __all__ = [
     "CASES",
     "CHECKS",
     "DATA",
+    "MEMORY",
     "POOLS",
     "UNIT",
     "Backend",

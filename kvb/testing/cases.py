@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from kvb.testing.data import DATA, MEMORY
 
 POOLS = ("none", "mean", "sum")
 
@@ -30,78 +31,23 @@ class Case:
     dtype: torch.dtype = torch.float32
     keys: torch.dtype | None = None  # where it differs from that of queries and values
     codes: torch.dtype = torch.int64
-    data: str = "normal"
-    strides: str = "contiguous"
+    data: str = "normal"  # of ``data.DATA``
+    memory: str = "contiguous"  # of ``data.MEMORY``, for queries, indices and gradients
     masked: float = 0.0  # share of the pairs that may not be fetched; from 1 on, no pair of the first codebook may
 
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def _normal(case: Case) -> tuple[Tensor, Tensor]:
-    return _random(case.B, case.S, case.C, case.D), _random(case.C, case.K, case.D)
-
-
-def _offset(case: Case) -> tuple[Tensor, Tensor]:
-    queries, keys = _normal(case)
-    return queries + 100, keys + 100
-
-
-def _lattice(case: Case) -> tuple[Tensor, Tensor]:
-    """Small integers: distances are exact, and most of them tied."""
-    return _normal(case)[0].round().clamp(-2, 2), _normal(case)[1].round().clamp(-2, 2)
-
-
-def _duplicates(case: Case) -> tuple[Tensor, Tensor]:
-    """Three keys of ten stand twice, and every other query is a key."""
-    queries, keys = _normal(case)
-    twins = max(1, case.K * 3 // 10)
-    keys[:, case.K - twins :] = keys[:, :twins]
-    books = torch.arange(case.C)
-    queries[::2] = keys[books, torch.randint(case.K, queries[::2].shape[:3])]
-    return queries, keys
-
-
-def _outliers(case: Case) -> tuple[Tensor, Tensor]:
-    """Neighbouring queries from 1e-8 to 1e8 times as large as the keys."""
-    queries, keys = _normal(case)
-    return queries * 10.0 ** torch.randint(-8, 9, (*queries.shape[:3], 1)), keys
-
-
-def _bad_queries(case: Case) -> tuple[Tensor, Tensor]:
-    queries, keys = _normal(case)
-    bad = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=torch.float64)
-    place = torch.rand(queries.shape) < 0.1
-    return torch.where(place, bad[torch.randint(3, queries.shape)], queries), keys
-
-
-def _bad_keys(case: Case) -> tuple[Tensor, Tensor]:
-    queries, keys = _normal(case)
-    keys[:, ::3, 0], keys[:, 1::5, -1] = torch.nan, torch.inf
-    return queries, keys
-
-
-DATA: dict[str, Callable[[Case], tuple[Tensor, Tensor]]] = {
-    "normal": _normal,
-    "offset": _offset,
-    "lattice": _lattice,
-    "duplicates": _duplicates,
-    "outliers": _outliers,
-    "bad queries": _bad_queries,
-    "bad keys": _bad_keys,
-}
 
 CASES = (
     Case("plain"),
     Case("B=0", B=0),
     Case("B=1", B=1, S=1),
     Case("S=0", S=0),
+    Case("S=1", S=1),
     Case("many queries", B=40, S=20),
     Case("C=1", C=1),
     Case("many codebooks", B=3, S=1, C=70),
     Case("K=1", K=1),
     Case("K=7, below any block", K=7),
+    Case("K=16, one group of keys", K=16),
     Case("K=200, small", B=40, K=200, D=32, V=64),
     Case("K=513, one above a block", K=513),
     Case("K=4096, large", B=70, S=1, K=4096, D=10, V=10),
@@ -125,10 +71,12 @@ CASES = (
     Case("int32 indices", codes=torch.int32),
     Case("int16 indices", codes=torch.int16),
     Case("uint8 indices", codes=torch.uint8),
-    Case("codebooks outermost in memory", strides="transposed"),
-    Case("batch innermost but for D", strides="batch last"),
-    Case("an unaligned slice", strides="slice", D=7, V=3),
-    Case("an expanded batch", strides="expanded"),
+    Case("codebooks outermost in memory", memory="codebooks_first"),
+    Case("codebooks before positions in memory", memory="codebooks_second"),
+    Case("batch innermost but for D", memory="rows_last"),
+    Case("batch innermost", memory="batch_last"),
+    Case("an unaligned slice", memory="a_slice", D=7, V=3),
+    Case("an expanded batch", memory="expanded"),
     Case("3 nearest", T=3),
     Case("3 nearest, large K", T=3, K=1200, D=14),
     Case("all K nearest", T=7, K=7),
@@ -143,30 +91,17 @@ CASES = (
     Case("30 % duplicated keys, large K", data="duplicates", K=1200, D=14),
     Case("30 % duplicated keys, masked", data="duplicates", masked=0.5),
     Case("30 % duplicated keys, 2 nearest", data="duplicates", T=2),
+    Case("keys that differ in their last bits", data="near_duplicates"),
+    Case("queries half-way between two keys", data="bisectors"),
     Case("an offset of 100", data="offset"),
     Case("an offset of 100, large K", data="offset", K=1200, D=14),
     Case("queries of 1e-8 to 1e8 side by side", data="outliers", B=30),
     Case("queries of 1e-8 to 1e8, large K", data="outliers", B=30, K=1200, D=14),
-    Case("queries with NaN and Inf", data="bad queries", T=2),
-    Case("queries with NaN and Inf, large K", data="bad queries", K=1200, D=14),
-    Case("keys with NaN and Inf", data="bad keys"),
-    Case("keys with NaN and Inf, large K", data="bad keys", K=1200, D=14, T=2),
+    Case("queries with NaN and Inf", data="broken_queries", T=2),
+    Case("queries with NaN and Inf, large K", data="broken_queries", K=1200, D=14),
+    Case("keys with NaN and Inf", data="broken_keys"),
+    Case("keys with NaN and Inf, large K", data="broken_keys", K=1200, D=14, T=2),
 )
-
-
-def _in_memory(tensor: Tensor, strides: str) -> Tensor:
-    """The same numbers [B, S, C, ...], laid out otherwise; "expanded" repeats the first batch entry."""
-    if strides == "transposed":
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    if strides == "batch last":
-        return tensor.movedim(0, 2).contiguous().movedim(2, 0)
-    if strides == "expanded":
-        return tensor[:1].expand_as(tensor)
-    if strides == "slice":
-        padded = tensor.new_zeros(tensor.shape[0] + 1, *tensor.shape[1:-1], tensor.shape[-1] + 3)
-        padded[1:, ..., 1:-2] = tensor
-        return padded[1:, ..., 1:-2]
-    return tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,20 +121,24 @@ class Problem:
 def problem(case: Case, device: torch.device) -> Problem:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        queries, keys = DATA[case.data](case)
-        values = _random(case.C, case.K, case.V)
+        drawn = torch.promote_types(torch.promote_types(case.dtype, case.keys or case.dtype), torch.float32)
+        queries, keys = DATA[case.data](case.B * case.S, case.C, case.K, case.D, drawn)
+        queries = queries.view(case.B, case.S, case.C, case.D)
+        values = torch.randn(case.C, case.K, case.V, dtype=drawn)
         mask = torch.rand(case.C, case.K) >= case.masked if case.masked else None
         # Half of the indices meet in one pair: sums of many rows beside sums of few.
         indices = torch.randint(case.K, (case.B, case.S, case.C)) * (torch.rand(case.B, case.S, case.C) < 0.5)
-        grads = {pool: _random(case.B, case.S, *([case.C] if pool == "none" else []), case.V) for pool in POOLS}
+        books = {"none": (case.C,), "mean": (), "sum": ()}
+        grads = {pool: torch.randn(case.B, case.S, *books[pool], case.V, dtype=drawn) for pool in POOLS}
     if mask is not None and case.masked < 1:
         mask[:, 0] = True
+    place = MEMORY[case.memory]
     return Problem(
         case,
-        _in_memory(queries.to(device, case.dtype), case.strides),
+        place(queries.to(device, case.dtype)),
         keys.to(device, case.keys or case.dtype),
         values.to(device, case.dtype),
         None if mask is None else mask.to(device),
-        _in_memory(indices.to(device, case.codes), case.strides if case.strides != "slice" else ""),
-        {pool: _in_memory(grad.to(device, case.dtype), case.strides) for pool, grad in grads.items()},
+        place(indices.to(device, case.codes)),
+        {pool: place(grad.to(device, case.dtype)) for pool, grad in grads.items()},
     )

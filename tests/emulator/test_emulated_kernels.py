@@ -35,6 +35,7 @@ from kvb.kernels import (
     scan,
     scatter,
     search,
+    statistics,
     update,
     values,
 )
@@ -64,8 +65,8 @@ SELECTION = [
     ("nearest", Case("scan", B=4, S=1, K=60, D=14, T=3, dtype=torch.float16, data="duplicates")),
     ("nearest", Case("scan of float64", B=4, S=1, K=40, D=6, dtype=torch.float64)),
     ("nearest", Case("merge", B=1, S=1, C=1, K=2100, D=10, data="bad keys")),
-    ("gather", Case("gather", B=7, V=20, codes=torch.int16, strides="transposed")),
-    ("gather_backward", Case("two slices of one-hot products", B=24, V=20, strides="expanded")),
+    ("gather", Case("gather", B=7, V=20, codes=torch.int16, memory="codebooks_second")),
+    ("gather_backward", Case("two slices of one-hot products", B=24, V=20, memory="expanded")),
     ("gather_backward", Case("large", B=9, K=300, V=5)),
     ("gather_backward_rows", Case("rows", B=9, K=300, V=20)),
     ("sgd_step_", Case("step", B=9, K=300, V=20)),
@@ -80,7 +81,7 @@ def kernels_of(target: str) -> set[str]:
     """All that the launch files name; small codebooks stay on the chip of sm_90 only."""
     source = "".join(path.read_text() for path in Path(launch.__file__).parent.glob("launch_*.py"))
     found = set()
-    for module in (pack, resident, scan, scatter, search, update, values):
+    for module in (pack, resident, scan, scatter, search, statistics, update, values):
         room = module.__name__.rsplit(".", 1)[1]
         found |= {name for name in vars(module) if re.search(rf"\b{room}\.{name}\b", source)}
     return {name for name in found if launch_table.SEARCH[target].resident or name not in ("resident", "refine")}

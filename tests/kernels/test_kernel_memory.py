@@ -16,16 +16,6 @@ if ops.backend("cpu") != "triton":  # Triton decides at its import whether to in
 
 import triton
 import triton.language as tl
-from search_data import (
-    a_slice,
-    batch_last,
-    clusters,
-    codebooks_first,
-    contiguous,
-    expanded,
-    overflowing,
-    ties,
-)
 
 from kvb.kernels import (
     launch_filter,
@@ -36,6 +26,16 @@ from kvb.kernels import (
     launch_training,
     launch_values,
     launcher,
+)
+from kvb.testing.data import (
+    a_slice,
+    batch_last,
+    clusters,
+    codebooks_first,
+    contiguous,
+    lattice,
+    one_codebook,
+    overflowing,
 )
 
 pytestmark = [
@@ -211,7 +211,7 @@ SEARCHES = {
     "pieces of columns": (20, 257, 130, torch.float32, contiguous, False, 1),
     "scan": (FEW, 70, 17, torch.float32, batch_last, True, 3),
     "scan of float64": (5, 33, 5, torch.float64, a_slice, False, 1),
-    "parts": (FEW, 2100, 3, torch.float32, expanded, False, 1),
+    "parts": (FEW, 2100, 3, torch.float32, one_codebook, False, 1),
 }
 
 
@@ -237,7 +237,7 @@ def test_packed_keys_know_nothing_of_their_surroundings(K, D, monkeypatch, poiso
 
 
 @pytest.mark.parametrize(
-    ("data", "K", "D"), [(ties, 300, 3), (overflowing, 31, 64), (overflowing, 40, 8), (clusters, 200, 32)]
+    ("data", "K", "D"), [(lattice, 300, 3), (overflowing, 31, 64), (overflowing, 40, 8), (clusters, 200, 32)]
 )
 def test_listed_rows_stay_in_their_memory(data, K, D, amid_poison):
     require_the_nearest(*data(20, 2, K, D))

@@ -14,15 +14,7 @@ if ops.backend("cpu") != "triton":  # Triton decides at its import whether to in
     pytest.skip("kernels run where TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton is set", allow_module_level=True)
 
 import numpy as np
-from search_data import (
-    GRID,
-    OPEN,
-    clusters,
-    duplicates,
-    near_ties,
-    normal,
-    outliers,
-)
+from search_data import GRID, OPEN
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from kvb.kernels import (
@@ -37,6 +29,7 @@ from kvb.kernels import (
     launcher,
     rows,
 )
+from kvb.testing.data import clusters, duplicates, near_duplicates, normal, outliers
 
 pytestmark = [
     pytest.mark.contract,
@@ -279,7 +272,7 @@ def test_rows_that_one_product_leaves_open(target, K, D, dtype, data, launched, 
     launched.clear()
     require_the_nearest(queries, keys, packed=packed)
     assert launched.names == RESIDENT
-    if data in (near_ties, clusters) and K > 2 and D > 10:
+    if data in (near_duplicates, clusters) and K > 2 and D > 10:
         assert launched.opened() > 40
     mask = torch.rand(2, K) < 0.5
     require_the_nearest(queries, keys, mask, packed=packed)
@@ -338,7 +331,7 @@ def small_parts(N, C, K, D):
     return queries, keys
 
 
-@pytest.mark.parametrize("data", [small_parts, near_ties, outliers, clusters])
+@pytest.mark.parametrize("data", [small_parts, near_duplicates, outliers, clusters])
 @pytest.mark.parametrize(("K", "D"), [(300, 10), (300, 14), (300, 31), (257, 130), (200, 8), (200, 32)])
 def test_flushed_numbers_decide_nothing(K, D, data, flushing):
     queries, keys = data(40, 2, K, D)

@@ -218,8 +218,27 @@ print("done")
 """
 
 
+THREADS_ON_ALL_OPERATORS = """
+import concurrent.futures, random, torch, kvb
+from kvb.testing import cases, checks
+torch.set_num_threads(1)
+problems = [cases.problem(case, torch.device("cpu")) for case in cases.CASES if case.K <= 300][::3]
+work = [(name, problem) for problem in problems for name in kvb.ops.NAMES if name != "sample"]  # it draws numbers
+assert len(problems) >= 8
+
+def check_all(seed):
+    for name, problem in random.Random(seed).sample(work, len(work)):
+        checks.CHECKS[name](torch.ops.kvb, problem)
+
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(check_all, range(4)))
+print("done")
+"""
+
+
 @pytest.mark.threads
-def test_threads_share_a_module():
+@pytest.mark.parametrize("script", [THREADS, THREADS_ON_ALL_OPERATORS], ids=["a module", "every operator"])
+def test_threads_share_what_they_read(script):
     """Under the thread sanitizer this is the search for data races; it exits with 66 where it finds one."""
-    done = run(THREADS)
+    done = run(script)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -10,10 +10,10 @@ import torch
 
 from kvb import functional, ops, reference
 
-pytestmark = [pytest.mark.fallback, pytest.mark.memory]
+pytestmark = [pytest.mark.contract, pytest.mark.fallback, pytest.mark.memory]
 
-if ops.backend("cpu") == "triton":
-    pytest.skip("float64 is the same search on a GPU; Triton's interpreter is slow", allow_module_level=True)
+# Triton's interpreter runs one program after the other.
+QUERIES, RANKS = (6, 12) if ops.backend("cpu") == "triton" else (50, 60)
 
 
 def exact_order(query, keys):
@@ -81,10 +81,10 @@ def test_float64_differences_that_overflow(nearest):
 @pytest.mark.parametrize("exponent", [-300, 0, 300])
 def test_float64_ties_go_to_the_lowest_index(nearest, exponent):
     keys = torch.randint(-2, 3, (1, 60, 2)).double() * 2.0**exponent
-    queries = torch.randint(-2, 3, (50, 1, 1, 2)).double() * 2.0**exponent
-    indices, _ = nearest(queries, keys, 60)
+    queries = torch.randint(-2, 3, (QUERIES, 1, 1, 2)).double() * 2.0**exponent
+    indices, _ = nearest(queries, keys, RANKS)
     plain = (queries[:, 0] / 2.0**exponent - keys / 2.0**exponent).square().sum(-1)
-    assert torch.equal(indices[:, 0, 0], plain.sort(dim=-1, stable=True).indices)
+    assert torch.equal(indices[:, 0, 0], plain.sort(dim=-1, stable=True).indices[..., :RANKS])
 
 
 @pytest.mark.parametrize(

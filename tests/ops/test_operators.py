@@ -7,12 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
-from data_cases import SIZES, arguments, brute, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_calls import PLAIN, SIZES, arguments, brute, problem
 from torch._subclasses import FakeTensorMode
 
 from kvb import functional, ops, reference
+from kvb.testing import Case
 
 pytestmark = [pytest.mark.contract, pytest.mark.memory]
 
@@ -22,7 +23,7 @@ op = torch.ops.kvb
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_nearest_agrees_with_brute_force(sizes, poisoned):
     queries, keys, packed, _ = problem(sizes)
-    topk = min(3, sizes[3])
+    topk = min(3, keys.shape[1])
     indices, distances = op.nearest(queries, keys, packed, None, topk)
     want = brute(queries, keys).sort(dim=-1, stable=True)
     assert torch.equal(indices, want.indices[..., :topk])
@@ -34,7 +35,7 @@ def test_nearest_agrees_with_brute_force(sizes, poisoned):
 @pytest.mark.parametrize("layout", functional.LAYOUTS)
 def test_gather_and_its_gradients(sizes, pool, layout, poisoned):
     *_, values = problem(sizes)
-    B, S, C, K, _, V = sizes
+    B, S, C, K, V = sizes.B, sizes.S, sizes.C, sizes.K, sizes.V
     values.requires_grad_()
     indices = torch.randint(K, (B, S, C))
     each = values[torch.arange(C), indices]
@@ -85,7 +86,7 @@ def strided_variants(queries):
 
 
 def test_strides_do_not_matter_and_inputs_are_not_touched():
-    queries, keys, packed, _ = problem((4, 3, 2, 20, 6, 5))
+    queries, keys, packed, _ = problem(PLAIN)
     want = op.nearest(queries, keys, packed, None, 2)
     hits = op.accumulate(queries, want[0][..., 0], 20)
     for name, variant in strided_variants(queries):
@@ -136,7 +137,7 @@ def test_nearest_on_anything(sizes, dtype, scale, grid, masked, seed, data):
 
 def test_tiles_of_every_size_agree(monkeypatch):
     """Tiling is invisible: one row at a time, odd cuts, everything at once."""
-    queries, keys, packed, values = problem((5, 7, 3, 40, 4, 6))
+    queries, keys, packed, values = problem(Case("tiles", B=5, S=7, C=3, K=40, D=4, V=6))
 
     def run():
         indices, distances = op.nearest(queries, keys, packed, None, 2)
@@ -160,7 +161,7 @@ def test_tiles_of_every_size_agree(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ops.NAMES)
-@pytest.mark.parametrize("sizes", [SIZES["plain"], SIZES["B=1"], SIZES["S=1"]])
+@pytest.mark.parametrize("sizes", [PLAIN, SIZES["B=1"], SIZES["S=1"]])
 def test_opcheck(name, sizes):
     torch.library.opcheck(getattr(op, name).default, arguments(sizes)[name])
 
@@ -168,7 +169,7 @@ def test_opcheck(name, sizes):
 @pytest.mark.parametrize("name", ["nearest", "sample"])
 def test_opcheck_with_gradient(name):
     """The tracing check sums an integer output first, which only works without gradient."""
-    queries, *rest = arguments(SIZES["plain"])[name]
+    queries, *rest = arguments(PLAIN)[name]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(getattr(op, name).default, (queries.requires_grad_(), *rest), test_utils=tests)
 
@@ -187,7 +188,7 @@ def test_fake_tensors_have_the_real_shapes(name, sizes):
 def test_gradcheck():
     # Every number is moved on its own, and the interpreter takes its time.
     B, S, K, V = (1, 1, 4, 1) if ops.backend("cpu") == "triton" else (2, 2, 9, 2)
-    queries, keys, packed, values = problem((B, S, 2, K, 3, V), torch.float64)
+    queries, keys, packed, values = problem(Case("small", B=B, S=S, K=K, D=3, V=V, dtype=torch.float64))
     indices = torch.randint(K, (B, S, 2))
     values.requires_grad_()
     for pool, layout in itertools.product(functional.POOLS, functional.LAYOUTS):
@@ -202,7 +203,7 @@ def test_gradcheck():
 
 
 def test_gradients_go_where_the_contract_says():
-    queries, keys, packed, values = problem(SIZES["plain"])
+    queries, keys, packed, values = problem(PLAIN)
     for tensor in (queries, keys, values):
         tensor.requires_grad_()
     out, indices = op.lookup(queries, keys, packed, values, None, "none")
@@ -220,7 +221,7 @@ def test_gradients_go_where_the_contract_says():
 
 
 def test_distance_gradient_is_zero_where_there_is_no_distance():
-    queries, keys, _, _ = problem(SIZES["plain"])
+    queries, keys, _, _ = problem(PLAIN)
     queries[0, 0, 0, 0] = float("nan")
     queries.requires_grad_()
     mask = torch.zeros(2, 20, dtype=torch.bool)
@@ -233,7 +234,7 @@ def test_distance_gradient_is_zero_where_there_is_no_distance():
 
 
 def test_keys_may_move_before_the_backward_pass():
-    queries, keys, packed, _ = problem(SIZES["plain"])
+    queries, keys, packed, _ = problem(PLAIN)
     queries.requires_grad_()
     indices, distances = op.nearest(queries, keys, packed, None, 1)
     want = 2 * (queries.detach() - keys[torch.arange(2), indices[..., 0]])
@@ -243,7 +244,7 @@ def test_keys_may_move_before_the_backward_pass():
 
 
 def test_indices_saved_for_backward_are_guarded_and_values_are_not():
-    *_, values = problem(SIZES["plain"])
+    *_, values = problem(PLAIN)
     indices = torch.randint(20, (4, 3, 2))
     values.requires_grad_()
     out = op.gather(values, indices, "none", "bscv")
@@ -257,7 +258,7 @@ def test_indices_saved_for_backward_are_guarded_and_values_are_not():
 
 
 def test_codes_made_in_inference_mode_can_be_trained_on():
-    queries, keys, packed, values = problem(SIZES["plain"])
+    queries, keys, packed, values = problem(PLAIN)
     with torch.inference_mode():
         codes = op.nearest(queries, keys, packed, None, 1)[0][..., 0]
     values.requires_grad_()
@@ -266,7 +267,7 @@ def test_codes_made_in_inference_mode_can_be_trained_on():
 
 
 def test_function_transforms():
-    queries, keys, packed, values = problem(SIZES["plain"])
+    queries, keys, packed, values = problem(PLAIN)
     indices = torch.randint(20, (4, 3, 2))
 
     def loss(v, codes):
@@ -288,7 +289,7 @@ def test_function_transforms():
 @pytest.mark.parametrize("name", [name for name in ops.NAMES if name not in ops.IN_PLACE])
 def test_vmap_over_every_tensor_argument(name):
     """Each tensor argument mapped alone over its last axis agrees with a loop."""
-    args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in arguments(SIZES["plain"])[name]]
+    args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in arguments(PLAIN)[name]]
     call = getattr(op, name)
     for place, arg in enumerate(args):
         if not isinstance(arg, torch.Tensor) or arg.dtype == torch.uint8 or (name == "sample" and place == 4):
@@ -306,7 +307,7 @@ def test_vmap_over_every_tensor_argument(name):
 
 
 def test_autocast_changes_nothing():
-    for name, args in arguments(SIZES["plain"]).items():
+    for name, args in arguments(PLAIN).items():
         again = [arg.detach().clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
         want = getattr(op, name)(*args)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -331,7 +332,7 @@ def test_sample_follows_softmax_and_its_seed():
 
 def test_the_backend_that_is_named_answers():
     """A spy on the reference's own tile search: the dispatcher reaches it only where it reports it."""
-    queries, keys, packed, _ = problem(SIZES["plain"])
+    queries, keys, packed, _ = problem(PLAIN)
     with mock.patch.object(reference.search, "_rank", wraps=reference.search._rank) as spy:
         op.nearest(queries, keys, packed, None, 1)
     assert spy.call_count == {"torch": 1, "cpp": 0, "triton": 0}[ops.backend("cpu")]
@@ -339,7 +340,7 @@ def test_the_backend_that_is_named_answers():
 
 
 def test_direct_calls_check_themselves():
-    queries, keys, packed, values = problem(SIZES["plain"])
+    queries, keys, packed, values = problem(PLAIN)
     indices = torch.zeros(4, 3, 2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"expected queries \[B, S, 2, 6\]"):
         op.nearest(queries[..., :5], keys, packed, None, 1)
@@ -361,7 +362,7 @@ def test_direct_calls_check_themselves():
 @pytest.mark.parametrize("bad", [20, -1])
 def test_indices_out_of_bounds(bad):
     """A GPU asserts on the device. Where assertions are left out, as by the interpreter, there is no such pair."""
-    queries, _, _, values = problem(SIZES["plain"])
+    queries, _, _, values = problem(PLAIN)
     indices = torch.zeros(4, 3, 2, dtype=torch.int64)
     indices[1, 1, 1] = bad
     calls = {

@@ -7,7 +7,7 @@ import torch
 
 from kvb import ops, reference
 
-pytestmark = [pytest.mark.fallback, pytest.mark.memory]
+pytestmark = [pytest.mark.contract, pytest.mark.fallback, pytest.mark.memory]
 
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 op = torch.ops.kvb

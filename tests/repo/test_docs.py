@@ -49,6 +49,16 @@ def test_every_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(target.read_text()), link
     for name in re.findall(r"(?:^|[\s`])((?:kvb|tests|benchmarks|kernels|csrc|docs)/[\w./-]*\w)", text):
         assert list(ROOT.glob(name)) or "*" in name, f"{page.name} names {name}"
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{page.name} names {test}"
+
+
+def test_the_map_shows_every_room_and_file():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = [path.parent.relative_to(ROOT) for path in (ROOT / "kvb").glob("*/__init__.py")]
+    files = [path.relative_to(ROOT) for path in (ROOT / "kvb").glob("*.py")]
+    shown = set(re.findall(r"`((?:kvb|csrc|kernels|benchmarks|tests)/[\w/.]*)`", text))
+    assert {f"{room}/" for room in rooms} | {str(file) for file in files} <= shown
 
 
 def test_the_readme_is_short_and_starts_with_use():
@@ -77,20 +87,23 @@ def test_searching_and_decoding_agree(capsys):
 
 def test_training_moves_fetched_rows_alone_and_a_class_is_forgotten():
     names: dict = {}
-    fused, rows = (block for block in blocks(GUIDE) if "sgd_step" in block or "RowwiseAdam" in block)
-    exec(blocks(GUIDE)[0], names)
-    exec(fused, names)
-    learned = names["bottleneck"].values.detach().clone()
-    assert names["data"].codes.dtype == torch.int16
-    assert learned.any()
+    guide = blocks(GUIDE)
+    autograd, codes, fused, forgetting = (
+        next(block for block in guide if sign in block)
+        for sign in ("RowwiseAdam", "data = bottleneck.encode_dataset", "sgd_step", "unlearning")
+    )
+    exec(guide[0], names)
+    before = names["bottleneck"].values.detach().clone()
     with pytest.warns(UserWarning, match="moves a row by 0.51 of what it learned"):
-        exec(rows, names)
-    moved = (names["bottleneck"].values != learned).any(-1)
-    touched = torch.zeros_like(moved)
-    touched[torch.arange(64), names["data"].codes[:256].long()] = True
-    assert torch.equal(moved, touched)
-    (block,) = (block for block in blocks(GUIDE) if "unlearning" in block)
-    exec(block, names)
+        exec(autograd, names)
+    exec(codes, names)
+    assert names["data"].codes.dtype == torch.int16
+    touched = torch.zeros(64, 256, dtype=torch.bool)
+    touched[torch.arange(64), names["data"].codes.long()] = True
+    assert torch.equal((names["bottleneck"].values != before).any(-1), touched)
+    exec(fused, names)
+    assert torch.equal(names["bottleneck"].values.detach().any(-1), touched)
+    exec(forgetting, names)
     fetched = names["per_class"][3] > 0
     assert not names["mask"][fetched].all()
     assert names["mask"][~fetched].all()
@@ -115,6 +128,8 @@ def test_the_shapes_of_embeddings(tmp_path, monkeypatch):
     assert names["each"].shape == (2, 4, 64, 128)
     torch.testing.assert_close(names["each"].mean(1), names["output"])
     assert names["quantized"].shape == (2, 64, 512)
+    (block,) = (block for block in blocks(GUIDE) if "kvb.save(" in block)
+    exec(block, names)
     assert [path.name for path in tmp_path.iterdir()] == ["memory.pt"]
 
 
