@@ -413,7 +413,8 @@ def _problems(name: str, value: Any, current: Tensor) -> list[str]:
     if name in ("keys", "keys_avg") and not torch.stack(value.to(current.dtype).aminmax()).isfinite().all():
         finite = value.to(current.dtype).isfinite().all(-1)
         return [f"{name} contains NaN or Inf in {int((~finite).sum())} of {finite.numel()} pairs as {current.dtype}"]
-    if name in ("cluster_size", "cluster_size_counter") and not ((value >= 0) & value.isfinite()).all():
+    most = 2.0**63 if name == "cluster_size_counter" else torch.inf  # where int64 ends
+    if name in ("cluster_size", "cluster_size_counter") and not ((value >= 0) & (value.double() < most)).all():
         return [f"{name} holds negative or NaN counts, or infinite ones"]
     if name == _FLAGS:
         version, *flags = value.tolist()

@@ -37,7 +37,7 @@ def test_every_case_has_its_versions_and_a_difference_shows():
     other["author_topk"]["out"][2][0] += 1
     other["v00_plain"]["pickle"] = other["author_embedding"]["pickle"]
     other["v00_wide"]["options"]["embed_dim"] = 9
-    assert generator.differences(other, golden, "") == [
+    assert sorted(generator.differences(other, golden, "")) == [
         ".author_topk.out[2]: other numbers",
         ".v00_plain.pickle: other names in the pickle",
         ".v00_wide.options.embed_dim: 9 instead of 8",
