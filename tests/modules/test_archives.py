@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -134,3 +135,76 @@ def test_tensors_that_claim_more_than_the_file_holds(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             kvb.load(wide, claiming(tmp_path, count, 9))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *([], {"weight": []}, {"__metadata__": {"a": 1}}, {"__metadata__": [], "weight": F32}),
+        *({"weight": {**F32, "shape": shape}} for shape in ([-2, -2], [2, 2.0], [True, 4], [2**64, 0], [4, 2], None)),
+        *({"weight": {**F32, "data_offsets": place}} for place in ([0, 8], [16, 0], [0, 8, 16], [4, 20], None)),
+        *({"weight": {**F32, "dtype": kind}} for kind in ("F4", ["F32"], None)),
+        {"weight": F32, "bias": F32},
+    ],
+)
+def test_headers_of_safetensors_that_are_not_what_they_should_be(header, tmp_path):
+    text = json.dumps(header).encode()
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(CheckpointError):
+        kvb.load(nn.Linear(2, 2, bias=False), tmp_path / "file")
+
+
+TWICE = json.dumps({"weight": F32})[:-1] + f', "weight": {json.dumps(F32)}}}'
+
+
+@pytest.mark.parametrize("text", [TWICE, "{" + "[" * 10**5])
+def test_headers_that_are_no_json_of_distinct_names(text, tmp_path):
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(16))
+    with pytest.raises(CheckpointError):
+        kvb.load(nn.Linear(2, 2, bias=False), tmp_path / "file")
+
+
+def rewritten(path, change):
+    """The entries of a file as ``change`` gives them."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(path.with_name("new"), "w") as new:
+        for name in old.namelist():
+            for one, data in change(name, old.read(name)):
+                new.writestr(one, data)
+    return path.with_name("new")
+
+
+def test_archives_of_others(tmp_path):
+    module, source, path = nn.Linear(2, 2), nn.Linear(2, 2), tmp_path / "file"
+    torch.save(dict(source.named_parameters()), path)
+    loaded = kvb.load(module, rewritten(path, lambda name, data: [(f"root/{name.partition('/')[2]}", data)]))
+    assert torch.equal(loaded.weight, source.weight)
+    turned = {"weight": torch.arange(4.0).view(2, 2).T.conj(), "bias": torch._neg_view(torch.ones(2))}
+    torch.save(turned, tmp_path / "turned")
+    kvb.load(module, tmp_path / "turned")
+    assert torch.equal(module.weight, turned["weight"])
+    assert module.bias.tolist() == [-1, -1]
+
+
+def test_archives_that_lack_something(tmp_path):
+    module, path = nn.Linear(2, 2), tmp_path / "file"
+    torch.save(module.state_dict(), path)
+    for part in ("data/0", "data.pkl"):
+        with pytest.raises(CheckpointError, match=part):
+            kvb.load(module, rewritten(path, lambda name, data, part=part: [(name, data)] * (not name.endswith(part))))
+    with pytest.raises(CheckpointError, match="unknown byte order b'middle'"):
+        kvb.load(module, rewritten(path, lambda name, data: [(name, b"middle" if "byteorder" in name else data)]))
+    with pytest.raises(CheckpointError):
+        kvb.load(module, rewritten(path, lambda name, data: []))
+
+
+def test_a_sparse_tensor_that_is_refused_is_forgotten(tmp_path):
+    """PyTorch would remember it, and fail over it in somebody else's ``torch.load``."""
+    outside = torch.sparse_coo_tensor(torch.tensor([[9], [9]]), torch.ones(1), (2, 2), check_invariants=False)
+    torch.save({"weight": outside, "bias": torch.zeros(2)}, tmp_path / "file")
+    with pytest.raises(CheckpointError):
+        kvb.load(nn.Linear(2, 2), tmp_path / "file")
+    torch.save(torch.eye(2).to_sparse(), tmp_path / "good")
+    assert torch.equal(torch.load(tmp_path / "good", weights_only=True).to_dense(), torch.eye(2))
