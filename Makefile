@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
-# The tests must have the C++ extension, unless told otherwise; the demo takes what it gets.
+# The tests must have the C++ extension, unless KVB_BUILD_EXT says otherwise; the demo takes what it gets.
 KVB_BUILD_EXT ?=
 EXT_demo := $(or $(KVB_BUILD_EXT),auto)
 EXT_test := $(or $(KVB_BUILD_EXT),1)
@@ -51,7 +51,7 @@ ON_TRITON := TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton KVB_EXPECT_BACKEND=tri
 ON_LINUX := $(filter Linux,$(shell uname -s))
 PYTEST_ON_TRITON := $(if $(ON_LINUX),$(ON_TRITON) $(BIN)/pytest -q,echo "No Triton here; not run:")
 
-# The kernels run beside the rest: their interpreter keeps one core busy for minutes.
+# The kernels run next to the rest: their interpreter keeps one core busy for minutes.
 test: lint ## run the linters, the tests, and those of the contract once more on plain PyTorch and on the GPU kernels
 	@$(PYTEST_ON_TRITON) -p no:cacheprovider -m "contract and not slow" & triton=$$!; \
 	$(ON_CPP) $(BIN)/pytest -q && $(ON_CPP) $(BIN)/pytest -q benchmarks --benchmark-disable \
@@ -125,7 +125,7 @@ $(VENV)/.kvb-bench: $(VENV)/.kvb-test
 	@KVB_BUILD_EXT=$(EXT_test) $(PIP) install -q --no-build-isolation -e '.[bench]'
 	@touch $@
 
-# Both share one kvb: installing for the demo, with or without an extension, means installing anew for the tests.
+# Both share one kvb: installing for the demo, with or without an extension, means installing again for the tests.
 $(VENV)/.kvb-demo $(VENV)/.kvb-test: $(VENV)/.kvb-%: $(SETUP) pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/*)
 	@echo "Installing kvb[$*]"
 	@rm -f $(VENV)/.kvb-demo $(VENV)/.kvb-test

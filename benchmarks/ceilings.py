@@ -69,7 +69,7 @@ def _library() -> ctypes.CDLL:
 
 
 def multiply_add(threads: int) -> tuple[Contestant, float]:
-    """A register-only loop on so many threads, and how many floating-point operations one run of it performs."""
+    """A register-only loop on ``threads`` threads, and how many floating-point operations one run of it performs."""
     library = _library()
     pool = ThreadPoolExecutor(threads)
 

@@ -27,7 +27,7 @@ from benchmarks.shapes import GPU, Lookup
 from benchmarks.suites import on_device
 from benchmarks.suites.case import KVB
 from benchmarks.suites.on_device import Problem, Work
-from benchmarks.timing import Absent, Contestant, Deadline, Effort, EventClock, clock_of, run_on
+from benchmarks.timing import Absent, Attempt, Contestant, Deadline, Effort, EventClock, clock_of, run_on
 from kvb.testing.verdicts import device_is_lost
 
 LIMIT = 285.0  # seconds for everything
@@ -140,24 +140,11 @@ COLUMNS = "{:<27} {:<16} {:>8} {:>10} {:>8} {:>6} {:>8} {:>6} {:>8}"
 HEAD = COLUMNS.format("row", "who", "N", "time", "GB/s", "copy", "TFLOP/s", "matmul", "wrong")
 
 
-class _Attempt:
-    """Keeps what stopped a row: a missing peer or device feature, a wrong result, or a failure inside of a peer."""
-
-    def __init__(self, ours: bool) -> None:
-        self.ours = ours
-        self.outcome: dict[str, str] = {}
-
-    def __enter__(self) -> _Attempt:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Absent):
-            self.outcome = {"absent": str(error)}
-        elif isinstance(error, Exception):
-            says = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            # Nobody can list how other packages fail, but their failure must not stop the run.
-            self.outcome = {"wrong": says} if self.ours else {"absent": f"failed: {says}"}
-        return isinstance(error, Exception)
+def _outcome(attempt: Attempt, who: str) -> dict[str, str]:
+    """What stopped a row: a missing peer or device feature, a failure of kvb, or one of a peer."""
+    if who == KVB and attempt.error and not attempt.absent:
+        return {"wrong": attempt.error_line}
+    return {"absent": attempt.why} if attempt.error else {}
 
 
 def _timed(contestant: Contestant, work: Work, session: Session, limits: dict[str, float]) -> dict[str, Any]:
@@ -180,7 +167,7 @@ def measure(row: Row, session: Session, limits: dict[str, float]) -> Iterator[di
     """Verify and time a row, and the same as a CUDA graph if it waits for the host; what the report says of each."""
     facts: dict[str, Any] = {"operator": row.operator, "shape": row.shape, "who": row.who}
     contestant = None
-    with _Attempt(row.who == KVB) as attempt:
+    with Attempt() as attempt:
         session.require_time()
         shape = small(GPU[row.shape]) if session.small else GPU[row.shape]
         given = on_device.problem(shape, session.device, row.with_values)
@@ -189,12 +176,12 @@ def measure(row: Row, session: Session, limits: dict[str, float]) -> Iterator[di
         facts |= {"nbytes": work.nbytes, "flops": work.flops}
         contestant = work.kvb if row.who == KVB else peers.offers(work.suite)[row.who](work.given)
         facts |= _timed(contestant, work, session, limits)
-    yield facts | attempt.outcome
-    if contestant is None or row.who != KVB or attempt.outcome or not session.bound_by_host(facts["seconds"]):
+    yield facts | _outcome(attempt, row.who)
+    if contestant is None or row.who != KVB or attempt.error or not session.bound_by_host(facts["seconds"]):
         return
-    with _Attempt(True) as attempt:
+    with Attempt() as attempt:
         facts |= {"who": GRAPH, **_timed(graphed(contestant), work, session, limits)}
-    yield facts | {"who": GRAPH} | attempt.outcome
+    yield facts | {"who": GRAPH} | _outcome(attempt, KVB)
 
 
 def _time(seconds: float) -> str:

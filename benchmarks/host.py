@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from benchmarks.timing import processor_seconds
 from benchmarks.triton_static.offline import TARGETS, Driver, compiling_for
 from kvb.kernels import launch
 
@@ -51,18 +51,6 @@ def calls(N: int = 256, C: int = 8) -> dict[str, Callable[[], Any]]:
     }
 
 
-def microseconds(call: Callable[[], Any]) -> float:
-    """The least processor time of a call, over REPEATS times CALLS in a row; the first, which compiles, apart."""
-    call()
-    found = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        for _ in range(CALLS):
-            call()
-        found.append((time.process_time() - start) / CALLS)
-    return 1e6 * min(found)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
@@ -71,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     above = False
     with compiling_for(options.target, Idle):
         for name, call in calls().items():
-            found = microseconds(call)
+            found = 1e6 * processor_seconds(call, CALLS, REPEATS)
             above |= found > BARS[name]
             print(f"{name:<24} {found:6.1f} us of at most {BARS[name]}{'' if found <= BARS[name] else ', above'}")
     return int(above)

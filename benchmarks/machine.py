@@ -51,7 +51,7 @@ def slug(device: torch.device = CPU) -> str:
 
 
 def device_facts(device: torch.device) -> dict[str, str]:
-    """What computes: the name of a device and its platform, beside the versions."""
+    """What computes: the name of a device and its platform, besides the versions."""
     name = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
     platform = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
     return {"machine": name, "platform": platform, "backend": ops.backend(device.type), **kvb.info()}

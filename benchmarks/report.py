@@ -46,14 +46,14 @@ INSTEAD = (
         "adds learned projections nobody asked for; no freezing, no codes",
     ),
     Instead(
-        "vector-quantize-pytorch, a codebook a head",
+        "vector-quantize-pytorch, a codebook per head",
         "key_update",
         "paper_cifar10",
         "vector-quantize",
         "keys only: values, masks and freezing are yours to write",
     ),
     Instead(
-        "faiss-cpu, an `IndexFlatL2` a codebook",
+        "faiss-cpu, an `IndexFlatL2` per codebook",
         "forward",
         "paper_cifar10",
         "faiss",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Search(NamedTuple):
-    """A search of N queries a codebook: queries [N, 1, C, D], keys [C, K, D]."""
+    """A search of N queries per codebook: queries [N, 1, C, D], keys [C, K, D]."""
 
     N: int
     C: int
@@ -82,7 +82,7 @@ SEARCH = {
 
 
 class Lookup(NamedTuple):
-    """A search of N queries a codebook and the values of what it finds: values [C, K, V]; all of it float32."""
+    """A search of N queries per codebook and the values of what it finds: values [C, K, V]; all of it float32."""
 
     N: int
     C: int

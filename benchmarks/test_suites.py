@@ -5,7 +5,6 @@ With ``--benchmark-disable`` every one runs once, on small shapes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 
@@ -14,8 +13,7 @@ import torch
 
 from benchmarks import peers, suites
 from benchmarks.suites import KVB, Case
-from benchmarks.suites.measuring import attempt
-from benchmarks.timing import Absent, verified
+from benchmarks.timing import Absent, Attempt, verified
 
 TIME = 0.3  # seconds of timed calls per row
 MOST = 50  # calls per row
@@ -53,16 +51,14 @@ def test_suites(suite, shape, who, request, benchmark):
         case = _case(suite, shape, small)
     except Absent as absent:
         pytest.skip(str(absent))
-    absent: dict[str, str] = {}
+    with Attempt() as attempt:
+        contestant = case.kvb if who == KVB else peers.offers(suite)[who](case.given)
+        seconds = verified(contestant)
     # What is wrong with a peer is its own affair, but on small shapes all have been seen to be right.
-    with contextlib.nullcontext() if small or who == KVB else attempt(who, absent):
-        try:
-            contestant = case.kvb if who == KVB else peers.offers(suite)[who](case.given)
-            seconds = verified(contestant)
-        except Absent as why:
-            absent[who] = str(why)
-    if absent:
-        pytest.skip(absent[who])
+    if attempt.why and not attempt.absent and (small or who == KVB):
+        pytest.fail(attempt.why)
+    if attempt.why:
+        pytest.skip(attempt.why)
 
     def begin() -> None:
         if contestant.before is not None:

@@ -12,7 +12,7 @@ import ctypes
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -28,6 +28,40 @@ class Absent(Exception):
 
 class WrongResult(Exception):
     """A result that failed its verification, and so is not timed."""
+
+
+class Attempt:
+    """Goes on after an error, and keeps it: a contestant is absent or wrong, or it fails in a way of its own."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        # Nobody can list how other packages, drivers and profilers fail, but their failure must not stop the run.
+        if isinstance(error, Exception):
+            self.error = error
+        return self.error is not None
+
+    @property
+    def absent(self) -> bool:
+        return isinstance(self.error, Absent)
+
+    @property
+    def error_line(self) -> str:
+        """The error in one line; empty without one."""
+        return " ".join(f"{type(self.error).__name__}: {self.error}".split())[:300] if self.error else ""
+
+    @property
+    def why(self) -> str:
+        """Why a contestant does not take part; empty if it does."""
+        if self.absent:
+            return str(self.error)
+        if isinstance(self.error, WrongResult):
+            return f"wrong, not timed: {self.error}"
+        return f"failed: {self.error_line}" if self.error else ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +128,18 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     start = perf_counter()
     result = run()
     return perf_counter() - start, result
+
+
+def processor_seconds(run: Callable[[], Any], calls: int, repeats: int) -> float:
+    """The least processor time of a call, over ``repeats`` times ``calls`` in a row; the first call apart."""
+    run()
+    found = []
+    for _ in range(repeats):
+        start = process_time()
+        for _ in range(calls):
+            run()
+        found.append((process_time() - start) / calls)
+    return min(found)
 
 
 class HostClock:

@@ -164,7 +164,7 @@ inline void require_cpu(const Tensor& tensor, const char* name) {
           " bytes: it was resized");
 }
 
-// An operator that writes ``written`` while it reads ``read`` must not find its input changed under its hands.
+// An operator that writes ``written`` while it reads ``read`` must not change what it still reads.
 inline void require_apart(
     const Tensor& written, const char* written_name, const Tensor& read, const char* read_name) {
   require(!Extent(written).overlaps(Extent(read)), "expected ", read_name, " that share no memory with the ",

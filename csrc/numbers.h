@@ -80,7 +80,7 @@ inline float widen<float, torch::headeronly::Half>(torch::headeronly::Half value
   return std::bit_cast<float>(sign | (is_small & subnormal) | (~is_small & normal));
 }
 
-// One fetched row: where it stands in the tensor beside the indices, and in the table.
+// One fetched row: where it stands in the tensor that goes with the indices, and in the table.
 struct Row {
   int64_t place;
   int64_t target;

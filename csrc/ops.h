@@ -1,4 +1,4 @@
-// The operators of kvb/ops, as the CPU answers them. Each is documented by its reference in kvb/reference.
+// The operators of kvb/ops, for the CPU. Each is documented by its reference in kvb/reference.
 #pragma once
 
 #include "common.h"

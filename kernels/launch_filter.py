@@ -15,26 +15,26 @@ from torch import Tensor
 from kvb.kernels import resident, search
 from kvb.kernels.device import ceil_div, matrix_units, multiple, power_of_two, processors
 from kvb.kernels.launch_table import Filter, Group, Target
-from kvb.kernels.launcher import Options, run
+from kvb.kernels.launcher import MOST_REGISTERS, Options, run
 from kvb.kernels.layout import ADDED, CONCAT, PIECE, Layout
 from kvb.kernels.rows import Rows
 
 RESIDENT_K = 256  # codebooks up to here may stay on the chip
-RESIDENT_ROWS = 64
+RESIDENT_ROWS = 64  # of a tile: their scores against all keys stay in registers
 RESIDENT_PROGRAMS = 8  # for each processor: they take turns at memory and arithmetic
-REFINE_ROWS, REFINE_COLUMNS = 32, 4  # one thread a row: more would repeat its addresses
+REFINE_ROWS, REFINE_COLUMNS = 32, 4  # one thread per row: more would repeat its addresses
 REFINE_PROGRAMS = 4  # for each program of ``resident``
 REFINE = Options(warps=1)
 
 SMALL_ROWS = 64  # of a tile for batches that fit into it, with 4 warps
-MOST_SPLITS = 64
+MOST_SPLITS = 64  # parts of a codebook, each for programs of its own
 LEAST_TILES = 4  # of a part of a codebook
 BOOKS = 8  # codebooks searched side by side: their packed keys share the cache
-PREPARE_ROWS = 64
+PREPARE_ROWS = 64  # of a program: 64 columns of each fill 32 registers of 128 threads
 RADII = 1024  # largest norms of tiles at a time
 PREPARE_REGISTERS = 168  # three programs of 128 threads share the 65536 of a multiprocessor
-SETTLE_ROWS, SETTLE_COLUMNS = 128, 2  # one thread a row: more would repeat its addresses
-SETTLE = Options(registers=255)
+SETTLE_ROWS, SETTLE_COLUMNS = 128, 2  # one thread per row: more would repeat its addresses
+SETTLE = Options(registers=MOST_REGISTERS)
 
 
 def resident_rows(rows: Rows, keys: Tensor, packed: Tensor, layout: Layout, group: Group, listed: Tensor) -> Tensor:
@@ -117,6 +117,7 @@ def filter_rows(rows: Rows, keys: Tensor, packed: Tensor, layout: Layout, column
     C, K, _ = keys.shape
     entry = _filter_of(rows.count, K, layout, column)
     tiles, row_tiles = ceil_div(K, entry.BK), ceil_div(rows.count, entry.BN)
+    # Two programs share a processor.
     splits = max(1, min(MOST_SPLITS, 2 * processors(keys.device) // (row_tiles * C), tiles // LEAST_TILES))
     per_split = ceil_div(tiles, splits)
     splits = ceil_div(tiles, per_split)
@@ -136,7 +137,7 @@ def filter_rows(rows: Rows, keys: Tensor, packed: Tensor, layout: Layout, column
     run(
         search.search,
         (row_tiles * C, splits),
-        Options(entry.warps, entry.stages, registers=255),
+        Options(entry.warps, entry.stages, registers=MOST_REGISTERS),
         **shared,
         words=packed.view(torch.float16),
         groups=groups,

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from kvb.kernels import update
-from kvb.kernels.device import ceil_div, power_of_two, require
+from kvb.kernels.device import ceil_div, power_of_two
 from kvb.kernels.launch_pack import COLUMNS, Packing, slicing, unpacked
-from kvb.kernels.launcher import Options, run
+from kvb.kernels.launcher import MOST_REGISTERS, Options, run
 from kvb.kernels.layout import TILE
+from kvb.reference.shared import require_statistics
 
-UPDATE = Options(registers=255)
+UPDATE = Options(registers=MOST_REGISTERS)
 
 
 def update_keys_(
@@ -34,7 +35,7 @@ def update_keys_(
     rescale_all: bool,
 ) -> Tensor:
     """One step of the moving averages of keys [C, K, D], in place, with dead pairs replaced; the new keys, packed."""
-    _require_statistics(keys, keys_avg, cluster_size, hits, sums, spare, usable)
+    require_statistics(keys, keys_avg, cluster_size, hits, sums, spare, usable)
     C, K, D = keys.shape
     keep = hits.new_full((), decay).masked_fill_(~hits.any(), 1.0)
     sizes = torch.lerp(hits, cluster_size.to(hits.dtype), keep)
@@ -79,43 +80,3 @@ def update_keys_(
     if surveyed is None:
         packing.survey(None)
     return packing.finish(None)
-
-
-def _require_statistics(
-    keys: Tensor,
-    keys_avg: Tensor,
-    cluster_size: Tensor,
-    hits: Tensor,
-    sums: Tensor,
-    spare: Tensor | None,
-    usable: Tensor | None,
-) -> None:
-    require(
-        keys.dim() == 3 and keys.is_floating_point(),
-        lambda: f"expected floating-point keys [C, K, D], got {keys.dtype} {tuple(keys.shape)}",
-    )
-    C, K, D = keys.shape
-    exact = torch.promote_types(keys.dtype, torch.float32)
-    wanted = {
-        "keys": (keys, keys.dtype, (C, K, D)),
-        "keys_avg": (keys_avg, keys.dtype, (C, K, D)),
-        "cluster_size": (cluster_size, keys.dtype, (C, K)),
-        "hits": (hits, exact, (C, K)),
-        "sums": (sums, exact, (C, K, D)),
-    }
-    require((spare is None) == (usable is None), lambda: "expected spare rows and how many are usable, or neither")
-    if spare is not None and usable is not None:
-        wanted["spare"] = spare, keys.dtype, (C, max(1, spare.shape[1]), D)
-        wanted["usable"] = usable, torch.int64, (C,)
-    for name, (tensor, dtype, shape) in wanted.items():
-        _require_like(keys, name, tensor, dtype, shape)
-
-
-def _require_like(keys: Tensor, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    require(
-        tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.device == keys.device,
-        lambda: (
-            f"expected contiguous {name} {dtype} {shape} on {keys.device}, "
-            f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
-        ),
-    )

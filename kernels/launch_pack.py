@@ -9,13 +9,13 @@ from torch import Tensor
 
 from kvb.kernels import layout, pack
 from kvb.kernels.device import ceil_div, multiple, power_of_two
-from kvb.kernels.launcher import Options, run
+from kvb.kernels.launcher import MOST_REGISTERS, Options, run
 
-COLUMNS = 64  # of a tile of keys, at most
+COLUMNS = 64  # of a tile of keys, at most: with its 64 keys 32 numbers a thread
 SLICE = 256  # keys that one program of ``survey`` sums up, or more, so that there are 64 slices at most
-MOST_SLICES = 64
-SURVEY = Options(registers=255)
-PACK = Options(registers=255, contract=False)
+MOST_SLICES = 64  # ``pack`` reads all of them at once
+SURVEY = Options(registers=MOST_REGISTERS)
+PACK = Options(registers=MOST_REGISTERS, contract=False)
 
 
 def pack_keys(keys: Tensor) -> Tensor:

@@ -8,22 +8,22 @@ from torch import Tensor
 from kvb.kernels import scan
 from kvb.kernels.device import ceil_div, multiple, power_of_two, processors
 from kvb.kernels.launch_pack import allowed
-from kvb.kernels.launcher import Options, run
+from kvb.kernels.launcher import MOST_REGISTERS, Options, run
 from kvb.kernels.rows import Rows
 
 ROWS = 16  # at once, where there are so many
 ELEMENTS, COLUMNS = 4096, 16  # of a tile of rows, keys and columns
 LEAST = 1024  # keys that a part of a codebook should have
-MOST_SPLITS = 64
+MOST_SPLITS = 64  # parts of a codebook, each for programs of its own
 VALUES = 64  # columns of a value at a time
-SCAN = Options(warps=8, registers=255, contract=False)
+SCAN = Options(warps=8, registers=MOST_REGISTERS, contract=False)
 
-MERGE_ROWS = 32
+MERGE_ROWS = 32  # of a program, with all parts of each
 MERGE = Options()
 
-RESCAN_KEYS, RESCAN_COLUMNS = 256, 16
+RESCAN_KEYS, RESCAN_COLUMNS = 256, 16  # of a tile: one row takes all of ELEMENTS
 RESCAN_PROGRAMS = 8  # for each processor
-RESCAN = Options(warps=8, registers=255, contract=False)
+RESCAN = Options(warps=8, registers=MOST_REGISTERS, contract=False)
 
 
 def splits(C: int, K: int, device: torch.device) -> int:

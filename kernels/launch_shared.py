@@ -24,8 +24,8 @@ class Block(NamedTuple):
     columns: int
 
 
-MOST_ROWS = 256  # two a thread: each has its indices, divisions and pointers
-COUNT = Block(2048, 128)  # 16 elements a thread
+MOST_ROWS = 256  # two per thread: each has its indices, divisions and pointers
+COUNT = Block(2048, 128)  # 16 elements per thread
 
 
 def tile_of(block: Block, length: int) -> tuple[int, int]:

@@ -27,7 +27,7 @@ class Group(NamedTuple):
 
 
 LANES = Group(4, 4, 2)  # the accumulators of mma and wgmma
-ROWS = Group(1, 1, 8)  # a row a thread, as tcgen05 leaves them
+ROWS = Group(1, 1, 8)  # a row per thread, as tcgen05 leaves them
 
 
 class Target(NamedTuple):

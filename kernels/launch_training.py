@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvb._torch import assert_async
 from kvb.kernels import scatter
 from kvb.kernels.device import ceil_div, power_of_two, require
 from kvb.kernels.launch_values import gather, gather_backward_rows
@@ -30,7 +31,7 @@ def sgd_step_(
             f"got {targets.dtype} {tuple(targets.shape)} on {targets.device}"
         ),
     )
-    torch._assert_async(((targets >= 0) & (targets < V)).all(), f"a target is out of bounds for {V} classes")
+    assert_async(((targets >= 0) & (targets < V)).all(), f"a target is out of bounds for {V} classes")
     exact = torch.promote_types(values.dtype, torch.float32)
     logits = fetched.to(exact).mean(1)
     shares = logits.log_softmax(-1)

@@ -22,10 +22,10 @@ from kvb.kernels.launch_shared import (
     require_rows,
     tile_of,
 )
-from kvb.kernels.launcher import Options, run
+from kvb.kernels.launcher import MOST_REGISTERS, Options, run
 
-_GATHER = Block(2048, 256)  # 16 elements a thread: four 128-bit loads in flight
-_POOLED = Block(1024, 64)  # 8 sums a thread, and the loads of _POOLED_BOOKS codebooks in flight for each
+_GATHER = Block(2048, 256)  # 16 elements per thread: four 128-bit loads in flight
+_POOLED = Block(1024, 64)  # 8 sums per thread, and the loads of _POOLED_BOOKS codebooks in flight for each
 _POOLED_BOOKS = 4
 _ATOMICS = Block(2048, 128)
 
@@ -36,7 +36,7 @@ _PRODUCT_ROWS = {16: 64, 32: 64, 64: 16}  # rows of one product, by its columns:
 _PRODUCT_PROGRAMS = 1024  # the batch is cut into slices until there are so many; no device decides, so no result varies
 
 _RUN = 32, 64  # positions of a chunk, columns of one product
-_RUN_ALONE = 16, 16  # the same without matrix units
+_RUN_ALONE = 16, 16  # the same without matrix units: 4096 products in registers
 _JOIN = 32  # chunks that a run is completed by at a time
 _PLAIN = Options()
 _WARP = Options(warps=1)
@@ -88,7 +88,7 @@ def _gather_pooled(values: Tensor, indices: Tensor, divisor: int) -> Tensor:
             table.gather_pooled,
             (ceil_div(B * S, rows), ceil_div(V, columns)),
             # Two sums of float64 for each of float32: left to itself, the assembler spills.
-            Options(asserts=True, registers=255 if values.dtype == torch.float64 else None),
+            Options(asserts=True, registers=MOST_REGISTERS if values.dtype == torch.float64 else None),
             values=values,
             **index_arguments(indices),
             out=out,

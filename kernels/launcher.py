@@ -18,6 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from kvb.kernels.device import target
 
+MOST_REGISTERS = 255  # of a thread on NVIDIA
+
 
 class Options(NamedTuple):
     """How a kernel is compiled."""

@@ -228,6 +228,7 @@ def pack(
             tl.store(floats + CENTRE + d, mean, mask=d < D)
     around = tl.sqrt(square).to(tl.float32)
     exponent = ((around.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+    # The scale 2^(6 - exponent), a normal float32: at most 2^126, and 1 where all keys are equal.
     exponent = tl.minimum(tl.maximum(tl.where(around > 0, exponent, 6), -120), 127)
     scale = ((127 + 6 - exponent) << 23).to(tl.float32, bitcast=True)
 

@@ -103,6 +103,17 @@ def _only(groups, places, J: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
+def _distance(query, keys, choice, d, real, D: tl.constexpr):
+    """The squared distance of rows [BN, DP] and one key each, in float64 from the ``real`` columns.
+
+    Threads that share a row may differ in its last bit. It decides nothing, and one stores it.
+    """
+    key = tl.load(keys + choice[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+    apart = tl.where(real, query.to(tl.float64) - key.to(tl.float64), 0.0)
+    return tl.sum(apart * apart, 1)
+
+
+@triton.jit
 def _leave_open(opened, slot, open_rows, open_words, left, line, groups, places, L: tl.constexpr):
     """Append the lines ``left``, and the bits of their threads, to what a program leaves open from ``slot`` on."""
     place = slot + tl.atomic_add(opened + tl.zeros_like(line), 1, mask=left, sem="relaxed")
@@ -206,13 +217,10 @@ def resident(
         choice = _only(groups, places, J, L, E)
         sure = (choice >> 8 == 1) & (least < t * SEEN)
         choice = tl.where(sure, choice & 255, 0)
-        key = tl.load(keys + choice[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-        # Threads that share a row may differ in the last bit of this distance. It decides nothing, and one stores it.
-        apart = tl.where(real, query.to(tl.float64) - key.to(tl.float64), 0.0)
+        distance = _distance(query, keys, choice, d, real, D)
         cell = line.to(tl.int64) * C + book
         tl.store(indices + cell, choice, mask=row_ok & sure)
-        tl.store(distances + cell, tl.sum(apart * apart, 1), mask=row_ok & sure)
-
+        tl.store(distances + cell, distance, mask=row_ok & sure)
         _leave_open(opened, slot, open_rows, open_words, row_ok & ~sure, line, groups, places, L)
 
 

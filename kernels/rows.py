@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 CHUNK = 1 << 24  # rows times codebooks of one launch: what is kept about them in between stays below a few hundred MB
-CHUNK_BYTES = 1 << 28
+CHUNK_BYTES = 1 << 28  # of that, in any case
 WHOLE = 256  # rows of the largest tile
 
 

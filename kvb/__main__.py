@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--processes", type=_count, metavar="N", help="at a time (one per CPU, 14 at most)")
     check.add_argument("--seconds", type=float, metavar="S", help="end after so long; what did not run is no pass")
     check.add_argument("--json", type=Path, metavar="FILE", help="gets a line of JSON for every case, when it is done")
-    commands.add_parser("info", help="versions, and which backend answers on each device")
+    commands.add_parser("info", help="versions, and which backend runs on each device")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Every private part of PyTorch that kvb uses, each named once: what it does, and what says so when it is gone."""
+"""Every private part of PyTorch that kvb uses, each named once: what it does, and the error when it is gone."""
 
 from __future__ import annotations
 
@@ -53,13 +53,17 @@ has_kernel: Callable[[str, str], bool] = _private("torch._C._dispatch_has_kernel
 # Lets a named tuple pass through torch.export.
 register_namedtuple: Callable[..., None] = _private("torch.utils._pytree._register_namedtuple")
 
-# How often a tensor was written, as far as PyTorch was told.
+# How often a tensor was written, as far as PyTorch knows.
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 # How many tensors of Python and C++ are this one, and how many share the storage at an address.
 users_of: Callable[[Tensor], int] = _private("torch.Tensor._use_count")
 users_of_storage: Callable[[int], int] = _private("torch._C._storage_Use_Count")
 # Whether torch.func wraps a tensor.
 is_wrapped: Callable[[Tensor], bool] = _private("torch._C._functorch.is_functorch_wrapped_tensor")
+_is_batched: Callable[[Tensor], bool] = _private("torch._C._functorch.is_batchedtensor")
+_keys_of: Callable[[Tensor], Any] = _private("torch._C._dispatch_keys")
+_OLD_VMAP: Any = _private("torch._C._parse_dispatch_key")("Batched")  # that of is_grads_batched in torch.autograd.grad
+_unwrapped: Callable[[Tensor], Tensor] = _private("torch._C._functorch.get_unwrapped")
 # How many dispatch modes see the operators of this thread, and what torch.jit.trace keeps of them, or None.
 dispatch_modes: Callable[[], int] = _private("torch._C._len_torch_dispatch_stack")
 trace: Callable[[], Any] = _private("torch._C._get_tracing_state")
@@ -99,6 +103,25 @@ def derivatives_on() -> Iterator[None]:
     """
     with torch.enable_grad(), _forward_mode(True):
         yield
+
+
+def transforms_of(tensor: Tensor) -> int:
+    """How many nested torch.func transforms wrap it."""
+    count = 0
+    while is_wrapped(tensor):
+        tensor, count = _unwrapped(tensor), count + 1
+    return count
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether torch.vmap maps over it, at any level of nested torch.func transforms, or a batched backward pass."""
+    if _keys_of(tensor).has(_OLD_VMAP):
+        return True
+    while is_wrapped(tensor):
+        if _is_batched(tensor):
+            return True
+        tensor = _unwrapped(tensor)
+    return False
 
 
 def record_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:

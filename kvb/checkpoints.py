@@ -1,4 +1,4 @@
-"""Checkpoints: whole modules to files and back, all or nothing, with nothing in a file trusted.
+"""Checkpoints: whole modules to files and back, all or nothing; nothing in a file is trusted.
 
 A file holds a state_dict and the SHA-256 of its names, dtypes, shapes and bytes. Files of others load too: a plain
 state_dict in either format, checked by the zip's own CRCs.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import archives, files
+from kvb.modules import legacy
 
 VERSION = 1
 _PIECE = 1 << 18  # elements exchanged at a time
@@ -28,10 +29,11 @@ _SHOWN = 10  # problems named in one message
 _LONG = 200  # characters of what a file holds in one message
 _VERSION, _DIGEST, _STATE = "kvb_checkpoint", "sha256", "state_dict"
 # Flags and mask of a bottleneck, which may be absent: together in one tensor of varying length in kvb 0.1, then apart.
-STATE_NAMES = ("kvb_state", "kvb_flags", "kvb_mask")
+FLAGS, MASK = "kvb_flags", "kvb_mask"
+STATE_NAMES = (legacy.NAME, FLAGS, MASK)
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# Everything that torch, zipfile, pickle and json were seen to raise on files that are not what they should be.
+# What torch, zipfile, pickle and json raise on damaged files.
 _BROKEN = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, binascii.Error, EOFError, MemoryError),
     *(RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, ImportError, OSError),
@@ -40,7 +42,7 @@ _BROKEN = (
 
 
 class CheckpointError(RuntimeError):
-    """A file that is damaged, hostile, of another version, or of another module; nothing was changed."""
+    """A file that is damaged, hostile, of another version, or of another module; nothing has changed."""
 
 
 class _Contents(NamedTuple):
@@ -49,10 +51,10 @@ class _Contents(NamedTuple):
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the module's state_dict to one file: either all of it is there afterwards, or the old file still is.
+    """Write the module's state_dict to one file, all or nothing: a failure leaves the old file.
 
-    The tensors go straight into the file, without a copy of the state. A file that is replaced hands on its mode and
-    owner; the file that a symbolic link names is replaced, not the link.
+    Tensors go straight into the file, without a copy of the state. The new file keeps mode and owner of the old one; a
+    symbolic link stays, and the file that it names is replaced.
 
     Args:
         module: any ``nn.Module`` whose state_dict holds dense tensors only.
@@ -78,10 +80,10 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
-    """Load a file into the module: either all of it, or nothing; returns the module.
+    """Load a file into the module, all or nothing; returns the module.
 
-    Reads files of ``save`` and plain state_dicts of others, in both formats, whatever the file's name. No code in a
-    file is ever run. Names and shapes must match the module's (as ``strict=True``); the tensors take its dtypes and
+    Reads files of ``save`` and plain state_dicts of others, in both formats, whatever the file's name. Never runs code
+    in a file. Names and shapes must match the module's (as ``strict=True``); the tensors take its dtypes and
     devices.
 
     Raises:
@@ -173,7 +175,7 @@ def _flat(state: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def _raise_interruption(error: BaseException | None) -> None:
-    """Raise what stopped the program, Ctrl-C say, where a library fails over it and raises an error of its own."""
+    """Raise what stopped the program (Ctrl-C, say) where a library turned it into its own error."""
     while error is not None:
         if not isinstance(error, Exception):
             raise error
@@ -181,12 +183,12 @@ def _raise_interruption(error: BaseException | None) -> None:
 
 
 def _quoted(name: str) -> str:
-    """A name that may come from a file, for a message."""
+    """Shortens a name, which may come from a file, for a message."""
     return repr(name if len(name) <= _LONG else name[:_LONG] + "...")
 
 
 def _not_plain(value: Any) -> str:
-    """What else than a dense tensor with data this is; empty for one."""
+    """What this is instead of a dense tensor with data; empty if it is one."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     if type(value.detach()) is not Tensor or value.is_nested or value.is_quantized or value.is_meta:
@@ -196,7 +198,7 @@ def _not_plain(value: Any) -> str:
 
 def _verify(state: Mapping[str, Tensor], digest: str) -> None:
     for name, value in state.items():
-        # An expanded tensor may claim any size, and hashing would make it real.
+        # An expanded tensor may claim any size, which hashing would allocate.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{_quoted(name)} claims more elements than it holds")
     if digest != archives.sha256(state):
@@ -215,7 +217,9 @@ def _misfits(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[s
     problems = [f"missing {name!r}" for name in mine if name not in theirs and not optional(name)]
     for name, value in theirs.items():
         if name not in mine:
-            problems += [] if optional(name) else [f"unexpected {_quoted(name)}"]  # its module says so if it minds
+            problems += (
+                [] if optional(name) else [f"unexpected {_quoted(name)}"]
+            )  # its module raises if it must not be there
         elif value.shape != mine[name].shape and not (optional(name) and value.dim() == 1):
             problems.append(f"{name!r}: expected shape {tuple(mine[name].shape)}, got {tuple(value.shape)}")
         elif not (torch.can_cast(value.dtype, mine[name].dtype) or _are_counts(value, mine[name])):

@@ -12,7 +12,7 @@ from kvb import validation
 
 
 class CodebookVoting(nn.Module):
-    """Every codebook and position votes with its value; the mean vote is the logits. Nothing here learns.
+    """Each codebook and position votes with its value; the mean vote is the logits. Has no parameters.
 
     Equivalent to ``values.flatten(1, -2).mean(1)``; with ``topk`` to ``(values * weights).sum(2)`` over the T fetched
     values before it.
@@ -20,9 +20,9 @@ class CodebookVoting(nn.Module):
     Args:
         num_classes: must equal the value dim V.
         topk: T of the bottleneck.
-        weights: one number for each rank, for ``topk`` > 1; ones by default.
+        weights: one number per rank, for ``topk`` > 1; ones by default.
         dropout: the probability, in training mode, that a codebook at a position has no vote.
-        channel_last: values end with V; or else, as a channel-first encoder returns them, V comes before the positions.
+        channel_last: values end with V; otherwise, as from a channel-first encoder, V comes before the positions.
     State:
         weights [T], for ``topk`` > 1 only.
     """
@@ -48,14 +48,16 @@ class CodebookVoting(nn.Module):
             self.register_buffer("weights", torch.tensor(weights or [1] * topk, dtype=torch.float32))
         self.dropout = validation.number("dropout", dropout, 0.0, 1.0)
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """values -> logits [B, V].
 
         With ``channel_last`` values are [B, C, *shape, V] (any axes between the first and the last), and for ``topk``
         > 1 [B, C, T, *shape, V]; without, [B, C, V, *shape] and [B, C, T, V, *shape].
 
+        Args:
+            mask: bool [B, *shape], True where a position votes; a sample without any gets zeros.
         Raises:
-            TypeError: not a floating-point tensor. ValueError: a shape that does not fit.
+            TypeError: not a floating-point tensor, or a mask that is not bool. ValueError: a shape that does not fit.
         """
         validation.floating("CodebookVoting", "values", values)
         ranks = self.topk > 1
@@ -77,10 +79,18 @@ class CodebookVoting(nn.Module):
         votes = values.movedim(axis, -1)
         if ranks:
             votes = torch.tensordot(votes, self.weights.to(values.dtype), ([2], [0]))
-        votes = votes.flatten(1, -2)
+        if mask is not None:
+            validation.positions("CodebookVoting", mask, (votes.shape[0], *votes.shape[2:-1]))
+            validation.same_device("mask", mask, "values", values)
+            votes = torch.where(mask[:, None, ..., None], votes, 0)
+        flat = votes.flatten(1, -2)
         if self.training and self.dropout:
-            votes = nn.functional.dropout1d(votes, self.dropout)
-        return votes.mean(1)
+            flat = nn.functional.dropout1d(flat, self.dropout)
+        if mask is None:
+            return flat.mean(1)
+        return flat.sum(1) / (
+            mask.reshape(len(mask), mask.shape[1:].numel()).sum(1, keepdim=True) * votes.shape[1]
+        ).clamp(min=1)
 
     def extra_repr(self) -> str:
         return f"{self.num_classes} classes" + (f", topk={self.topk}" if self.topk > 1 else "")
@@ -103,7 +113,7 @@ class LinearProbe(nn.Module):
         self.linear = nn.Linear(num_features, validation.positive_int("num_classes", num_classes), bias=bias)
 
     def forward(self, values: Tensor) -> Tensor:
-        """values [B, ...] of ``num_features`` a sample -> logits [B, num_classes]."""
+        """values [B, ...], ``num_features`` per sample, -> logits [B, num_classes]."""
         logits: Tensor = self.linear(_flat(type(self).__name__, values, self.num_features))
         return logits
 
@@ -126,7 +136,7 @@ class MLP(nn.Module):
         self.output = nn.Linear(hidden, validation.positive_int("num_classes", num_classes))
 
     def forward(self, values: Tensor) -> Tensor:
-        """values [B, ...] of ``num_features`` a sample -> logits [B, num_classes]."""
+        """values [B, ...], ``num_features`` per sample, -> logits [B, num_classes]."""
         flat = _flat(type(self).__name__, values, self.num_features)
         logits: Tensor = self.output(self.hidden(flat).relu())
         return logits
@@ -136,17 +146,17 @@ def _flat(owner: str, values: Tensor, num_features: int) -> Tensor:
     validation.floating(owner, "values", values)
     if values.dim() < 2 or values.shape[1:].numel() != num_features:
         raise ValueError(
-            f"expected values of shape (B, ...) with num_features = {num_features} numbers a sample, "
+            f"expected values of shape (B, ...) with num_features = {num_features} numbers per sample, "
             f"got {tuple(values.shape)}"
         )
     return values.flatten(1)
 
 
 def add_distance_to_values(values: Tensor, distances: Tensor, *, axis: int = -1) -> Tensor:
-    """The distance to the fetched key as one more channel of the value.
+    """Append the distance to the fetched key to its value, as one more channel.
 
-    Equivalent to ``torch.cat([values, distances[..., None]], -1)``. It is the only way in which a loss on the output
-    reaches the features. Distances are positive; the published ones are negative.
+    Equivalent to ``torch.cat([values, distances[..., None]], -1)``. Only so does a loss on the output
+    reach the features. Distances are positive; the published ones are negative.
 
     Args:
         values, distances: [B, C, *shape, V] and [B, C, *shape], as ``BottleneckOutput`` has them.

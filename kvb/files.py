@@ -1,7 +1,7 @@
 """Writes a file as a whole: afterwards there is the new file or the old one, never a mixture and never a part.
 
-The new file grows under a name of its own beside the old one, locked as long as its writer lives. So two writers never
-meet, and what a killed writer left behind shows by its missing lock.
+The new file grows under its own name next to the old one, locked as long as its writer lives. So two writers never
+collide, and a missing lock shows what a killed writer left behind.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The documented front doors of the operators: check the arguments, then call ``torch.ops.kvb``.
+"""The operators as functions: check the arguments, then call ``torch.ops.kvb``.
 
 Letters: B batch, S positions, C codebooks, K key-value pairs per codebook, D key dim, V value dim.
 Source of all: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kvb import ops, validation
 from kvb._torch import assert_async
-
-POOLS = ("none", "mean", "sum")
-LAYOUTS = ("bscv", "bcsv")
+from kvb.reference.values import LAYOUTS as LAYOUTS
+from kvb.reference.values import POOLS as POOLS
+from kvb.reference.values import Layout as Layout
+from kvb.reference.values import Pool as Pool
 
 
 def _check_search(owner: str, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
@@ -35,7 +36,7 @@ def _check_search(owner: str, queries: Tensor, keys: Tensor, mask: Tensor | None
 
 
 def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
-    """The packed keys that a caller brings along, if they are of these keys; else new ones."""
+    """The packed keys that the caller passes, if they belong to these keys; new ones for None."""
     if given is None:
         return torch.ops.kvb.pack_keys(keys)
     validation.tensor("nearest", "packed", given)
@@ -47,7 +48,7 @@ def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
     if keys.device.type == "cpu" and not torch.compiler.is_compiling():
         if not matches:
             raise RuntimeError(message)
-    else:  # here the host does not wait: the device asserts it
+    else:  # the host must not wait here: the device asserts it
         assert_async(matches, message)
     return given
 
@@ -85,9 +86,9 @@ def nearest(
     Args:
         queries: [B, S, C, D] float16, bfloat16, float32 or float64, any strides.
         keys: [C, K, D], same device. float64 on either side makes the whole search float64.
-        packed: ``pack_keys(keys)``, to share between calls; every call reads the keys once to see that they match.
+        packed: ``pack_keys(keys)``, to share between calls; every call reads the keys once to check that they match.
         mask: [C, K] bool, True where a key may be found.
-        topk: how many, nearest first.
+        topk: how many keys, nearest first.
     Returns:
         indices: [B, S, C] int64, with a last axis T when ``topk`` > 1. Ties go to the lowest index. A query with NaN
             or Inf gets index 0 (0..T-1); a key with NaN or Inf is never found before a finite one.
@@ -121,8 +122,8 @@ def sample(
 
     Args:
         queries, keys, mask: as for ``nearest``.
-        temperature: > 0; towards 0 the draws become the nearest keys.
-        topk: draw so many different keys per query.
+        temperature: > 0; the closer to 0, the nearer the keys.
+        topk: how many different keys to draw per query.
         generator: a CPU generator for the seed; PyTorch's default otherwise.
     Returns:
         indices [B, S, C] int64 and their squared distances, as ``nearest`` returns them; [B, S, C, T] for topk > 1.
@@ -138,9 +139,9 @@ def sample(
 
 
 def gather(
-    values: Tensor, indices: Tensor, *, pool: str = "none", layout: str = "bscv", sparse_grad: bool = False
+    values: Tensor, indices: Tensor, *, pool: Pool = "none", layout: Layout = "bscv", sparse_grad: bool = False
 ) -> Tensor:
-    """Fetch the values that indices name, and pool them over codebooks if asked.
+    """Fetch the values at ``indices``, optionally pooled over codebooks.
 
     Equivalent to ``values[arange(C), indices]`` followed by nothing, ``.mean(2)`` or ``.sum(2)``.
 
@@ -148,7 +149,7 @@ def gather(
         values: [C, K, V] floating point.
         indices: [B, S, C] of any integer dtype, same device.
         pool: "none", "mean" or "sum" over codebooks.
-        layout: "bscv", or "bcsv" to have the codebooks before the positions; both are written directly.
+        layout: "bscv", or "bcsv" with the codebooks before the positions; both are written directly.
         sparse_grad: make the gradient a coalesced sparse tensor of the rows fetched, never a dense [C, K, V].
     Returns:
         [B, S, C, V] or [B, C, S, V], pooled [B, S, V]; dtype of ``values``, differentiable with respect to them.
@@ -174,7 +175,7 @@ def lookup(
     *,
     packed: Tensor | None = None,
     mask: Tensor | None = None,
-    pool: str = "none",
+    pool: Pool = "none",
 ) -> tuple[Tensor, Tensor]:
     """For every query and codebook, fetch the value of the nearest key.
 

@@ -8,8 +8,8 @@ a tensor                        inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,51 @@ _ADVICE = "pass labels_extractor=lambda item: ..., or labels=False to have none"
 _SHOWN = 8  # names in a message
 
 
+class Taken(NamedTuple):
+    """An item, and what was taken out of it."""
+
+    item: Any
+    inputs: Any
+    mask: Any  # [B, *shape], which positions count; None for all
+
+
+def taken_apart(
+    data: Tensor | Iterable[Any],
+    *,
+    cut: Callable[[Tensor], Sequence[Tensor]],
+    inputs_extractor: Callable[[Any], Any] | None,
+    mask: Tensor | None,
+    mask_extractor: Callable[[Any], Any] | None,
+) -> tuple[Iterable[Any], Callable[[Any], Taken]]:
+    """Data as batches, and what takes one of them apart. A tensor, and its mask, are cut.
+
+    Raises:
+        TypeError: data is no tensor and cannot be iterated; a mask that is not bool. ValueError: a mask of another
+        number of samples, or given in the way that data of the other kind takes.
+    """
+    if not isinstance(data, Tensor):
+        if not isinstance(data, Iterable):
+            raise TypeError(f"data must be a Tensor or an iterable of batches, not {type(data).__name__}")
+        if mask is not None:
+            raise ValueError(
+                f"mask goes with data that is a tensor, got data of type {type(data).__name__}: pass "
+                "mask_extractor=lambda item: ... to take a mask out of every item"
+            )
+        return data, lambda item: Taken(
+            item, inputs_of(item, inputs_extractor), None if mask_extractor is None else mask_extractor(item)
+        )
+    if mask_extractor is not None:
+        raise ValueError("mask_extractor goes with data that is iterated, got a tensor: pass mask=... [N, *shape]")
+    parts = cut(data)
+    if mask is None:
+        return parts, lambda part: Taken(part, part, None)
+    validation.mask_of_samples(mask, len(data))
+    pairs = list(zip(parts, mask.split([len(part) for part in parts]), strict=True))
+    return pairs, lambda pair: Taken(pair[0], *pair)
+
+
 def inputs_of(item: Any, extractor: Callable[[Any], Any] | None = None) -> Any:
-    """The inputs in an item: what the extractor takes, its first element, a mapping without labels, or itself."""
+    """The inputs in an item: what the extractor returns, its first element, a mapping without labels, or the item."""
     if extractor is not None:
         return extractor(item)
     if isinstance(item, Mapping):
@@ -59,9 +102,9 @@ def labels_of(item: Any, inputs: Any, *, extracted: bool = False) -> Any:
 
 
 def label_tensor(found: Any, advice: str = "") -> Tensor:
-    """Labels on the host as one tensor: of a tensor, an array, numbers in lists, or one of these in a mapping.
+    """Labels as one tensor on the host, from a tensor, an array, numbers in lists, or one of these in a mapping.
 
-    ``advice`` ends what is raised.
+    ``advice`` ends the error message.
 
     Raises:
         TypeError: torch cannot make a tensor of them.
@@ -118,7 +161,7 @@ class Labels:
         return labels_of(item, inputs, extracted=self.inputs_extracted)
 
     def add(self, found: Any, samples: int) -> None:
-        """Keep what ``find`` found in an item of so many samples.
+        """Keep what ``find`` found in an item of ``samples`` samples.
 
         Raises:
             TypeError: labels that are no numbers. ValueError: another number than samples, another dtype or shape than

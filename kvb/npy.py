@@ -1,7 +1,8 @@
-"""Codes and their labels in one file: two arrays in NumPy's .npy format, one after the other, written as they come.
+"""Codes, labels and masks in one file: arrays in NumPy's .npy format, one after the other, written as they come.
 
-``numpy.load(path, mmap_mode="r")`` reads the codes; on an open file ``numpy.load`` reads codes, then labels. Here both
-are mapped: nothing is read before it is used.
+``numpy.load(path, mmap_mode="r")`` reads the codes; on an open file ``numpy.load`` reads codes, then labels [N, ...] if
+there are any, then a mask [N, *shape] if there is one; codes with a mask and no labels have labels [N, 0]. Here all are
+mapped: nothing is read before it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kvb import files
 
 _MAGIC = b"\x93NUMPY\x01\x00"  # of version 1.0; two bytes with the header's length follow
 _ALIGNED = 64  # bytes that the numbers of an array start at a multiple of
-_MANY = 10**18  # more samples than there can be: the codes' header has room for so many
+_MANY = 10**18  # an upper bound of samples: the codes' header has room for it
 _CODES = {"i2": torch.int16, "i4": torch.int32, "i8": torch.int64}
 _LABELS = {
     **_CODES,
@@ -37,10 +38,11 @@ _SHOWN = 100  # characters of a header in a message
 
 
 class Mapped(NamedTuple):
-    """A file's codes and labels, each a map of it that others do not see written to; and which file that is."""
+    """A file's arrays, each a map of it that others do not see written to; and which file that is."""
 
     codes: Tensor
     labels: Tensor | None
+    mask: Tensor | None
     identity: tuple[int, ...]
 
 
@@ -53,13 +55,13 @@ def stores(dtype: torch.dtype) -> bool:
     return dtype in _LABELS.values()
 
 
-def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor]) -> None:
-    """Write parts [N, ...] of codes one by one, then the labels that are known when the last part has come.
+def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> None:
+    """Write parts [N, ...] of codes one by one, then labels and masks, which are known when the last part has come.
 
     Args:
         file: a new file.
         parts: at least one; int16, int32 or int64.
-        labels: for all parts, in the same order; empty if there are none.
+        labels, masks: for all parts, in the same order; empty if there are none.
     """
     samples = room = 0
     for codes in parts:
@@ -68,9 +70,12 @@ def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor]) -> 
         codes = codes.contiguous()
         file.write(files.content(codes))
         samples += len(codes)
-    if labels:
-        file.write(_header((samples, *labels[0].shape[1:]), labels[0].dtype, file.tell()))
-        for part in labels:
+    if masks and not labels:
+        labels = [torch.empty((samples, 0), dtype=torch.int8)]
+    for rest in (labels, masks):
+        if rest:
+            file.write(_header((samples, *rest[0].shape[1:]), rest[0].dtype, file.tell()))
+        for part in rest:
             part = part.contiguous()
             file.write(files.content(part))
     file.seek(0)
@@ -78,7 +83,7 @@ def write(file: BinaryIO, parts: Iterable[Tensor], labels: Sequence[Tensor]) -> 
 
 
 def read(file: BinaryIO, path: str) -> Mapped:
-    """Map a file, which may be closed afterwards; ``path`` is its name in messages.
+    """Map a file, which may be closed afterwards; messages call it ``path``.
 
     Raises:
         ValueError: it is not exactly what ``write`` or ``numpy.save`` writes.
@@ -98,20 +103,28 @@ def _read(file: BinaryIO) -> Mapped:
         raise _Damage("got something else")
     memory = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_COPY)
     codes, end = _array(memory, 0, _CODES)
-    labels = None
+    labels = mask = None
     if codes.dim() < 2:
         raise _Damage(f"got numbers of shape {tuple(codes.shape)} instead of (N, C, *shape)")
     if end < status.st_size:
-        labels, end = _array(memory, end, _LABELS)
+        labels, end = _array(memory, end, _LABELS, may_be_empty=True)
         if len(labels) != len(codes):
             raise _Damage(f"got {len(labels)} labels of {len(codes)} samples")
+    if memory[end : end + len(_MAGIC)] == _MAGIC:
+        mask, end = _array(memory, end, {"b1": torch.bool})
+        if mask.shape[1:] not in (codes.shape[2:], codes.shape[3:]) or len(mask) != len(codes):
+            raise _Damage(f"got a mask {tuple(mask.shape)} of codes {tuple(codes.shape)}")
     if end != status.st_size:
         raise _Damage(f"got {status.st_size - end} bytes after its arrays")
-    return Mapped(codes, labels, identity(status))
+    if labels is not None and labels.numel() == 0:
+        if mask is None:
+            raise _Damage(f"got labels {tuple(labels.shape)}")
+        labels = None
+    return Mapped(codes, labels, mask, identity(status))
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:
-    """What no other file has, nor this one with other content."""
+    """Identifies a file with its present content."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -130,7 +143,9 @@ def _header(shape: Sequence[int], dtype: torch.dtype, begin: int, room: int = 0)
     return _MAGIC + (length - fixed).to_bytes(2, "little") + text.ljust(length - fixed - 1) + b"\n"
 
 
-def _array(memory: mmap.mmap, begin: int, dtypes: dict[str, torch.dtype]) -> tuple[Tensor, int]:
+def _array(
+    memory: mmap.mmap, begin: int, dtypes: dict[str, torch.dtype], *, may_be_empty: bool = False
+) -> tuple[Tensor, int]:
     """One array, and where the next begins."""
     start = begin + len(_MAGIC) + 2
     if memory[begin : begin + len(_MAGIC)] != _MAGIC:
@@ -146,6 +161,8 @@ def _array(memory: mmap.mmap, begin: int, dtypes: dict[str, torch.dtype]) -> tup
         raise _Damage(f"got numbers of type {(found[1] + found[2]).decode()!r}")
     count = math.prod(shape)
     want = end + count * dtype.itemsize
-    if count == 0 or want > len(memory):
+    if want > len(memory) or (count == 0 and not may_be_empty):
         raise _Damage(f"{shape} asks for {want} bytes, got {len(memory)}")
+    if count == 0:
+        return torch.empty(shape, dtype=dtype), want
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=end).view(shape), want

@@ -1,7 +1,7 @@
 """Optimizers that move a row of a value table only when it has a gradient, and clipping for sparse gradients.
 
-A dense optimizer with momentum, weight decay or Adam's averages goes on moving rows that nothing fetches any more, and
-so forgets what they learned; ``audit`` finds such optimizers.
+A dense optimizer with momentum, weight decay or Adam's averages keeps moving rows that are no longer fetched, and so
+forgets what they learned; ``audit`` finds such optimizers.
 
 Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3: an update is local to
 the pairs that were fetched.
@@ -28,7 +28,7 @@ def _merged(grad: Tensor) -> Tensor:
     """A sparse gradient without repeated rows."""
     if grad.is_coalesced():
         return grad
-    # autograd forgets that rows came merged and in order; looking is cheaper than sorting them again.
+    # Autograd forgets that the rows are merged and in order; checking is cheaper than sorting them again.
     rows = _flat(_torch.coordinates(grad), grad.shape)
     return _torch.call_coalesced(grad) if bool((rows[1:] > rows[:-1]).all()) else grad.coalesce()
 
@@ -46,16 +46,16 @@ def _sparse_rows(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     if grad.sparse_dim() != param.dim() - 1:
         raise ValueError(
             f"expected a sparse gradient with the last axis of {tuple(param.shape)} dense, sparse_dim = "
-            f"{param.dim() - 1}, got sparse_dim = {grad.sparse_dim()}: a row is learned as a whole"
+            f"{param.dim() - 1}, got sparse_dim = {grad.sparse_dim()}: a row learns as a whole"
         )
     merged = _merged(grad)
     return _flat(merged.indices(), param.shape), merged.values()
 
 
 def _touched_rows(param: Tensor, grad: Tensor, zeros_move: bool) -> tuple[Tensor, Tensor]:
-    """The rows with a gradient that is not zero, the same ones for a dense and a sparse gradient.
+    """The rows whose gradient is not zero: the same for a dense and a sparse gradient.
 
-    Listed rows of zeros may stay where an optimizer does not move them.
+    Rows of zeros in a sparse gradient may stay in the list if the optimizer does not move them.
     """
     if grad.is_sparse:
         rows, each = _sparse_rows(param, grad)
@@ -74,7 +74,7 @@ def _touched_rows(param: Tensor, grad: Tensor, zeros_move: bool) -> tuple[Tensor
 class _Rowwise(torch.optim.Optimizer):
     """What the row-wise optimizers share: which rows move, their state, and weight decay.
 
-    ``_move`` is one definition for a table's touched rows and for an ordinary parameter.
+    ``_move`` works on the touched rows of a table and on ordinary parameters alike.
     """
 
     def __init__(self, params: Any, rowwise: bool | None, **defaults: Any) -> None:
@@ -83,7 +83,7 @@ class _Rowwise(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "rowwise": rowwise})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.add_param_group``; the options of the group are checked."""
+        """As ``torch.optim.Optimizer.add_param_group``; checks the options of the group."""
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -98,7 +98,7 @@ class _Rowwise(torch.optim.Optimizer):
         """One step; a closure computes the loss and its gradients first, and its loss is returned.
 
         Raises:
-            ValueError: a sparse gradient whose rows are not whole, or a table that is not contiguous.
+            ValueError: a sparse gradient with a sparse last axis, or a table that is not contiguous.
         """
         loss = None
         if closure is not None:
@@ -126,7 +126,7 @@ class _Rowwise(torch.optim.Optimizer):
             table.index_copy_(0, rows, part)
 
     def _memory(self, param: Tensor, group: dict[str, Any], *, rows: bool) -> dict[str, Tensor]:
-        """The state of a parameter, made at its first step; ``step`` counts each row's own steps."""
+        """The state of a parameter, created at its first step; ``step`` counts the steps of each row."""
         state = self.state[param]
         if not state:
             state.update(self._fresh(param, group))
@@ -163,9 +163,9 @@ class RowwiseSGD(_Rowwise):
     Args:
         params: parameters or groups, as ``torch.optim`` takes them; ``param_groups`` makes groups of a model.
         lr: the learning rate, >= 0; the paper's is 0.3.
-        weight_decay: decoupled, >= 0, for touched rows only: a decay of all rows would forget.
-        rowwise: whether the parameters are tables [..., V] of rows. None takes those of three axes, [C, K, V], for
-            tables and all others for ordinary parameters; a Conv1d weight, three axes too, wants a group of its own
+        weight_decay: decoupled, >= 0, on touched rows only: decaying all rows would forget.
+        rowwise: whether the parameters are tables [..., V] of rows. None treats those with three axes, [C, K, V], as
+            tables and all others as ordinary parameters; put a Conv1d weight, which has three axes too, into a group
             with ``rowwise=False``. A sparse gradient always moves single rows.
     State:
         none.
@@ -191,11 +191,11 @@ class RowwiseAdagrad(_Rowwise):
     """Adagrad, whose sums of squares grow for touched rows only.
 
     Equivalent to ``torch.optim.Adagrad(lr=lr, eps=eps)`` on the rows whose gradient is not zero, with decoupled weight
-    decay for them. Every number has a sum of its own, as there.
+    decay on them. Each element has its own sum, as in ``torch.optim.Adagrad``.
 
     Args:
         params, lr, weight_decay, rowwise: as for ``RowwiseSGD``.
-        initial_accumulator_value: what the sums start from, >= 0.
+        initial_accumulator_value: the initial value of the sums, >= 0.
         eps: added to their roots, > 0.
     State:
         ``sum``, the shape of the parameter.
@@ -224,7 +224,7 @@ class RowwiseAdagrad(_Rowwise):
 
     def _fresh(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         start = group["initial_accumulator_value"]
-        # Pages of zeros cost nothing until a row is touched.
+        # Pages of zeros take no memory until a row is touched.
         return {"sum": torch.full_like(param, start) if start else torch.zeros_like(param)}
 
     def _move(self, param: Tensor, grad: Tensor, memory: dict[str, Tensor], group: dict[str, Any]) -> None:
@@ -234,11 +234,11 @@ class RowwiseAdagrad(_Rowwise):
 
 
 class RowwiseAdam(_Rowwise):
-    """Adam, whose averages and step counts belong to single rows: only a gradient moves them.
+    """Adam with averages and step counts per row: only a gradient moves them.
 
-    Equivalent to a ``torch.optim.AdamW`` for every row, which steps when the gradient of its row is not zero; and to
-    ``torch.optim.AdamW`` for ordinary parameters. Other than ``torch.optim.SparseAdam`` it takes dense gradients, too,
-    and corrects a row's bias by its own steps: a row first touched late begins with a step of ``lr``, not of 3 ``lr``.
+    Equivalent to one ``torch.optim.AdamW`` per row, which steps when the gradient of its row is not zero; and to
+    ``torch.optim.AdamW`` for ordinary parameters. Unlike ``torch.optim.SparseAdam`` it also takes dense gradients, and
+    corrects the bias of a row by its own steps: a row first touched late starts with a step of ``lr``, not of 3 ``lr``.
 
     Args:
         params, lr, weight_decay, rowwise: as for ``RowwiseSGD``.
@@ -301,15 +301,15 @@ def clip_grad_norm_(
 ) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` for dense and sparse gradients together: one norm over all of them.
 
-    Equivalent to the same on ``grad.to_dense()``, without the dense table: gradients are scaled in place by
-    ``min(1, max_norm / (norm + 1e-6))``. Sparse ones are merged first, and stay so.
+    Equivalent to ``torch.nn.utils.clip_grad_norm_`` on ``grad.to_dense()``, without the dense table: scales gradients
+    in place by ``min(1, max_norm / (norm + 1e-6))``. Sparse gradients are coalesced first, and stay so.
 
     Args:
-        parameters: one or many; those without a gradient are passed over.
+        parameters: one or many; those without a gradient are skipped.
         max_norm: the largest norm allowed.
         norm_type: p of the norm, float("inf") for the largest absolute value.
         error_if_nonfinite: raise if the norm is NaN or Inf.
-        foreach: as there.
+        foreach: as for ``torch.nn.utils.clip_grad_norm_``.
     Returns:
         the norm before clipping, [].
     Raises:
@@ -333,20 +333,20 @@ def clip_grad_norm_(
 
 
 def param_groups(model: nn.Module, lr: float, values_lr: float | None = None) -> list[dict[str, Any]]:
-    """The parameters of a model in two groups for an optimizer: value tables, and the rest, where there is any.
+    """The parameters of a model in two groups for an optimizer: value tables, and the rest, if any.
 
-    Value tables come with ``rowwise=True`` and without weight decay and momentum, whatever the optimizer's defaults
-    are; so the groups suit ``torch.optim`` as well, but Adam's averages need ``RowwiseAdam``.
+    Value tables get ``rowwise=True`` and neither weight decay nor momentum, whatever the optimizer's defaults are. So
+    the groups suit ``torch.optim`` as well, except for Adam's averages, which need ``RowwiseAdam``.
 
     Equivalent to ``[{"params": rest, "lr": lr}, {"params": [bottleneck.values], "lr": values_lr, "rowwise": True,
     "weight_decay": 0.0, "momentum": 0.0}]``.
 
     Args:
-        model: any module with a ``KeyValueBottleneck`` somewhere in it, or more of them.
+        model: any module that holds one ``KeyValueBottleneck`` or more.
         lr: of the rest.
         values_lr: of the value tables; ``lr`` by default.
     Returns:
-        one or two groups. Parameters that require no gradient are left out.
+        one or two groups, without parameters that require no gradient.
     Raises:
         TypeError: not a module. ValueError: a rate below 0, or a model without a value table that learns.
     """

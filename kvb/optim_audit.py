@@ -1,4 +1,4 @@
-"""What an optimizer does to rows of a value table that get no gradient: found by a rehearsal, told in numbers."""
+"""Measures by a rehearsal what an optimizer does to rows of a value table that get no gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 BEFORE, AFTER = 20, 200  # steps of the rehearsal on one task, and then on another
 _WIDTH = 8  # numbers in a rehearsed row
 _UNKNOWN = float("nan")
-# What the state of an optimizer is called by those that know it.
+# Common names for entries of an optimizer's state.
 _MEMORIES = {
     "momentum_buffer": "momentum",
     "exp_avg": "Adam's averages",
@@ -47,7 +47,7 @@ class Finding(NamedTuple):
 
 
 def value_tables(model: nn.Module) -> dict[str, Tensor]:
-    """The value tables in a model by name: parameters ``values`` [C, K, V], kvb's and the published packages' name.
+    """The value tables of a model by name: parameters ``values`` [C, K, V], as in kvb and the published packages.
 
     Raises:
         TypeError: not a module.
@@ -59,23 +59,22 @@ def value_tables(model: nn.Module) -> dict[str, Tensor]:
 
 
 def audit(optimizer: torch.optim.Optimizer, model: nn.Module, *, warn: bool = True) -> list[Finding]:
-    """Find what in an optimizer moves rows that get no gradient: momentum, weight decay, averages of Adam's kind.
+    """Find what in an optimizer moves rows that get no gradient: momentum, weight decay, averages like Adam's.
 
     Equivalent to training some rows of a small table for 20 steps with the optimizer's class and options, then others
-    for 200, and looking at the former; neither ``optimizer`` nor ``model`` is touched. Rows that move so are forgotten
-    although nothing fetches them; ``kvb.optim.RowwiseSGD``, ``RowwiseAdagrad`` and ``RowwiseAdam`` keep them bit for
-    bit.
+    for 200, and looking at the former; neither ``optimizer`` nor ``model`` changes. Rows that move in this way are
+    forgotten although nothing fetches them; ``kvb.optim.RowwiseSGD``, ``RowwiseAdagrad`` and ``RowwiseAdam`` keep them
+    bit for bit.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``; one from elsewhere than ``torch.optim`` and kvb is not tried.
-        model: the module that holds the tables, as ``KeyValueBottleneck``s somewhere in it. Tables that
-            ``optimizer`` does not train are passed over.
-        warn: tell by one ``UserWarning`` what was found; the same finding of an optimizer once only.
+        optimizer: any ``torch.optim.Optimizer``; one from outside ``torch.optim`` and kvb is not tried.
+        model: a module that holds ``KeyValueBottleneck``s. Tables that ``optimizer`` does not train are skipped.
+        warn: issue one ``UserWarning`` with what was found; each finding of an optimizer only once.
     Returns:
         a list of ``Finding``s, empty where all is well.
     Raises:
         TypeError: not an optimizer, or not a module.
-    Source: how far each moves such rows was first measured for this: PyTorch holds it to be by design (pytorch #18404).
+    Source: the measurement is ours; PyTorch considers the behaviour to be by design (pytorch #18404).
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -84,13 +83,13 @@ def audit(optimizer: torch.optim.Optimizer, model: nn.Module, *, warn: bool = Tr
     for name, table in value_tables(model).items():
         if id(table) in groups:
             findings += _judge(name, optimizer, groups[id(table)])
-    told = _warned.setdefault(optimizer, set())
-    fresh = [finding for finding in findings if finding not in told]
+    warned = _warned.setdefault(optimizer, set())
+    fresh = [finding for finding in findings if finding not in warned]
     if warn and fresh:
-        told.update(fresh)
+        warned.update(fresh)
         lines = "\n  ".join(map(str, fresh))
         warnings.warn(
-            f"this optimizer forgets rows that nothing fetches any more:\n  {lines}\n"
+            f"this optimizer moves rows that are no longer fetched, and so forgets what they learned:\n  {lines}\n"
             "use kvb.optim.RowwiseSGD, RowwiseAdagrad or RowwiseAdam, or SGD without momentum and weight decay",
             stacklevel=2,
         )
@@ -99,7 +98,7 @@ def audit(optimizer: torch.optim.Optimizer, model: nn.Module, *, warn: bool = Tr
 
 def _judge(name: str, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Finding]:
     kind = type(optimizer)
-    # An optimizer from elsewhere may keep parameters of its own, which a rehearsal would move.
+    # An optimizer from elsewhere may keep its own parameters, which a rehearsal would move.
     if not kind.__module__.startswith(("torch.optim", "kvb.")) or kind is torch.optim.LBFGS:
         return [Finding(name, kind.__name__, "unknown", _UNKNOWN)]
     findings = []
@@ -117,12 +116,12 @@ def _judge(name: str, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -
 
 @torch.no_grad()
 def _rehearse(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[float, float, dict[str, Any]]:
-    """Train rows of a table of its own: how far a row moves after its last gradient, relative to what it had learned;
-    how far a row that never had one moves meanwhile, relative to its size; and the optimizer's state."""
+    """Train rows of a small table: how far a row moves after its last gradient, relative to what it had learned;
+    how far a row without any gradient moves meanwhile, relative to its size; and the optimizer's state."""
     table = torch.zeros(1, 3, _WIDTH)
     table[0, 2] = 1
     table.requires_grad_()
-    # As a pickle would restore it: the options, and nothing that was learned.
+    # As a pickle restores it: the options, and nothing learned.
     copy = type(optimizer).__new__(type(optimizer))
     options = {**group, "params": [table]} | {name: False for name in ("capturable", "fused") if name in group}
     copy.__setstate__({"defaults": optimizer.defaults, "state": defaultdict(dict), "param_groups": [options]})

@@ -5,16 +5,19 @@ Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 3.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 
 from kvb import validation
 
-MODES = ("chunk", "random_projection", "sparse_projection", "learned_projection")
+Mode = Literal["chunk", "random_projection", "sparse_projection", "learned_projection"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
-def make(mode: str | nn.Module, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.Module:
-    """The splitter of a published ``splitting_mode``, or the module given in its place.
+def make(mode: Mode | nn.Module, num_channels: int, num_codebooks: int, dim_keys: int) -> nn.Module:
+    """The splitter for a published ``splitting_mode``; a module is returned as it is.
 
     Raises:
         ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C. TypeError: neither a mode nor a
@@ -105,7 +108,7 @@ class RandomProjection(nn.Module):
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
-        with torch.inference_mode(False):  # tensors made in inference mode could not be trained through
+        with torch.inference_mode(False):  # autograd refuses tensors created in inference mode
             self.register_buffer("rand_proj", nn.functional.normalize(self._draw(generator), dim=1))
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
@@ -128,10 +131,10 @@ class SparseProjection(RandomProjection):
     """A fixed random projection in which every output looks at about the square root of all channels.
 
     As ``RandomProjection``, but each column holds exactly round(sqrt(channels)) entries of equal size and random sign,
-    at random places. The distances between features are kept as well as by dense columns, up to heavy tails.
+    at random places. It preserves distances between features as well as dense columns do, except for heavy tails.
 
-    Source: Li, Hastie and Church, Very sparse random projections, KDD 2006. The published "sparse_projection" is a
-    name without code.
+    Source: Li, Hastie and Church, Very sparse random projections, KDD 2006. In the published code
+    "sparse_projection" is a name without code.
     """
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
@@ -143,11 +146,11 @@ class SparseProjection(RandomProjection):
 
 
 class LearnedProjection(nn.Module):
-    """Project the features with one linear map without bias, which is a parameter.
+    """Project the features with one linear map without bias, a parameter.
 
     Equivalent to ``proj(x).unflatten(-1, (D, C)).movedim(-1, 1)``: key dim major, as published.
-    Fetched values give it no gradient: it learns from the ``distances`` of a bottleneck, or from what else is done
-    with its output.
+    Fetched values give it no gradient: it learns from the ``distances`` of a bottleneck, or from another use of its
+    output.
 
     Args:
         num_channels: size of the last axis of the features.
@@ -162,7 +165,7 @@ class LearnedProjection(nn.Module):
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
-        with torch.inference_mode(False):  # parameters made in inference mode could not learn
+        with torch.inference_mode(False):  # parameters created in inference mode cannot learn
             self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One step of training on codes, in one operator: nothing but the rows that a batch fetched is read or written.
+"""One step of training on codes in one operator: reads and writes only the rows that the batch fetches.
 
 Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 4 and the recipe of the
 authors' experiments: mean vote of the codebooks, label smoothing, clipped SGD without momentum.
@@ -15,7 +15,7 @@ from kvb import ops, validation  # noqa: F401  (importing ops registers the oper
 
 
 class SGDStep(NamedTuple):
-    """What ``sgd_step`` knows of the batch, as it was before the step; float32, or float64 for float64 values."""
+    """What ``sgd_step`` returns about the batch before the step; float32, or float64 for float64 values."""
 
     loss: Tensor  # []
     norm: Tensor  # []: of the gradient, before clipping
@@ -45,7 +45,7 @@ def sgd_step(
     Rows that no code names keep their bits. The result does not depend on the number of threads.
 
     Args:
-        values: [C, K, V], ``bottleneck.values`` say: contiguous float16, bfloat16, float32 or float64; V classes.
+        values: [C, K, V], such as ``bottleneck.values``: contiguous float16, bfloat16, float32 or float64; V classes.
         codes: [B, C, *shape] of any integer dtype, from ``encode`` or a ``CodeDataset``; same device.
         targets: [B] int64 in [0, V).
         lr: the learning rate, >= 0.

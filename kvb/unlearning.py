@@ -1,20 +1,20 @@
 """Unlearning: which pairs hold what a subset taught, masks of them, and forgetting by no longer fetching them.
 
-A bottleneck keeps what it learned in single pairs, so that a class is forgotten by taking its pairs away: no training,
-and no data but codes of what is to be forgotten. ::
+A bottleneck keeps what it learned in single pairs, so that taking the pairs of a class away forgets the class: without
+training, and with no data but codes of what to forget. ::
 
     per_class = class_hits(bottleneck, data, num_classes=10)  # [10, C, K], of a CodeDataset or of inputs with labels
     mask = mask_by_activations(per_class[3], share=0.95)
     before = forget(bottleneck, mask)  # class 3 is gone
     bottleneck.mask_pairs(before)  # and is back
 
-How a mask is applied can be read in two ways. ``forget`` takes its pairs out of the search, so that a query fetches the
+There are two ways to apply a mask. ``forget`` takes its pairs out of the search, so that a query fetches the
 nearest pair that is left, of another class; ``erase`` leaves the search alone and empties the values. The former
-forgets far better: where all that a sample fetches is empty its logits are equal, and their argmax is still some class,
-the first. So ``forget``, and after it ``erase`` where the values shall not stay in the module either.
+forgets far better: where all that a sample fetches is empty its logits are equal, and their argmax is still a class,
+the first. So call ``forget``, and then ``erase`` if the values must not stay in the module either.
 
 A mask changes codes: those cached before ``forget``, a ``CodeDataset`` say, still name masked pairs, and ``decode``
-fetches them. Encode anew after ``forget``. ``erase`` is the one that cached codes see.
+fetches them. Encode again after ``forget``. Cached codes do see ``erase``.
 
 Source: Shah et al., Unlearning via Sparse Representations (arXiv:2311.15268; TMLR 09/2025): unlearning via activations
 and via examples. Ours: weighing hits by ``retain_hits``, the mask that always leaves pairs to fetch, ``overlap``.
@@ -43,13 +43,13 @@ def hits(bottleneck: KeyValueBottleneck, data: Tensor | CodeDataset | Iterable[A
     """How often ``data`` fetches each pair. Nothing of the module changes, its counter and its keys included.
 
     Equivalent to ``torch.stack([codes[:, c].flatten().bincount(minlength=K) for c in range(C)])``, the codes being
-    ``bottleneck.encode(inputs)`` where inputs are given. Integers are codes, floating-point numbers are inputs.
+    ``bottleneck.encode(inputs)`` for inputs. Integers are codes, floating-point numbers are inputs.
 
     Args:
         bottleneck: C codebooks of K pairs; that of an encoder is ``model.bottleneck``, its codes ``model.encode(x)``.
         data: codes [N, C, *shape] of any integer dtype or a ``CodeDataset`` of them; inputs [N, C, *shape, D]; or an
             iterable (a DataLoader, say) of either or of (either, labels, ...) items. Inputs are searched with the mask
-            that the module has, and where they hold NaN or Inf they count for nothing, as in the module.
+            of the module; those with NaN or Inf are not counted, as in the module.
     Returns:
         [C, K] int64, on the module's device.
     Raises:
@@ -171,7 +171,7 @@ def _given(owner: str, bottleneck: KeyValueBottleneck, codes: Tensor) -> Tensor:
 
 
 def overlap(per_class: Tensor) -> Tensor:
-    """How much of what one class fetches another fetches as often: what forgetting it can cost the other.
+    """How much two classes share of what they fetch: what forgetting one can cost the other.
 
     Equivalent to ``torch.minimum(p[:, None], p[None]).sum(-1).mean(-1)`` with ``p = per_class / per_class.sum(-1,
     keepdim=True)``: the intersection of two histograms of a codebook, averaged over codebooks.
@@ -182,7 +182,7 @@ def overlap(per_class: Tensor) -> Tensor:
         [L, L] float64, symmetric: 1 for equal use (the diagonal), 0 for no pair in common or no hits.
     Raises:
         TypeError: no tensor, or complex or boolean numbers. ValueError: other shapes.
-    Source: ours; the statistic that readers of arXiv:2311.15268 ask for.
+    Source: ours; arXiv:2311.15268 leaves this open.
     """
     _require_hits("overlap", "per_class", per_class)
     validation.shape("per_class", per_class, "L C K", (None, None, None))
@@ -201,25 +201,26 @@ def mask_by_activations(
     retain_hits: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Unlearning via activations: a mask without the pairs that a forget set fetches most.
+    """Unlearning via activations: a mask that leaves out the pairs that a forget set fetches most.
 
     Equivalent to ``mask = torch.ones(C, K, dtype=torch.bool); mask.view(-1)[forget_hits.flatten().topk(n).indices] =
-    False``, but for ties, of which the lowest place goes first, and for pairs without a hit, which always stay. A
+    False``, except for ties, where the lowest place goes first, and for pairs without a hit, which always stay. A
     codebook that would lose every pair keeps its last in this order: something must be fetched.
 
     Args:
         forget_hits: [C, K] >= 0, ``hits`` of the forget set; the sum of several classes forgets them together.
-        n: N_a, how many pairs to take away over all codebooks, >= 0; more than were hit means all that were.
-        share: instead of ``n``, as few pairs as hold this share of all the forget set's hits, in (0, 1]: the number
-            then suits the class. .95 forgets completely in `python -m kvb unlearn`.
-        retain_hits: [C, K] >= 0, ``hits`` of what shall be retained. Pairs then go in the order of
-            ``forget_hits**2 / (forget_hits + retain_hits)``, hits weighed by how much of a pair is the forget set's:
-            for the same n more is forgotten.
-        keep: [C, K] bool, True for pairs that are not to be taken away.
+        n: N_a, how many pairs to leave out over all codebooks, >= 0; more than were hit means all that were.
+        share: instead of ``n``, the fewest pairs that hold this share of the forget set's hits, in (0, 1], so that the
+            number suits the class. .95 forgets completely in `python -m kvb unlearn`.
+        retain_hits: [C, K] >= 0, ``hits`` of what to retain. Pairs then go in the order of
+            ``forget_hits**2 / (forget_hits + retain_hits)``: hits weighted by the forget set's share of a pair, which
+            forgets more for the same n.
+        keep: [C, K] bool, True for pairs that must stay.
     Returns:
         [C, K] bool, True where a pair may still be fetched, for ``forget`` or ``erase``; masks combine by ``&``.
     Raises:
-        TypeError: types and dtypes. ValueError: shapes, a number out of its range, or not one of ``n`` and ``share``.
+        TypeError: types and dtypes. ValueError: shapes, a number out of its range, or not exactly one of ``n`` and
+        ``share``.
     Source: Shah et al., arXiv:2311.15268; share, retain_hits and keep are ours.
     """
     _require_hits("mask_by_activations", "forget_hits", forget_hits)
@@ -249,14 +250,14 @@ def mask_by_activations(
 def mask_by_examples(
     bottleneck: KeyValueBottleneck, examples: Tensor | CodeDataset | Iterable[Any], *, keep: Tensor | None = None
 ) -> Tensor:
-    """Unlearning via examples: a mask without any of the pairs that N_e examples of the forget set fetch.
+    """Unlearning via examples: a mask that leaves out every pair that N_e examples of the forget set fetch.
 
-    Equivalent to ``hits(bottleneck, examples) == 0``. A codebook of which the examples fetch every pair keeps the one
-    they fetch least: something must be fetched.
+    Equivalent to ``hits(bottleneck, examples) == 0``. Where examples fetch every pair of a codebook, the pair that they
+    fetch least stays: something must be fetched.
 
     Args:
         bottleneck, examples: as for ``hits``.
-        keep: [C, K] bool, True for pairs that are not to be taken away.
+        keep: [C, K] bool, True for pairs that must stay.
     Returns:
         [C, K] bool, True where a pair may still be fetched, for ``forget`` or ``erase``; masks combine by ``&``.
     Raises:
@@ -277,7 +278,7 @@ def _require_hits(owner: str, name: str, value: Any) -> Tensor:
 
 
 def _left_usable(owner: str, mask: Tensor, score: Tensor, keep: Tensor | None) -> Tensor:
-    """The mask with the pairs to keep, and with the pair of lowest score in a codebook that would have none."""
+    """The mask with the pairs to keep, and with the pair of lowest score in each codebook that would have none."""
     if keep is not None:
         mask = mask | validation.mask(owner, keep, mask.shape[0], mask.shape[1], name="keep").to(mask.device)
     empty = ~mask.any(-1)
@@ -289,23 +290,23 @@ def _left_usable(owner: str, mask: Tensor, score: Tensor, keep: Tensor | None) -
 
 
 def forget(bottleneck: KeyValueBottleneck, mask: Tensor) -> Tensor | None:
-    """Fetch no more what ``mask`` leaves out, on top of any mask there is; values and keys stay as they are.
+    """Stop fetching what ``mask`` leaves out, in addition to what the current mask does; values and keys do not change.
 
     Equivalent to ``before = bottleneck.pair_mask; bottleneck.mask_pairs(mask if before is None else before & mask)``.
     A query of the forget set then fetches the nearest pair that is left. The mask is saved with the module. Codes
-    cached before name masked pairs: encode anew.
+    cached before name masked pairs: encode again.
 
-    To remember: ``bottleneck.mask_pairs(before)`` gives every output back bit for bit. To relearn, train on codes
-    encoded anew: the pairs that are left learn, those masked do not, even if examples of the class come again.
+    To remember: ``bottleneck.mask_pairs(before)`` restores every output bit for bit. To relearn, train on new codes:
+    the pairs that are left learn, masked ones do not, even if examples of the class come again.
 
     Args:
         bottleneck: of C codebooks and K pairs.
         mask: [C, K] bool, True where a pair may be fetched.
     Returns:
-        the mask that the module had, or None: what ``bottleneck.mask_pairs`` takes to undo this.
+        the former mask of the module, or None: what ``bottleneck.mask_pairs`` takes to undo this.
     Raises:
-        TypeError, ValueError: a mask that does not fit, or leaves a codebook without a pair to fetch, counts being
-        deactivated or earlier masks taken into account; the module is as before then.
+        TypeError, ValueError: a mask that does not fit, or that, with the current mask and deactivated counts, leaves a
+        codebook without a pair to fetch; the module does not change.
     Source: Shah et al., arXiv:2311.15268: masked pairs as excluded from the search.
     """
     C, K = _pairs("forget", bottleneck)
@@ -325,12 +326,12 @@ def forget(bottleneck: KeyValueBottleneck, mask: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def erase(bottleneck: KeyValueBottleneck, mask: Tensor, fill: float = 0.0) -> None:
-    """Overwrite the values that ``mask`` leaves out; the search and the codes stay as they are. Cannot be undone.
+    """Overwrite the values that ``mask`` leaves out; the search and the codes do not change. Cannot be undone.
 
     Equivalent to ``bottleneck.values.data[~mask] = fill``. Nothing of what these pairs learned is left in the module;
     an optimizer may hold more (the moments of Adam, say). After ``forget`` with the same mask it changes no output.
-    Alone it is the weaker way to forget: a sample whose pairs are all empty gets equal logits, a sample with some left
-    is decided by those. To relearn, train as before: on the same codes, the same pairs learn again.
+    Alone it forgets less: a sample whose pairs are all empty gets equal logits, and pairs that are left decide about
+    any other sample. To relearn, train as before: on the same codes, the same pairs learn again.
 
     Args:
         bottleneck: of C codebooks and K pairs.

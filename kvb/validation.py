@@ -1,4 +1,4 @@
-"""Every argument error message, once: what was expected, what came, and how to mend it.
+"""Every argument error message, once: what was expected, what came, and how to fix it.
 
 ``TypeError`` for types and dtypes, ``ValueError`` for values and shapes, ``RuntimeError`` for state and devices.
 """
@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+_Choice = TypeVar("_Choice", bound=str)
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -39,10 +41,11 @@ def number(name: str, value: Any, low: float, high: float, *, open_low: bool = F
     return float(value)
 
 
-def choice(name: str, value: Any, options: Sequence[str]) -> str:
+def choice(name: str, value: Any, options: Sequence[_Choice]) -> _Choice:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
-    return str(value)
+    chosen: _Choice = value
+    return chosen
 
 
 def topk(value: Any, pairs: int) -> int:
@@ -130,7 +133,23 @@ def mask(owner: str, value: Any, C: int, K: int, name: str = "mask") -> Tensor:
     return value
 
 
-def code_dtype(dtype: torch.dtype | str, K: int) -> torch.dtype:
+def positions(owner: str, value: Any, sizes: Sequence[int], letters: str = "B, *shape") -> Tensor:
+    """A mask of positions."""
+    if tensor(owner, "mask", value).dtype != torch.bool:
+        raise TypeError(
+            f"{owner}(): mask must be torch.bool, True where a position counts; got {value.dtype}; pass mask != 0"
+        )
+    if value.shape != torch.Size(sizes):
+        raise ValueError(f"expected mask of shape ({letters}) = {tuple(sizes)}, got {tuple(value.shape)}")
+    return value
+
+
+def mask_of_samples(value: Any, N: int) -> None:
+    """A mask of positions [N, *shape], where the shape is not known yet."""
+    positions("mask", value, (N, *tensor("mask", "mask", value).shape[1:]), "N, *shape")
+
+
+def code_dtype(dtype: torch.dtype | Literal["auto"], K: int) -> torch.dtype:
     """The storage of indices below K: "auto" is the smallest of int16 and int32 that holds them."""
     if dtype == "auto":
         return torch.int16 if K <= 1 << 15 else torch.int32

@@ -1,4 +1,4 @@
-"""Shared by all tests: who answers the operators, a fixed seed, and uninitialised memory that shows."""
+"""Shared by all tests: which backend runs the operators, a fixed seed, and uninitialised memory that shows."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from benchmarks.gpu_day.day import ROOT, Day
 from benchmarks.journal import Journal
 from benchmarks.shapes import GPU
 from benchmarks.suites import on_device
+from benchmarks.timing import Attempt
 
 # Each by the kernel that it is about.
 WORKLOADS: dict[str, tuple[str, Callable[[on_device.Problem], on_device.Work]]] = {
@@ -155,12 +156,12 @@ def main(day: Day) -> int:
             if day.left < 5:
                 print(f"{name}: no time left", flush=True)
                 break
-            try:
+            rows: list[dict[str, Any]] = []
+            with Attempt() as attempt:  # drivers and profilers fail in ways of their own
                 rows = ways[way](name)
-            except Exception as error:  # drivers and profilers fail in ways of their own
-                says = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                print(f"{name}: no counters from {way}: {says}", flush=True)
-                journal.write({"workload": name, "way": way, "failure": says})
+            if attempt.error:
+                print(f"{name}: no counters from {way}: {attempt.error_line}", flush=True)
+                journal.write({"workload": name, "way": way, "failure": attempt.error_line})
                 if len(ways) > 1:
                     del ways[way]  # it will not come back for the next workload
                 continue

@@ -14,7 +14,7 @@ from torch import Tensor
 import kvb
 from benchmarks.gpu_day.day import LOST, Day, finish
 from benchmarks.journal import Journal, read
-from benchmarks.timing import WrongResult
+from benchmarks.timing import Absent, Attempt, WrongResult
 from kvb import functional, reference
 from kvb.testing.verdicts import device_is_lost
 
@@ -255,14 +255,20 @@ STEPS: dict[str, Step] = {
 
 def _run(day: Day, names: Sequence[str]) -> Iterator[dict[str, object]]:
     for name in names:
-        before, failed = day.left, False
-        try:
-            says = STEPS[name](day) if day.left > 0 else "no time left"
-            failed = says == "no time left"
-        except Exception as error:  # whatever a step meets, the next one is tried
-            failed, says = True, " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            traceback.print_exc()
-        yield {"step": name, "passed": not failed, "says": says, "seconds": round(before - day.left, 2)}
+        before, says = day.left, ""
+        with Attempt() as attempt:  # whatever a step meets, the next one is tried
+            if day.left <= 0:
+                raise Absent("no time left")
+            says = STEPS[name](day)
+        if attempt.error and not attempt.absent:
+            traceback.print_exception(attempt.error)
+            says = attempt.error_line
+        yield {
+            "step": name,
+            "passed": not attempt.error,
+            "says": attempt.why if attempt.absent else says,
+            "seconds": round(before - day.left, 2),
+        }
 
 
 def steps(day: Day, names: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ The first pass compiles, which takes the time, on all CPUs; the second finds the
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from benchmarks.gpu_day import launch_table
 from benchmarks.gpu_day.day import LOST, Day, finish
 from benchmarks.journal import Journal, read
 from benchmarks.shapes import GPU, Lookup
-from benchmarks.timing import Effort, clock_of
+from benchmarks.timing import Attempt, Effort, clock_of
 from kvb import functional
 from kvb.testing.verdicts import device_is_lost
 
@@ -64,27 +64,15 @@ def _shares(day: Day) -> int:
     return 1 if day.small else SHARES
 
 
-def _failure(try_it: Callable[[], None]) -> str:
-    """What stopped a call, or "": an entry may ask for more than the card has."""
-    try:
-        try_it()
-    except Exception as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return ""
-
-
 def check(day: Day, name: str, share: int) -> int:
     """Verify a share of a shape's entries."""
     journal, search = Journal(_verified(day), go_on=True), Search(name, day)
     for entry in entries(name, day)[share :: _shares(day)]:
-
-        def once(entry: Any = entry) -> None:
-            with launch_table.replaced(day.device, search.shape.D, entry):
-                search.verify(search())
-
-        failure = _failure(once)
-        journal.write({"shape": name, "entry": entry._asdict(), "failure": failure})
-        if failure and device_is_lost(day.device):
+        # An entry may ask for more than the card has.
+        with Attempt() as attempt, launch_table.replaced(day.device, search.shape.D, entry):
+            search.verify(search())
+        journal.write({"shape": name, "entry": entry._asdict(), "failure": attempt.error_line})
+        if attempt.error and device_is_lost(day.device):
             return LOST
     return 0
 

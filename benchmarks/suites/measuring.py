@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from benchmarks import ceilings, memory, peers, suites
 from benchmarks.shapes import Module
 from benchmarks.suites.case import CEILING, KVB
-from benchmarks.timing import Absent, Contestant, Effort, Race, WrongResult, run_on, timed, verified
+from benchmarks.timing import Absent, Attempt, Contestant, Effort, Race, run_on, timed, verified
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,6 @@ def _ceiling(kind: str, threads: int) -> tuple[Contestant, float]:
     return ceilings.multiply_add(threads) if kind == "flops" else ceilings.copy()
 
 
-@contextlib.contextmanager
-def attempt(name: str, absent: dict[str, str]) -> Iterator[None]:
-    """Notes why a peer does not take part: it is absent, it is wrong, or it fails in a way of its own."""
-    try:
-        yield
-    except Absent as why:
-        absent[name] = str(why)
-    except WrongResult as why:
-        absent[name] = f"wrong, not timed: {why}"
-    except Exception as error:
-        # Nobody can list how other packages fail, but their failure must not stop the run.
-        absent[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
 def measure(
     suite: str, shape: Module, effort: Effort, only: Callable[[str], bool] = lambda peer: True, limits: bool = True
 ) -> Outcome:
@@ -90,12 +75,16 @@ def measure(
         meet(KVB, case.kvb)
         for name, prepare in peers.offers(suite).items():
             if only(name):
-                with attempt(name, absent):
+                with Attempt() as attempt:
                     meet(name, prepare(case.given))
+                if attempt.why:
+                    absent[name] = attempt.why
         amount = None
         if limits:
-            with attempt(CEILING, absent):
+            with Attempt() as attempt:
                 contestants[CEILING], amount = _ceiling(case.ceiling, torch.get_num_threads())
                 first[CEILING] = verified(contestants[CEILING])
+            if attempt.why:
+                absent[CEILING] = attempt.why
         race = run_on(contestants, first, effort)
     return Outcome(race, peaks, absent, case.amount, case.ceiling, amount)

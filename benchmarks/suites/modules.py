@@ -20,19 +20,38 @@ CHANNELS = 256  # and of its encoder's features
 Found = tuple[Tensor, Tensor]  # what a peer's run returns: outputs, and its own indices [B, S, C]
 
 
-class Forward:
+class _Lookup:
+    """What is searched and fetched, with kvb's own codes; a run returns what it fetched and where."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    codes: Tensor
+
+    def check_fetched(self, out: Tensor, found: Tensor) -> None:
+        raise NotImplementedError
+
+    def check(self, out: Tensor, found: Tensor) -> None:
+        verify.same_choice(self.queries, self.keys, found, self.codes)
+        self.check_fetched(out, found)
+
+    def check_ours(self, out: Tensor) -> None:
+        verify.sampled_choice(self.queries, self.keys, self.codes)
+        self.check(out, self.codes)
+
+    def contestant(self, run: Callable[[], Found]) -> Contestant:
+        return Contestant(run, lambda result: self.check(*result))
+
+
+class Forward(_Lookup):
     """Heads [B, C, S, D], the same as queries [B, S, C, D], keys and values; a run returns [B, C, S, V] and codes."""
 
     def __init__(self, heads: Tensor, keys: Tensor, values: Tensor, codes: Tensor) -> None:
         self.heads, self.queries, self.keys, self.values = heads, heads.transpose(1, 2), keys, values
         self.codes = codes
 
-    def check(self, out: Tensor, found: Tensor) -> None:
-        verify.same_choice(self.queries, self.keys, found, self.codes)
+    def check_fetched(self, out: Tensor, found: Tensor) -> None:
         verify.fetched(self.values, found, out.view(*self.heads.shape[:3], -1), "none", "bcsv")
-
-    def contestant(self, run: Callable[[], Found]) -> Contestant:
-        return Contestant(run, lambda result: self.check(*result))
 
 
 def forward(shape: Module) -> Case:
@@ -45,12 +64,7 @@ def forward(shape: Module) -> Case:
     x = random(0, B, C, *shape.positions, shape.D)
     codes = module.encode(x).view(B, C, S).transpose(1, 2)
     given = Forward(x.view(B, C, S, shape.D), module.keys, module.values.data, codes)
-
-    def check_ours(out: Tensor) -> None:
-        verify.sampled_choice(given.queries, given.keys, codes)
-        given.check(out, codes)
-
-    return Case(Contestant(lambda: module(x), check_ours), given, shape.search.flops, "flops")
+    return Case(Contestant(lambda: module(x), given.check_ours), given, shape.search.flops, "flops")
 
 
 class _Embedded:
@@ -74,19 +88,11 @@ class _Embedded:
         return torch.einsum("bse,ced->bscd", self.x, self.projection)
 
 
-class Memories(_Embedded):
+class Memories(_Embedded, _Lookup):
     """Embeddings, a projection, keys and values; a run returns the mean memories [B, S, V] and codes."""
 
-    def check(self, out: Tensor, found: Tensor) -> None:
-        verify.same_choice(self.queries, self.keys, found, self.codes)
+    def check_fetched(self, out: Tensor, found: Tensor) -> None:
         verify.fetched(self.values, found, out, "mean", "bscv")
-
-    def check_ours(self, out: Tensor) -> None:
-        verify.sampled_choice(self.queries, self.keys, self.codes)
-        self.check(out, self.codes)
-
-    def contestant(self, run: Callable[[], Found]) -> Contestant:
-        return Contestant(run, lambda result: self.check(*result))
 
 
 def memories(shape: Module) -> Case:
@@ -148,7 +154,7 @@ def training_step(shape: Module) -> Case:
     return Case(ours, given, shape.search.flops, "flops")
 
 
-class EndToEnd:
+class EndToEnd(_Lookup):
     """A frozen model's input, its features as queries, keys and values; a run returns logits [B, V] and codes."""
 
     def __init__(self, shape: Module) -> None:
@@ -177,16 +183,8 @@ class EndToEnd:
         """Queries [B, S, C, D] of the inputs."""
         return self._queries_of(self.model.splitter(self.encoder(self.x)))
 
-    def check(self, out: Tensor, found: Tensor) -> None:
-        verify.same_choice(self.queries, self.keys, found, self.codes)
+    def check_fetched(self, out: Tensor, found: Tensor) -> None:
         verify.voted(self.values, found, out)
-
-    def check_ours(self, out: Tensor) -> None:
-        verify.sampled_choice(self.queries, self.keys, self.codes)
-        self.check(out, self.codes)
-
-    def contestant(self, run: Callable[[], Found]) -> Contestant:
-        return Contestant(run, lambda result: self.check(*result))
 
 
 def end_to_end(shape: Module) -> Case:

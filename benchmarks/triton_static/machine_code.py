@@ -109,7 +109,7 @@ def matrix_flops(name: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Instructions of a warp by kind; ``loads`` and ``stores`` of global memory by the bits a lane moves."""
+    """Instructions of a warp by kind; ``loads`` and ``stores`` of global memory by the bits that a lane moves."""
 
     all: int
     alu: int

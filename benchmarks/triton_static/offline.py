@@ -113,7 +113,7 @@ class _Utils:
         }
 
     def load_binary(self, name: str, binary: Any, shared: int, device: int) -> tuple[None, int, int, int, int]:
-        """Module (None: nothing to unload), function, registers, spills, and the most threads a program may have."""
+        """Module (None: nothing to unload), function, registers, spills, and the largest number of threads."""
         return None, 1, 0, 0, 1024
 
 

@@ -9,7 +9,7 @@ namespace kvb {
 
 constexpr int64_t kPackingWork = 1 << 16; // coordinates whose packing pays for another thread: some 50 us of work
 
-// How many codebooks of ``K`` keys a thread packs at least.
+// How many codebooks of ``K`` keys each thread packs at least.
 inline int64_t packing_grain(int64_t K, int64_t D) {
   return std::max<int64_t>(1, kPackingWork / std::max<int64_t>(1, K * D));
 }

@@ -7,14 +7,14 @@ namespace kvb {
 
 // A chunk of queries passes through all codebooks before the next one does: as much as a core's L2 cache holds, ...
 constexpr int64_t kChunkBytes = 1 << 20;
-// ... but at least so many positions, or bringing in the keys of a codebook costs more than searching them.
+// ... but at least this many positions, or bringing in the keys of a codebook costs more than searching them.
 constexpr int64_t kChunkPositions = 1024;
 constexpr int64_t kPiece = 64; // positions of one piece of work: a few times the rows that a filter takes at once
 // Multiplications that pay for waking another thread: about 30 us of work on one core, several times a wake-up.
 constexpr double kThreadWork = 4e6;
 
 // Run work(codebook, begin, end) over N positions of C codebooks, so that outputs are still in cache when the next
-// codebook writes beside them; ``cost`` is what one query takes, in multiplications.
+// codebook writes next to them; ``cost`` is what one query takes, in multiplications.
 template <class F>
 void over_positions(int64_t N, int64_t C, int64_t D, double cost, const F& work) {
   if (N == 0 || C == 0) return;

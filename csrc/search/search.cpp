@@ -13,7 +13,7 @@ namespace {
 
 // What a query needs besides its products with the keys, in multiplications that take as long: some two microseconds.
 constexpr double kQueryOverhead = 8e3;
-// Copying the mask of a pair takes about a nanosecond: so many pairs pay for another thread.
+// Copying the mask of a pair takes about a nanosecond: this many pairs pay for another thread.
 constexpr int64_t kMaskGrain = 1 << 15;
 
 void require_search(const Tensor& queries, const Tensor& keys, const Tensor& packed, const std::optional<Tensor>& mask,
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor> lookup(
   require_search(queries, keys, packed, mask, 1);
   Tensor indices =
       new_tensor(queries, {queries.size(0), queries.size(1), queries.size(2)}, ScalarType::Long);
-  const Buffer<double> distances = new_buffer<double>(indices.numel()); // that nobody asked for
+  const Buffer<double> distances = new_buffer<double>(indices.numel()); // which lookup does not return
   search_all(queries, keys, packed, mask, 1, indices.mutable_data_ptr<int64_t>(), distances.get());
   return {gather(values, indices, pool, "bscv"), indices};
 }

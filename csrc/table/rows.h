@@ -245,7 +245,7 @@ void for_shares(const Shares& shares, const F& work) {
 
 // --- rows into sums --------------------------------------------------------------------------------------------------
 
-// The rows that stand beside the indices: a gradient or queries, [B, S, C, width], or a gradient pooled over C.
+// The rows that go with the indices: a gradient or queries, [B, S, C, width], or a gradient pooled over C.
 struct Source {
   const Tensor& tensor;
   const Tensor& indices;

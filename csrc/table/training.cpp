@@ -324,7 +324,7 @@ class TrainingStep {
     add(c1 - c0 - 1);
   }
 
-  // A group with its sums: one that was kept, or codebook ``g``, listed anew.
+  // A group with its sums: one that was kept, or codebook ``g``, listed again.
   Group<Sum>& summed(int64_t g, const Gradient<Sum>& grad, Scratch& scratch, Group<Sum>& own) {
     if (kept_.empty()) {
       own.read(indices_, g, g + 1, scratch);

@@ -22,7 +22,7 @@ struct Averages {
   T *keys, *averages, *sizes;
   const Sum *hits, *sums;
   const T* spare; // rows for dead pairs
-  int64_t usable; // so many of them, or none
+  int64_t usable; // how many of them, or none
   int64_t K, D;
 };
 

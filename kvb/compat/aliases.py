@@ -1,4 +1,4 @@
-"""``import key_value_bottleneck`` and ``import discrete_key_value_bottleneck``, answered by kvb."""
+"""Makes ``import key_value_bottleneck`` and ``import discrete_key_value_bottleneck`` find kvb."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvb.modules import bottleneck, discrete, encoders, pretrained
 CONTRACTS = ("published", "published-0.0", "seed")
 _DISCRETE = "discrete_key_value_bottleneck_pytorch"
 _QUANTIZE = "vector_quantize_pytorch"
-# Published names, each with the module of kvb.compat that answers to it.
+# Published names, each with its module of kvb.compat.
 _ANSWERS = {
     "key_value_bottleneck": "key_value_bottleneck",
     "key_value_bottleneck.core": "key_value_bottleneck.core",

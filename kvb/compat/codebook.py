@@ -1,4 +1,4 @@
-"""``vector_quantize_pytorch.Codebook`` 1.32.0 with one codebook a head: keys that learn from every batch."""
+"""``vector_quantize_pytorch.Codebook`` 1.32.0 with one codebook per head: keys that learn from every batch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The part of vector-quantize-pytorch 1.32.0 that the published ``DiscreteKeyValueBottleneck`` stands on.
 
-One codebook a head, keys learned by moving averages; same state, same random initialisation, on kvb's operators.
+One codebook per head, keys learned by moving averages; same state, same random initialisation, on kvb's operators.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class VectorQuantize(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [b, n, dim] -> (quantized [b, n, dim], indices [b, n, C], or [b, n] for one head, commitment loss []).
 
-        One position a sample may go without its axis: x [b, dim]. In training mode the loss is the mean squared
+        One position per sample may go without its axis: x [b, dim]. In training mode the loss is the mean squared
         distance times ``commitment_weight``, and x gets a gradient through both; in eval mode it is 0.
 
         Args:

@@ -64,7 +64,7 @@ class _MomentsHead(OnePassHead):
 class NearestMeanHead(_MomentsHead):
     """The class with the nearest mean of the features: one pass, no rate, nothing to forget; a strong, simple baseline.
 
-    Classes without an example so far are never answered.
+    Never predicts a class without an example so far.
 
     Source: Mensink et al., Distance-based image classification, TPAMI 2013; in class-incremental learning, Rebuffi et
     al., iCaRL, CVPR 2017 (arXiv:1611.07725).

@@ -108,7 +108,7 @@ class Result:
 
 
 class _Area(NamedTuple):
-    """A head, the classes that it answers for, and which output stands for each."""
+    """A head, the classes that it predicts, and which output stands for each."""
 
     head: Head
     classes: Tensor
@@ -147,7 +147,7 @@ def _test(areas: Sequence[_Area], prepared: Tensor, labels: Tensor, tasks: Seque
 
 
 def _steps(head: Head, sizes: Sequence[int], budget: Budget) -> int:
-    """The steps of training on so many examples each time; together, if the head is one of few passes."""
+    """Training steps for each number of examples; for all of them together, if the head takes few passes."""
     sizes = [sum(sizes)] if head.passes else sizes
     return (head.passes or budget.epochs) * sum(-(-size // budget.batch_size) for size in sizes)
 

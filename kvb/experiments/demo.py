@@ -32,10 +32,11 @@ from kvb.experiments.seeding import seeded
 from kvb.experiments.studies import Study
 from kvb.experiments.versions import versions
 from kvb.modules.bottleneck import KeyValueBottleneck
+from kvb.modules.key_learning import Method
 from kvb.splitters import RandomProjection
 
 VALIDATION_SHARE = 0.25  # of the training examples
-INIT_MODE = "sample"
+INIT_MODE: Method = "sample"
 HIDDEN = 128
 BUDGET = Budget(epochs=3, batch_size=32, label_smoothing=0.1, clip_norm=1.0)
 
@@ -240,7 +241,7 @@ def _header(study: Study, seed: int, problem: Problem) -> list[str]:
         "  others    linear, and an MLP with one hidden layer of "
         f"{HIDDEN} (ReLU); both start as PyTorch initialises them",
         "            (with output layers that start at zero they forget less, and still end below the bottleneck)",
-        f"  budget    each head: {BUDGET.epochs} epochs a task, the same batches of {BUDGET.batch_size} in the same "
+        f"  budget    each head: {BUDGET.epochs} epochs per task, the same batches of {BUDGET.batch_size} in the same "
         "order, SGD without momentum,",
         f"            gradients clipped to norm {BUDGET.clip_norm:g}, label smoothing {BUDGET.label_smoothing:g}",
         "",

@@ -68,7 +68,7 @@ class _Clock:
             done, total = self.task * self.steps + taken, self.tasks * self.steps
             pace = (self.seconds - self.last[1]) / (done - self.last[0])
             self.say(
-                f"  step {done:>7,} of {total:,}  {1000 * pace:.3f} ms a step, {1 / pace:,.0f} steps/s, "
+                f"  step {done:>7,} of {total:,}  {1000 * pace:.3f} ms per step, {1 / pace:,.0f} steps/s, "
                 f"{(total - done) * pace / 60:.1f} min to go"
             )
             self.last = done, self.seconds

@@ -17,7 +17,10 @@ from kvb.experiments.class_incremental import Examples, Result
 from kvb.experiments.protocol import Run, Spread
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too; the markers differ in print.
-STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+STYLES = (
+    *(("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v")),
+    *(("#56B4E9", "P"), ("#666666", "X"), ("#000000", "<"), ("#7F3C8D", ">")),
+)
 LINE = 0.07  # the height of a label, in accuracy
 SHORT = 6  # letters of a label that fits below a column of a heat map
 INK, FAINT = "#222222", "#767676"
@@ -250,20 +253,21 @@ def protocol(runs: Sequence[Run], *, title: str, path: Path) -> None:
     figure = Figure(figsize=(9, 4), dpi=120, layout=ConstrainedLayoutEngine())
     figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
     left, right = figure.subplots(1, 2, sharey=True)
-    for column, (head, (colour, marker)) in enumerate(zip(runs[0].results[first], STYLES, strict=False)):
+    heads = list(runs[0].results[first])
+    for column, (head, (colour, marker)) in enumerate(zip(heads, STYLES[: len(heads)], strict=True)):
         seen = np.array([[score.seen for score in each.results[first][head].scores] for each in runs])
         steps = np.arange(1, seen.shape[1] + 1)
         mean, sd = seen.mean(0), seen.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(steps))
         left.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.18, linewidth=0)
         left.plot(steps, mean, color=colour, marker=marker, linewidth=2, label=head)
-        places = np.arange(len(scenarios)) + (column - 1.5) * 0.15
+        places = np.arange(len(scenarios)) + (column - (len(heads) - 1) / 2) * 0.6 / len(heads)
         ends = np.array([[each.results[name][head].final for name in scenarios] for each in runs])
         spread = ends.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(scenarios))
         right.errorbar(places, ends.mean(0), spread, color=colour, marker=marker, linestyle="none", capsize=3)
     left.set_xlabel(f"tasks seen ({first})")
     left.set_ylabel("test accuracy")
     left.set_xticks(steps)
-    left.legend(frameon=False)
+    left.legend(frameon=False, ncols=2)
     right.set_xticks(range(len(scenarios)), [name.replace("-", "-\n") for name in scenarios])
     right.set_xlabel("at the end")
     for axes in (left, right):

@@ -32,7 +32,7 @@ from kvb.experiments.class_incremental import (
 from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, Head
 from kvb.experiments.seeding import seeded
 from kvb.modules.bottleneck import KeyValueBottleneck
-from kvb.modules.key_learning import KeyReport
+from kvb.modules.key_learning import KeyReport, Method
 from kvb.splitters import RandomProjection
 
 HEADS = ("bottleneck", *BASELINES)
@@ -61,7 +61,7 @@ class Recipe:
     codebooks: int = 256
     pairs: int = 4096
     dim_keys: int = 14
-    key_init: str = "random"
+    key_init: Method = "random"
     key_steps: int = 1960
     decay: float = 0.95
     dead: float = 0.1

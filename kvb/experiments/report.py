@@ -74,7 +74,7 @@ def header(source: Source, recipe: Recipe, data: Data) -> list[str]:
         "seed; no replay",
         f"  recipe    C={recipe.codebooks}, K={recipe.pairs}, D={recipe.dim_keys}, random projections, values from "
         f"zero, codebook voting; SGD {recipe.rate:g},",
-        f"            batches of {recipe.batch_size}, {recipe.epochs} epochs a task, norm clipped to "
+        f"            batches of {recipe.batch_size}, {recipe.epochs} epochs per task, norm clipped to "
         f"{recipe.clip_norm:g}, label smoothing {recipe.label_smoothing:g}",
         *(f"            {line}" for line in _differences(source, recipe)),
         f"  others    linear, and an MLP of {recipe.hidden}: the same batches, output layers from zero; for each seed "

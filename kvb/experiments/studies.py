@@ -15,7 +15,7 @@ from kvb.experiments.protocol import Data, Recipe, normalised, set_aside
 KEY_SHARE = 0.5  # of the training part: set aside for the keys, without labels
 # What small data asks of the paper's recipe. Both were chosen on validation examples: random keys that learn from 1,960
 # batches end at .948 there on mnist (C=32), random features at .950, in a second instead of minutes; 10, 50 and
-# 200 epochs a task are within .006 of each other at C=256, as are 10 and 50 on 20ng. C, K and D are the paper's.
+# 200 epochs per task are within .006 of each other at C=256, as are 10 and 50 on 20ng. C, K and D are the paper's.
 SMALL = Recipe(key_init="sample", key_steps=0, epochs=20)
 
 

@@ -29,7 +29,7 @@ from kvb.experiments.versions import versions
 
 EPOCHS, BATCH = 10, 32
 PARTS = (0.01, 0.02, 0.03, 0.045, 0.06, 0.075, 0.09, 0.11, 0.13, 0.16, 0.2)  # of all pairs: N_a
-EXAMPLES = (1, 2, 5, 10, 20, 50, 75, 100, 150, 200)  # N_e, if there are as many; then all there are
+EXAMPLES = (1, 2, 5, 10, 20, 50, 75, 100, 150, 200)  # N_e, as far as there are examples; then all of them
 SHARE = 0.95  # of the hits of what is forgotten: N_a of the main table
 RELEARN_EPOCHS = 3
 # By what pairs are chosen, and by what they are taken away.

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kvb import functional, ops, validation
 from kvb._torch import register_namedtuple
-from kvb.modules import key_learning, recomputation
+from kvb.functional import Pool
+from kvb.modules import key_learning, positions, recomputation
 from kvb.modules.datasets import ReadsData
-from kvb.modules.state import BottleneckState
-from kvb.modules.streams import Stream
-
-_Self = TypeVar("_Self", bound="KeyValueBottleneck")
+from kvb.modules.modes import Modes
+from kvb.modules.streams import Part, Stream
 
 
 class BottleneckOutput(NamedTuple):
@@ -31,7 +30,7 @@ class BottleneckOutput(NamedTuple):
 register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
 
 
-class KeyValueBottleneck(ReadsData, BottleneckState):
+class KeyValueBottleneck(ReadsData, Modes):
     """C codebooks of K key-value pairs: every head of the input fetches the value of its nearest key.
 
     Equivalent to, per codebook c: ``i = ((x[:, c, ..., None, :] - keys[c])**2).sum(-1).argmin(-1); values[c, i]``,
@@ -55,7 +54,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         sample_codebook_temperature: > 0 draws ``topk`` keys from softmax(-distance / temperature), without replacement,
             instead of the nearest.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
-        topk: fetch so many nearest pairs; > 1 adds an axis after C.
+        topk: how many nearest pairs to fetch; > 1 adds an axis after C.
         sparse_grad: give ``values`` a sparse gradient: the rows fetched, merged, never a dense [C, K, V]. For the
             optimizers and ``clip_grad_norm_`` of ``kvb.optim``, ``torch.optim.SGD`` and ``SparseAdam``; one graph break
             under ``torch.compile``.
@@ -81,7 +80,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         key_value_pairs_per_codebook: int,
         dim_keys: int,
         dim_values: int,
-        init_mode: str = "random",
+        init_mode: key_learning.Method = "random",
         kmeans_iters: int = 10,
         decay: float = 0.95,
         eps: float = 1e-5,
@@ -99,7 +98,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         D = validation.positive_int("dim_keys", dim_keys)
         V = validation.positive_int("dim_values", dim_values)
         validation.choice("init_mode", init_mode, key_learning.METHODS)
-        with torch.inference_mode(False):  # tensors made in inference mode could never learn
+        with torch.inference_mode(False):  # tensors created in inference mode cannot learn
             super().__init__(C, K, D, initialised=init_mode == "random")
             self.values = nn.Parameter(torch.randn(C, K, V))
         self.init_mode = init_mode
@@ -118,13 +117,18 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
 
     @property
     def dim_values(self) -> int:
-        """V: that of the tensor, which may be exchanged for another."""
+        """V: the size of the tensor, which may be replaced."""
         return self.values.shape[2]
 
     # --- lookup -------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor, *, pool: str = "none", return_values_only: bool | None = None
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        pool: Pool = "none",
+        return_values_only: bool | None = None,
     ) -> Tensor | BottleneckOutput:
         """x [B, C, *shape, D] -> values [B, C, *shape, V], or a ``BottleneckOutput``.
 
@@ -132,87 +136,116 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         has the value zero, and the distance +inf.
 
         Args:
+            mask: bool [B, *shape], True where a position counts. At the others, padding say, values and keys are zero,
+                the index is 0, the distance NaN, and there is no gradient; they enter no keys and no counts. Whatever
+                x holds there, NaN too, leaves no trace.
             pool: "mean" or "sum" over codebooks, without the unpooled values in between: values [B, *shape, V].
             return_values_only: overrides the module's for this call.
         Raises:
-            TypeError: not a floating-point tensor. ValueError: its shape does not fit, or ``check_finite`` found NaN.
-            RuntimeError: another device, or keys that still wait for data in eval mode.
+            TypeError: not a floating-point tensor, or a mask that is not bool. ValueError: a shape does not fit, or
+            ``check_finite`` found NaN. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
         validation.choice("pool", pool, functional.POOLS)
         values_only = self.return_values_only if return_values_only is None else return_values_only
-        queries = self._queries(x)
+        queries = self._queries(x, mask)
+        counted = None if mask is None else mask.reshape(queries.shape[:2])
         self._look()
         if not self._initialised:
-            self._initialise_from(x)
+            self._initialise_from(x, mask)
         keys, packed = self._keys_for(queries, learns=self.training and self._learning)
         shape = x.shape[2:-1]
         if values_only and self._in_one_pass(pool, shape):
             values, codes = ops.lookup(queries, keys, packed, self.values, self._usable, pool)
             del packed  # its memory is that of the keys' next packed form
             if self.training:
-                self._observe(queries, codes[..., None])
+                self._observe(queries, codes[..., None], counted)
+            values = positions.cleared(values, counted)
             return values.view(x.shape[0], *(shape if pool != "none" else x.shape[1:2]), values.shape[-1])
         indices, distances = self._search(queries.detach() if values_only else queries, keys, packed)
         del packed
+        indices = positions.cleared(indices, counted)
         output: Tensor | BottleneckOutput
-        output = values = self._fetch_values(indices, shape, pool)
+        output = values = self._fetch_values(indices, shape, pool, counted)
         if not values_only:
-            fetched = self._fetch(keys, indices, shape)
+            fetched = self._fetch(keys, indices, shape, counted=counted)
             output = BottleneckOutput(values, fetched, self._unfold(indices, shape), self._unfold(distances, shape))
         if self.training:
-            self._observe(queries, indices)
+            self._observe(queries, indices, counted)
         return output
 
-    def encode(self, x: Tensor, *, dtype: torch.dtype | str = torch.int64) -> Tensor:
+    def encode(
+        self, x: Tensor, *, mask: Tensor | None = None, dtype: torch.dtype | Literal["auto"] = torch.int64
+    ) -> Tensor:
         """The indices that ``forward`` would fetch: x [B, C, *shape, D] -> [B, C, *shape] (topk axis after C).
 
         Neither keys nor counts change. Train on the result with ``decode``: no search at all.
 
         Args:
+            mask: as for ``forward``; ``decode`` needs it again, as the index 0 of padding is that of a pair.
             dtype: torch.int64, int32 or int16, or "auto" for the smallest of the last two that holds K - 1.
         Raises:
             as ``forward``; ValueError: dtype too small.
         """
         storage = validation.code_dtype(dtype, self.key_value_pairs_per_codebook)
-        queries = self._queries(x)
+        queries = self._queries(x, mask)
+        counted = None if mask is None else mask.reshape(queries.shape[:2])
         self._require_keys()
-        return self._unfold(self._search(queries, *self._packed_keys())[0].to(storage), x.shape[2:-1])
+        indices = positions.cleared(self._search(queries, *self._packed_keys())[0], counted)
+        return self._unfold(indices.to(storage), x.shape[2:-1])
 
-    def decode(self, indices: Tensor, pool: str = "none") -> Tensor:
+    def decode(self, indices: Tensor, pool: Pool = "none", *, mask: Tensor | None = None) -> Tensor:
         """The values of cached indices: [B, C, *shape] -> [B, C, *shape, V], pooled over codebooks [B, *shape, V].
 
         Equivalent to ``values[arange(C), indices]`` and ``.mean(1)`` or ``.sum(1)``; differentiable for ``values``.
-        With topk above the pairs that a mask leaves, masked ones have the value zero, as in ``forward``.
+        With topk above the pairs that ``mask_pairs`` leaves, the others have the value zero, as in ``forward``.
 
+        Args:
+            indices: of any integer dtype; a topk axis after C.
+            pool: "mean" or "sum" over codebooks.
+            mask: bool [B, *shape], as ``encode`` got it: where it is False the value is zero, without a gradient.
         Raises:
-            TypeError: not integers. ValueError: shape or pool. IndexError: an index outside [0, K).
+            TypeError: not integers, or a mask that is not bool. ValueError: shape or pool. IndexError: an index outside
+            [0, K).
         """
         validation.integer("decode", "indices", indices)
         validation.codes(indices, self.num_codebooks)
         validation.choice("pool", pool, functional.POOLS)
         validation.same_device("indices", indices, "values", self.values)
         shape = indices.shape[2:]
+        counted = None if mask is None else self._counted_codes(indices, mask)
         flat = indices.reshape(*indices.shape[:2], shape.numel()).transpose(1, 2)
         usable = self._search_mask()
         if self.topk > 1 and usable is not None and self._fewest < self.topk:
-            out = self._decode_usable(flat, usable)
+            out = self._decode_usable(flat, usable, counted)
             out = out if pool == "none" else getattr(out, pool)(1)
         else:
-            out = self._gather(self.values, flat, pool, "bcsv")
+            out = self._gather(self.values, flat, pool, counted)
         return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), out.shape[-1])
 
-    def _queries(self, x: Tensor) -> Tensor:
-        """x [B, C, *shape, D] as [B, S, C, D], without a copy for both seed layouts."""
+    def _counted_codes(self, indices: Tensor, mask: Tensor) -> Tensor:
+        """The mask [B, *shape] of indices [B, C, (T), *shape], as [B, (T)*S]."""
+        validation.tensor(type(self).__name__, "mask", mask)
+        ranks = indices.shape[2] if self.topk > 1 and mask.dim() < indices.dim() - 1 else 1
+        sizes = indices.shape[0], *indices.shape[2 + int(ranks > 1) :]
+        positions.checked(type(self).__name__, mask, sizes, "indices", indices)
+        return positions.per_rank(mask.reshape(len(mask), mask.shape[1:].numel()), ranks)
+
+    def _queries(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, C, *shape, D] as [B, S, C, D], without a copy for both seed layouts; NaN where ``mask`` is False."""
         owner = type(self).__name__
         validation.floating(owner, "x", x)
         validation.split_features(x, self.num_codebooks, self.dim_keys)
         validation.same_device("x", x, "keys", self._taken_quietly("initted"))
+        if mask is not None:
+            positions.checked(owner, mask, (x.shape[0], *x.shape[2:-1]), "x", x)
         if self.check_finite:
-            validation.finite("x", x)
+            validation.finite("x", x if mask is None else torch.where(mask[:, None, ..., None], x, 0))
         if x.dim() == 3:
             flat = x.unsqueeze(1)
         else:
             flat = x.reshape(*x.shape[:2], x.shape[2:-1].numel(), x.shape[-1]).transpose(1, 2)
+        if mask is not None:
+            flat = positions.hidden(flat, mask.reshape(flat.shape[:2]))
         return flat if flat.stride(-1) == 1 else flat.contiguous()
 
     def _keys_for(self, queries: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
@@ -234,7 +267,7 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
             return torch.ops.kvb.sample(queries, keys, mask, self.sample_codebook_temperature, seed, self.topk)
         return torch.ops.kvb.nearest(queries, keys, packed, mask, self.topk)
 
-    def _in_one_pass(self, pool: str, shape: torch.Size) -> bool:
+    def _in_one_pass(self, pool: Pool, shape: torch.Size) -> bool:
         """Whether ``lookup`` gives the values as they are wanted: not with codebooks before more than one position."""
         nearest = self.topk == 1 and self.sample_codebook_temperature == 0 and self._fewest > 0
         return nearest and not self.sparse_grad and (pool != "none" or len(shape) == 0)
@@ -245,32 +278,43 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
             return None
         return torch.arange(self.topk, device=self._usable.device) < self._usable.sum(-1, keepdim=True)
 
-    def _gather(self, table: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
-        fetch = ops.gather_row_grad if self.sparse_grad else torch.ops.kvb.gather
-        return fetch(table, indices, pool, layout)
+    def _gather(self, table: Tensor, indices: Tensor, pool: Pool, counted: Tensor | None = None) -> Tensor:
+        """Rows of table [C, K, *] at indices [B, M, C], as [B, C, M, *], or pooled over C; zero where not counted."""
+        if self.sparse_grad:
+            fetched = ops.gather_row_grad(table, indices, pool, "bcsv", counted)
+        else:
+            fetched = torch.ops.kvb.gather(table, indices, pool, "bcsv")
+        return positions.cleared(fetched, counted, axis=2 if pool == "none" else 1)
 
-    def _fetch_values(self, indices: Tensor, shape: torch.Size, pool: str) -> Tensor:
+    def _fetch_values(self, indices: Tensor, shape: torch.Size, pool: Pool, counted: Tensor | None) -> Tensor:
         """Values at indices [B, S, C, T], as [B, C, (T), *shape, V], or pooled over C."""
         present = self._present()
         if present is None:
-            return self._fetch(self.values, indices, shape, pool)
+            return self._fetch(self.values, indices, shape, pool, counted)
         # The first rank in place of one that found nothing: no masked row is read, and none gets a gradient.
-        fetched = self._fetch(self.values, torch.where(present, indices, indices[..., :1]), shape)
+        fetched = self._fetch(self.values, torch.where(present, indices, indices[..., :1]), shape, counted=counted)
         fetched = torch.where(self._unfold(present.expand_as(indices), shape)[..., None], fetched, 0)
         return fetched if pool == "none" else getattr(fetched, pool)(1)
 
-    def _decode_usable(self, indices: Tensor, usable: Tensor) -> Tensor:
+    def _decode_usable(self, indices: Tensor, usable: Tensor, counted: Tensor | None) -> Tensor:
         """Values [B, C, M, V] at indices [B, M, C]; a masked pair stands for a rank that found none, as in a search."""
         present = torch.ops.kvb.gather(usable[..., None].float(), indices, "none", "bcsv") > 0
         some = usable.to(torch.uint8).argmax(-1)
         safe = torch.where(present[..., 0].transpose(1, 2), indices, some)
-        return torch.where(present, self._gather(self.values, safe, "none", "bcsv"), 0)
+        return torch.where(present, self._gather(self.values, safe, "none", counted), 0)
 
-    def _fetch(self, table: Tensor, indices: Tensor, shape: Iterable[int], pool: str = "none") -> Tensor:
+    def _fetch(
+        self,
+        table: Tensor,
+        indices: Tensor,
+        shape: Iterable[int],
+        pool: Pool = "none",
+        counted: Tensor | None = None,
+    ) -> Tensor:
         """Rows of table [C, K, *] at indices [B, S, C, T], as [B, C, (T), *shape, *], or pooled over C."""
         B, S, C, T = indices.shape
-        positions = indices.permute(0, 3, 1, 2).reshape(B, T * S, C)
-        fetched = self._gather(table, positions, pool, "bcsv")
+        flat = indices.permute(0, 3, 1, 2).reshape(B, T * S, C)
+        fetched = self._gather(table, flat, pool, None if counted is None else positions.per_rank(counted, T))
         books = (C,) if pool == "none" else ()
         return fetched.view(B, *books, *self._ranks(), *shape, table.shape[-1])
 
@@ -287,18 +331,21 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
     def _target(self) -> KeyValueBottleneck:
         return self
 
-    def _features(self, inputs: Any) -> Any:
-        return inputs
+    def _features(self, inputs: Any, mask: Tensor | None) -> Part:
+        return Part(inputs, mask)
 
     def _heads(self, features: Any) -> Any:
         return features
 
-    def _observe(self, queries: Tensor, indices: Tensor) -> None:
-        """Learn the keys or count the hits of one batch in training mode; indices [B, S, C, T]."""
+    def _codes(self, inputs: Any, mask: Tensor | None, dtype: torch.dtype) -> Part:
+        return Part(self.encode(inputs, mask=mask, dtype=dtype), mask)
+
+    def _observe(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
+        """Learn the keys or count the hits of one batch in training mode; indices [B, S, C, T], counted [B, S]."""
         if recomputation.in_backward():
             return  # the forward that runs again has been observed
         if self._learning:
-            self._learn(queries.detach(), indices[..., 0])
+            self._learn(queries.detach(), indices[..., 0], counted)
         elif self._counting:
             present = self._present()
             for t in range(indices.shape[-1]):
@@ -307,10 +354,12 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
                     hits if present is None else hits * present[:, t, None]
                 )
 
-    def _learn(self, queries: Tensor, indices: Tensor) -> None:
+    def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
         """One step of the moving averages, taken by every process, also by one with an empty batch."""
         self._packed.release()  # before the statistics need memory
-        packed = key_learning.step(self._moving(), queries, indices, self._usable, self._rates())
+        packed = key_learning.step(
+            self._moving(), queries, indices, mask=self._usable, rates=self._rates(), counted=counted
+        )
         self._keep_packed(packed)
 
     def _moving(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,21 +370,16 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
     def _rates(self) -> key_learning.Rates:
         return key_learning.Rates(self.decay, self.eps, self.threshold_ema_dead_code)
 
-    def _initialise_from(self, batch: Tensor) -> None:
+    def _initialise_from(self, batch: Tensor, mask: Tensor | None = None) -> None:
         """The first batch in training mode initialises keys that wait for data."""
         if not (self.training and self._learning):
             self._require_keys()
-        if batch.numel() > 0:
-            self.init_keys(batch.detach(), epochs=0, progress=False)
-
-    def _require_keys(self) -> None:
-        self._look()
-        if not self._initialised:
-            raise RuntimeError("keys are not initialised: call init_keys(...) or run one batch in training mode")
+        if batch.numel() > 0 and (mask is None or bool(mask.any())):
+            self.init_keys(batch.detach(), epochs=0, mask=mask, progress=False)
 
     @torch.no_grad()
     def _initialise(
-        self, stream: Stream, method: str, epochs: int, generator: torch.Generator | None
+        self, stream: Stream, method: key_learning.Method, epochs: int, generator: torch.Generator | None
     ) -> key_learning.KeyReport:
         """``init_keys`` on copies, which become the state when all went well."""
         keys, keys_avg, cluster_size = (part.clone() for part in self._moving())
@@ -361,73 +405,6 @@ class KeyValueBottleneck(ReadsData, BottleneckState):
         self._write("initted", torch.ones(1))
         self._packed.forget()
         self._look()
-
-    # --- modes; each returns self -------------------------------------------------------------------------------------
-
-    def freeze_keys(self: _Self) -> _Self:
-        """Keys stop learning, and forwards in training mode count hits instead.
-
-        Raises:
-            RuntimeError: the keys still await their initialisation from data.
-        """
-        self._require_keys()
-        self._set_flags(learning=False)
-        self._packed_keys()
-        return self
-
-    def unfreeze_keys(self: _Self) -> _Self:
-        """Keys learn again on forwards in training mode."""
-        self._set_flags(learning=True)
-        return self
-
-    def enable_update_keys(self: _Self) -> _Self:
-        """The published name of ``unfreeze_keys``."""
-        return self.unfreeze_keys()
-
-    def disable_update_keys(self: _Self) -> _Self:
-        """The published name of ``freeze_keys``."""
-        return self.freeze_keys()
-
-    def activate_counts(self: _Self) -> _Self:
-        """Count fetched pairs on forwards in training mode with frozen keys; every pair may be fetched."""
-        self._set_flags(counting=True)
-        return self
-
-    def deactivate_counts(self: _Self) -> _Self:
-        """Stop counting, and restrict the search with frozen keys to pairs counted so far.
-
-        Raises:
-            RuntimeError: nothing was counted yet, so that nothing could be fetched.
-        """
-        if not bool((self.cluster_size_counter > 0).any()):
-            raise RuntimeError(
-                "no pair was counted yet, so deactivate_counts() would leave nothing to fetch: "
-                "run batches in training mode with frozen keys first"
-            )
-        self._set_flags(counting=False)
-        return self
-
-    def reset_cluster_size_counter(self: _Self) -> _Self:
-        """Forget all counts, and count again."""
-        self._write("cluster_size_counter", torch.zeros((), dtype=torch.int64))
-        return self.activate_counts()
-
-    # --- what was used ------------------------------------------------------------------------------------------------
-
-    def fraction_of_unused_keys(self) -> Tensor:
-        """The share of all pairs that were never counted."""
-        return (self.cluster_size_counter == 0).sum() / self.cluster_size_counter.numel()
-
-    def usage(self) -> Tensor:
-        """The share [C, K] of a codebook's counted hits that each pair got; zeros for a codebook without counts."""
-        total = self.cluster_size_counter.sum(-1, keepdim=True)
-        return self.cluster_size_counter / total.clamp(min=1)
-
-    def perplexity(self) -> Tensor:
-        """exp(entropy of ``usage``) [C]: the number of pairs in effective use, 1 to K; 0 without counts."""
-        usage = self.usage()
-        entropy = -torch.special.xlogy(usage, usage).sum(-1)
-        return torch.where(usage.sum(-1) > 0, entropy.exp(), 0)
 
     def extra_repr(self) -> str:
         table = getattr(self, "values", None)  # which users exchange, and may have deleted

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kvb import validation
+from kvb import items, validation
 from kvb.data import CodeDataset, encode
-from kvb.items import inputs_of
 from kvb.modules import key_learning
-from kvb.modules.streams import Stream, cut
+from kvb.modules.streams import Part, Stream, cut
 
 
 class ReadsData:
@@ -26,13 +25,23 @@ class ReadsData:
         """The ``KeyValueBottleneck``."""
         raise NotImplementedError
 
-    def _features(self, inputs: Any) -> Tensor:
-        """What is made once of the inputs of one batch: [B, ...]."""
+    def _features(self, inputs: Any, mask: Tensor | None) -> Part:
+        """What is made once of the inputs of one batch, [B, ...], and the mask for the bottleneck."""
         raise NotImplementedError
 
     def _heads(self, features: Tensor) -> Tensor:
         """Features, on any device -> x [B, C, *shape, D] for the bottleneck."""
         raise NotImplementedError
+
+    def _codes(self, inputs: Any, mask: Tensor | None, dtype: torch.dtype) -> Part:
+        """``encode``, and the mask that was used."""
+        raise NotImplementedError
+
+    def _counted(self, features: Part) -> Tensor:
+        """Queries [B, S, C, D] of features: those that a mask lets count, if there is one, as [M, 1, C, D]."""
+        heads, mask = self._heads(features.made), self._moved(features.mask)
+        queries: Tensor = self._target()._queries(heads, mask)
+        return queries if mask is None else queries[mask.reshape(queries.shape[:2])][:, None]
 
     def _cut(self, data: Tensor) -> tuple[Tensor, ...]:
         """A tensor of inputs in batches."""
@@ -45,10 +54,12 @@ class ReadsData:
     def init_keys(
         self,
         data: Tensor | Iterable[Any],
-        method: str | None = None,
+        method: key_learning.Method | None = None,
         *,
         epochs: int = 1,
         inputs_extractor: Callable[[Any], Any] | None = None,
+        mask: Tensor | None = None,
+        mask_extractor: Callable[[Any], Any] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = True,
     ) -> key_learning.KeyReport:
@@ -66,6 +77,8 @@ class ReadsData:
             epochs: passes of moving averages with dead-code replacement; 0 for none.
             inputs_extractor: takes the inputs out of an item of ``data``; by default its first element, and of a
                 mapping all but the labels.
+            mask: bool [N, *shape] for a tensor: True where a position counts. The others are as if they were not there.
+            mask_extractor: takes the mask [B, *shape] out of an item of ``data`` that is iterated; None counts all.
             generator: makes the result reproducible.
             progress: show a progress bar.
         Returns:
@@ -79,12 +92,18 @@ class ReadsData:
         validation.epochs(epochs)
         if bottleneck.keys_frozen:
             raise RuntimeError("keys are frozen: call unfreeze_keys() before init_keys(...)")
+        batches, taken = items.taken_apart(
+            data, cut=self._cut, inputs_extractor=inputs_extractor, mask=mask, mask_extractor=mask_extractor
+        )
+
+        def features(item: Any) -> Part:
+            _, inputs, counted = taken(item)
+            return self._features(self._moved(inputs), self._moved(counted))
+
         stream = Stream(
-            self._cut(data) if isinstance(data, Tensor) else data,
-            lambda item: self._features(
-                self._moved(item if isinstance(data, Tensor) else inputs_of(item, inputs_extractor))
-            ),
-            lambda features: bottleneck._queries(self._heads(features)),
+            batches,
+            features,
+            self._counted,
             replay=self._replays,
             passes=key_learning.passes_needed(method, bottleneck.kmeans_iters, epochs, replay=self._replays),
             progress=progress,
@@ -96,9 +115,11 @@ class ReadsData:
         self,
         data: Tensor | Iterable[Any],
         *,
-        dtype: torch.dtype | str = "auto",
+        dtype: torch.dtype | Literal["auto"] = "auto",
         out: str | os.PathLike[str] | None = None,
         inputs_extractor: Callable[[Any], Any] | None = None,
+        mask: Tensor | None = None,
+        mask_extractor: Callable[[Any], Any] | None = None,
         labels: bool = True,
         labels_extractor: Callable[[Any], Any] | None = None,
         progress: bool = True,
@@ -111,25 +132,28 @@ class ReadsData:
         Args:
             data: a tensor such as ``forward`` takes, or an iterable (a DataLoader, say), read once: of inputs, of
                 (inputs, labels, ...) items, or of mappings (Hugging Face) whose labels are called "labels", "label",
-                "targets" or "y", the first of these that is there, and whose other entries are the inputs.
+                "targets" or "y", whichever comes first in this list, and whose other entries are the inputs.
             dtype: as for ``encode``; "auto" is int16 up to K = 32768, int32 above.
             out: a file (.npy) to write the codes to as they come, and then the labels; the result is a map of it, and
                 ``CodeDataset.open`` maps it again. None keeps them in memory.
             inputs_extractor: takes x out of an item of ``data``. Labels of a tuple are then its only other element.
+            mask, mask_extractor: as for ``init_keys``. The result keeps the mask that was used, for ``decode``.
             labels: keep labels where the items have them; False for none.
             labels_extractor: takes the labels out of an item: [B, ...], anything that torch can turn into a tensor.
             progress: show a progress bar.
         Returns:
-            a ``CodeDataset``: codes [N, C, *shape] (topk axis after C), labels [N, ...] or None.
+            a ``CodeDataset``: codes [N, C, *shape] (topk axis after C), labels [N, ...] or None, mask [N, *shape] or
+            None.
         Raises:
             as ``encode``; TypeError: data that is no tensor and cannot be iterated; labels that are no numbers.
             ValueError: no samples, samples of different shapes; labels in some items only, not one per sample, or in
-            one of several places. OSError: the file cannot be written. An old file then is as it was.
+            one of several places; masks in some items only. OSError: the file cannot be written. An old file then is as
+            it was.
         """
         storage = validation.code_dtype(dtype, self._target().key_value_pairs_per_codebook)
 
-        def search(inputs: Any) -> Tensor:
-            return self.encode(self._moved(inputs), dtype=storage)
+        def search(inputs: Any, counted: Any) -> tuple[Tensor, Tensor | None]:
+            return self._codes(self._moved(inputs), self._moved(counted), storage)
 
         return encode(
             data,
@@ -137,6 +161,8 @@ class ReadsData:
             cut=self._cut,
             out=out,
             inputs_extractor=inputs_extractor,
+            mask=mask,
+            mask_extractor=mask_extractor,
             labels=labels,
             labels_extractor=labels_extractor,
             progress=progress,

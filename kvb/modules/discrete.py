@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from kvb import splitters, validation
 from kvb._torch import register_namedtuple
+from kvb.functional import Pool
+from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
@@ -42,7 +44,7 @@ class DiscreteKeyValueBottleneckConfig:
     encoder: nn.Module | None = None
     codebook_dim: int | None = None
     splitter: nn.Module | None = None
-    init_mode: str = "random"
+    init_mode: key_learning.Method = "random"
     kmeans_iters: int = 10
     decay: float = 0.8
     eps: float = 1e-5
@@ -71,7 +73,7 @@ class DiscreteKeyValueBottleneckConfig:
 class Intermediates(NamedTuple):
     """What ``DiscreteKeyValueBottleneck`` adds with ``return_intermediates=True``."""
 
-    quantized: Tensor  # [B, *shape, C*D]: the keys found, without a gradient
+    quantized: Tensor  # [B, *shape, C*D]: the keys found, without a gradient; zero where masked
     memory_indices: Tensor  # [B, C, *shape] int64, for bottleneck.decode
     commit_loss: Tensor  # []: mean squared distance to the keys in training mode, 0 in eval mode
 
@@ -134,7 +136,8 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
         return_intermediates: bool = False,
         average_pool_memories: bool | None = None,
         *,
-        pool: str | None = None,
+        mask: Tensor | None = None,
+        pool: Pool | None = None,
         **encoder_arguments: Any,
     ) -> Tensor | tuple[Tensor, Intermediates]:
         """x [B, *shape, dim_embed], or what the encoder takes -> memories [B, *shape, V].
@@ -144,16 +147,18 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
         Args:
             return_intermediates: return ``(memories, Intermediates)``.
             average_pool_memories: overrides the module's for this call; False gives [B, C, *shape, V].
+            mask: bool [B, *shape], True where a position counts; see ``KeyValueBottleneck.forward``. By default the
+                ``attention_mask`` among encoder_arguments, unless the encoder makes one embedding per sample.
             pool: "none", "mean" or "sum" over codebooks; None leaves it to ``average_pool_memories``.
             encoder_arguments: go to the encoder.
         Raises:
             TypeError: not a floating-point tensor, or arguments for an encoder that is not there. ValueError: the
             shape does not fit. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
-        heads = self.forward_splitter(x, **encoder_arguments)
+        heads, mask = self._prepared(x, mask, encoder_arguments)
         if pool is None and average_pool_memories is not None:
             pool = "mean" if average_pool_memories else "none"
-        found = self.bottleneck(heads, pool=self._pool(pool), return_values_only=not return_intermediates)
+        found = self.bottleneck(heads, mask=mask, pool=self._pool(pool), return_values_only=not return_intermediates)
         return (found.values, self._intermediates(found)) if isinstance(found, BottleneckOutput) else found
 
     def _intermediates(self, found: BottleneckOutput) -> Intermediates:
@@ -164,7 +169,7 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
             commit_loss = torch.where(finite, distances, 0).sum() / (finite.sum() * found.keys.shape[-1]).clamp(min=1)
         return Intermediates(found.keys.movedim(1, -2).flatten(-2), found.indices, commit_loss)
 
-    def _pool(self, pool: str | None) -> str:
+    def _pool(self, pool: Pool | None) -> Pool:
         return pool or ("mean" if self.average_pool_memories else "none")
 
     def forward_encoder(self, x: Any, **encoder_arguments: Any) -> Tensor:

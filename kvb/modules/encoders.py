@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kvb import checkpoints, splitters, validation
+from kvb.functional import Pool
 from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
@@ -24,8 +26,8 @@ _Self = TypeVar("_Self", bound="BottleneckedEncoder")
 class BottleneckedEncoder(BottleneckWrapper):
     """An encoder whose features are split over C codebooks and replaced by the values of their nearest keys.
 
-    Equivalent to ``bottleneck(splitter(encoder(x)))``, with the channels of the encoder's output moved last before it,
-    and back after it.
+    Equivalent to ``bottleneck(splitter(encoder(x)))``, with channels moved last before the splitter, and back at the
+    end.
 
     The encoder is put into eval mode here and by every ``train()``, so that its features depend on nothing but its
     input. With ``return_values_only`` no gradient could reach it or the splitter, and none is recorded.
@@ -45,8 +47,9 @@ class BottleneckedEncoder(BottleneckWrapper):
         concat_values_from_all_codebooks: join the codebooks' values in one axis of C·V.
         sample_codebook_temperature: as for ``KeyValueBottleneck``.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
-        topk: fetch so many nearest pairs; > 1 adds an axis after C, or after B with concatenated values.
-        outputs_extractor: takes the features out of what the encoder returns, where it is neither of the two.
+        topk: how many nearest pairs to fetch; > 1 adds an axis after C, or after B with concatenated values.
+        outputs_extractor: takes the features out of what the encoder returns, if it is neither of the two. If it
+            needs two arguments, the second is the encoder's input: for a mean over its attention mask, say.
         sparse_grad, check_finite: as for ``KeyValueBottleneck``.
     Methods:
         those of ``KeyValueBottleneck``, which take what ``forward`` takes.
@@ -67,7 +70,7 @@ class BottleneckedEncoder(BottleneckWrapper):
     """
 
     encoder: nn.Module
-    splitting_mode: str | nn.Module
+    splitting_mode: splitters.Mode | nn.Module
 
     def __init__(
         self,
@@ -77,9 +80,9 @@ class BottleneckedEncoder(BottleneckWrapper):
         key_value_pairs_per_codebook: int,
         dim_keys: int,
         dim_values: int,
-        init_mode: str = "random",
+        init_mode: key_learning.Method = "random",
         kmeans_iters: int = 10,
-        splitting_mode: str | nn.Module = "random_projection",
+        splitting_mode: splitters.Mode | nn.Module = "random_projection",
         decay: float = 0.95,
         eps: float = 1e-5,
         threshold_ema_dead_code: float = 0.0,
@@ -89,7 +92,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         return_values_only: bool = True,
         topk: int = 1,
         *,
-        outputs_extractor: Callable[[Any], Tensor] | None = None,
+        outputs_extractor: Callable[..., Tensor] | None = None,
         sparse_grad: bool = False,
         check_finite: bool = False,
     ) -> None:
@@ -103,7 +106,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         self.dim_values = dim_values
         self.init_mode = init_mode
         self.kmeans_iters = kmeans_iters
-        self.__dict__["splitting_mode"] = splitting_mode  # a module among the children it is only as the splitter
+        self.__dict__["splitting_mode"] = splitting_mode  # a module becomes a child only as the splitter
         self.decay = decay
         self.eps = eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
@@ -137,24 +140,33 @@ class BottleneckedEncoder(BottleneckWrapper):
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, x: Any, *, pool: str | None = None, return_values_only: bool | None = None, **encoder_options: Any
+        self,
+        x: Any,
+        *,
+        mask: Tensor | None = None,
+        pool: Pool | None = None,
+        return_values_only: bool | None = None,
+        **encoder_options: Any,
     ) -> Tensor | BottleneckOutput:
         """x, as the encoder wants it, -> values, or a ``BottleneckOutput``; shapes as above, contiguous.
 
         Args:
             x: the encoder's first argument; a mapping (of a tokenizer, say) is given as its keyword arguments.
+            mask: bool [B, *spatial], True where a position counts; see ``KeyValueBottleneck.forward``. By default the
+                ``attention_mask`` of x or of encoder_options, unless the features are one embedding [B, d] per sample.
             pool: "mean" or "sum" over codebooks: values [B, *spatial, V], channel-first [B, V, *spatial].
             return_values_only: overrides the module's for this call.
             encoder_options: more keyword arguments of the encoder.
         Raises:
             TypeError: the encoder returned something without features, or not floating-point ones. ValueError: their
-            shape does not fit. RuntimeError: keys that still wait for data in eval mode.
+            shape does not fit, or that of a mask does not fit theirs. RuntimeError: keys that still wait for data in
+            eval mode.
         """
         own = self.bottleneck
         values_only = own.return_values_only if return_values_only is None else return_values_only
         with torch.set_grad_enabled(torch.is_grad_enabled() and not values_only):
-            heads = self.forward_splitter(x, **encoder_options)
-        output = own(heads, pool=self._pool(pool), return_values_only=values_only)
+            heads, mask = self._prepared(x, mask, encoder_options)
+        output = own(heads, mask=mask, pool=self._pool(pool), return_values_only=values_only)
         if isinstance(output, Tensor):
             return self._arranged(output, self._pool(pool))
         keys = self._channels_placed(output.keys, books=True)
@@ -171,9 +183,9 @@ class BottleneckedEncoder(BottleneckWrapper):
                 output = self.encoder(**x, **encoder_options)
             else:
                 output = self.encoder(x, **encoder_options)
-        features = self._picked(output)
+        features = self._picked(output, {**x, **encoder_options} if isinstance(x, Mapping) else x)
         if not torch.compiler.is_compiling() and features.is_inference() and torch.is_grad_enabled():
-            features = features.clone()  # autograd refuses what an encoder made in inference mode
+            features = features.clone()  # autograd refuses tensors that an encoder created in inference mode
         first = not self.encoder_is_channel_last
         if features.dim() < 2 or features.shape[1 if first else -1] != self.num_channels:
             letters, sizes = (
@@ -185,9 +197,10 @@ class BottleneckedEncoder(BottleneckWrapper):
             )
         return features.movedim(1, -1) if first else features
 
-    def _picked(self, output: Any) -> Tensor:
+    def _picked(self, output: Any, batch: Any) -> Tensor:
         if self.outputs_extractor is not None:
-            output = self.outputs_extractor(output)
+            asks = _takes_batch(self.outputs_extractor)
+            output = self.outputs_extractor(output, batch) if asks else self.outputs_extractor(output)
         elif not isinstance(output, Tensor):
             output = getattr(output, "last_hidden_state", output)
         if not isinstance(output, Tensor):
@@ -202,7 +215,7 @@ class BottleneckedEncoder(BottleneckWrapper):
             heads: Tensor = self.splitter(features)
         return heads
 
-    def _arranged(self, fetched: Tensor, pool: str) -> Tensor:
+    def _arranged(self, fetched: Tensor, pool: Pool) -> Tensor:
         """[B, C, (T), *spatial, V], without C where pooled, in the layout of the encoder's output."""
         if pool != "none" or not self.concat_values_from_all_codebooks:
             return self._channels_placed(fetched, books=pool == "none")
@@ -245,7 +258,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         generator: torch.Generator | None = None,
         progress: bool = True,
     ) -> _Self:
-        """The published name of ``init_keys``; its report is in ``key_report``. Reads nothing for no epoch of "random".
+        """The published name of ``init_keys``; its report is in ``key_report``. Zero epochs of "random" read nothing.
 
         Args:
             loader: the ``data`` of ``init_keys``; the others are those of ``init_keys``.
@@ -263,26 +276,23 @@ class BottleneckedEncoder(BottleneckWrapper):
 
     def freeze_encoder(self: _Self) -> _Self:
         """The encoder gets no gradients."""
-        self.frozen_encoder = True
-        self.encoder.requires_grad_(False)
-        return self
+        return self._hold("encoder", True)
 
     def unfreeze_encoder(self: _Self) -> _Self:
         """All parameters of the encoder can learn again, from the distances; it stays in eval mode."""
-        self.frozen_encoder = False
-        self.encoder.requires_grad_(True)
-        return self
+        return self._hold("encoder", False)
 
     def freeze_splitter(self: _Self) -> _Self:
         """A learned projection gets no gradients."""
-        self.frozen_splitter = True
-        self.splitter.requires_grad_(False)
-        return self
+        return self._hold("splitter", True)
 
     def unfreeze_splitter(self: _Self) -> _Self:
         """A learned projection can learn again, from the distances."""
-        self.frozen_splitter = False
-        self.splitter.requires_grad_(True)
+        return self._hold("splitter", False)
+
+    def _hold(self: _Self, part: Literal["encoder", "splitter"], frozen: bool) -> _Self:
+        setattr(self, f"frozen_{part}", frozen)
+        getattr(self, part).requires_grad_(not frozen)
         return self
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -312,3 +322,14 @@ class BottleneckedEncoder(BottleneckWrapper):
         frozen = [name for name in ("encoder", "splitter") if getattr(self, f"frozen_{name}")]
         mode = self.splitting_mode if isinstance(self.splitting_mode, str) else type(self.splitter).__name__
         return f"{layout}, {mode}, frozen: {', '.join(frozen) or 'nothing'}"
+
+
+@torch.compiler.assume_constant_result
+def _takes_batch(extractor: Callable[..., Any]) -> bool:
+    """Whether it must be given two arguments."""
+    try:
+        parameters = inspect.signature(extractor).parameters.values()
+    except ValueError:  # a function written in C may have no signature
+        return False
+    places = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return sum(one.kind in places and one.default is one.empty for one in parameters) > 1

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvb import functional
+from kvb import ops  # noqa: F401  (importing ops registers the operators)
 from kvb.modules.streams import BATCH, Stream
 
 ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
 SEEDS_PER_KEY = 8  # k-means++ chooses K seeds from a sample of 8*K rows
 JITTER = 1e-3  # of the data's spread: keeps keys apart that were filled from the same row
-_LOW_BITS = 12  # of a count; float32 holds the sums of 4096 such digits
-METHODS = ("random", "sample", "kmeans", "kmeans++")
+Method = Literal["random", "sample", "kmeans", "kmeans++"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class Rates(NamedTuple):
@@ -39,7 +39,7 @@ class Rates(NamedTuple):
 class KeyReport(NamedTuple):
     """What ``init_keys`` did, measured on its last pass over the data.
 
-    rows: queries of one codebook seen in that pass; skipped: how many (query, codebook) held NaN or Inf;
+    rows: queries per codebook in that pass; skipped: (query, codebook) pairs with NaN or Inf;
     inertia: mean squared distance of a finite query to its key; dead_codes: pairs that no query hit, of C*K.
     """
 
@@ -52,7 +52,7 @@ class KeyReport(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.method}: {self.rows} rows a codebook ({self.skipped} skipped), inertia {self.inertia:.6g}, "
+            f"{self.method}: {self.rows} rows per codebook ({self.skipped} skipped), inertia {self.inertia:.6g}, "
             f"{self.dead_codes} of {self.pairs} codes dead"
         )
 
@@ -61,35 +61,36 @@ class KeyReport(NamedTuple):
 
 
 def sync_statistics(hits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the statistics of all processes, in one ``all_reduce``; a single process gets its own back.
-
-    Hits [C, K] int64 are exact up to 2**36 in all processes together, and for 4096 processes: they go as two numbers of
-    24 bits, which float32 adds without rounding.
-    """
+    """Add the statistics of all processes, in place, whole numbers as such."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return hits, sums
-    digits = torch.stack([hits >> _LOW_BITS, hits & ((1 << _LOW_BITS) - 1)], -1)
-    both = torch.cat([digits.to(sums.dtype), sums], -1)
-    dist.all_reduce(both)
-    high, low = both[..., :2].long().unbind(-1)
-    return (high << _LOW_BITS) + low, both[..., 2:]
+    dist.all_reduce(hits)
+    dist.all_reduce(sums)
+    return hits, sums
 
 
 def spare_rows(
-    queries: Tensor, K: int, dtype: torch.dtype, generator: torch.Generator | None = None
+    queries: Tensor,
+    K: int,
+    dtype: torch.dtype,
+    generator: torch.Generator | None = None,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Random queries [C, R, D] that may replace dead pairs, and how many of each codebook may: the first, all finite.
 
     Different pairs get different queries while there are enough. An empty batch has none to give.
 
     Args:
-        queries: [B, S, C, D].
+        queries: [B, S, C, D]. counted: [B, S] bool, the positions to draw from; None for all.
     """
     B, S, _, D = queries.shape
     if B * S == 0:
         return None, None
     # A random subset first: drawing K rows from 4*K is as random, and far cheaper than permuting all rows C times.
-    if generator is None:
+    if counted is not None:
+        chance = torch.where(counted.flatten(), _draw((B * S,), queries, generator), -1)
+        some = chance.topk(min(4 * K, B * S)).indices
+    elif generator is None:
         some = torch.randperm(B * S, device=queries.device)[: 4 * K]
     else:
         some = torch.randperm(B * S, device=generator.device, generator=generator)[: 4 * K].to(queries.device)
@@ -115,6 +116,7 @@ def update(
     start: float | None = None,
     rescale_all: bool = False,
     generator: torch.Generator | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Move every hit key towards the mean of its queries, then replace dead pairs, in place; the new keys, packed.
 
@@ -126,16 +128,26 @@ def update(
 
     Args:
         keys, keys_avg: [C, K, D]. cluster_size, hits: [C, K]. sums: [C, K, D]. queries: [B, S, C, D].
+        counted: [B, S] bool, the positions of queries that may replace a pair; None for all.
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
     state = keys, keys_avg, cluster_size
     K, dtype = keys.shape[1], keys.dtype
-    spare, usable = spare_rows(queries, K, dtype, generator) if threshold > 0 else (None, None)
+    spare, usable = spare_rows(queries, K, dtype, generator, counted) if threshold > 0 else (None, None)
+    moved = tuple(part.contiguous() for part in state)
     packed = torch.ops.kvb.update_keys_(
-        *(moved := [part.contiguous() for part in state]),
-        *(part.to(exact).contiguous() for part in (hits, sums)),
-        *(spare, usable),
-        *(decay, eps, threshold, max(1.0, threshold) if start is None else start, rescale_all),
+        keys=moved[0],
+        keys_avg=moved[1],
+        cluster_size=moved[2],
+        hits=hits.to(exact).contiguous(),
+        sums=sums.to(exact).contiguous(),
+        spare=spare,
+        usable=usable,
+        decay=decay,
+        eps=eps,
+        threshold=threshold,
+        start=max(1.0, threshold) if start is None else start,
+        rescale_all=rescale_all,
     )
     for part, new in zip(state, moved, strict=True):
         if new is not part:
@@ -147,21 +159,37 @@ def step(
     moving: tuple[Tensor, Tensor, Tensor],
     queries: Tensor,
     indices: Tensor,
+    *,
     mask: Tensor | None,
     rates: Rates,
     generator: torch.Generator | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """``update`` with the statistics of one batch, in all processes together; the new keys, packed.
 
     Args:
-        moving: keys, keys_avg, cluster_size. queries: [B, S, C, D]. indices: [B, S, C], of the search with ``mask``.
+        moving: keys, keys_avg, cluster_size. queries: [B, S, C, D], NaN where ``counted`` [B, S] is False.
+        indices: [B, S, C], of the search with ``mask`` [C, K].
     """
     hits, sums = torch.ops.kvb.accumulate(queries, indices, moving[0].shape[1])
     if mask is not None:  # a codebook in which nothing may be found learns nothing
         found = mask.any(-1, keepdim=True)
         hits, sums = hits * found, sums * found[..., None]
-    statistics = sync_statistics(hits, sums)
-    return update(*moving, *statistics, queries, **rates._asdict(), generator=generator)
+    hits, sums = sync_statistics(hits, sums)
+    keys, keys_avg, cluster_size = moving
+    return update(
+        keys=keys,
+        keys_avg=keys_avg,
+        cluster_size=cluster_size,
+        hits=hits,
+        sums=sums,
+        queries=queries,
+        decay=rates.decay,
+        eps=rates.eps,
+        threshold=rates.threshold,
+        generator=generator,
+        counted=counted,
+    )
 
 
 def replace_dead(
@@ -173,10 +201,19 @@ def replace_dead(
     threshold: float,
     start: float | None = None,
 ) -> None:
-    """What ``update`` does to dead pairs, without statistics of a batch that could move the others."""
-    hits, sums = torch.zeros_like(cluster_size), torch.zeros_like(keys)
-    state = keys, keys_avg, cluster_size
-    update(*state, hits, sums, queries, decay=1.0, eps=1.0, threshold=threshold, start=start)
+    """Replace dead pairs as ``update`` does, without moving any other key."""
+    update(
+        keys=keys,
+        keys_avg=keys_avg,
+        cluster_size=cluster_size,
+        hits=torch.zeros_like(cluster_size),
+        sums=torch.zeros_like(keys),
+        queries=queries,
+        decay=1.0,
+        eps=1.0,
+        threshold=threshold,
+        start=start,
+    )
 
 
 # --- samples of rows --------------------------------------------------------------------------------------------------
@@ -189,13 +226,13 @@ def _rows(queries: Tensor) -> Tensor:
 
 def _draw(shape: Iterable[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform numbers on the device of ``like``, drawn where the generator lives."""
-    if generator is None:  # not an argument that is None: no graph with sizes that vary takes that
+    if generator is None:  # without the argument: graphs with dynamic sizes do not accept generator=None
         return torch.rand(tuple(shape), device=like.device)
     return torch.rand(tuple(shape), generator=generator, device=generator.device).to(like.device)
 
 
 class Reservoir:
-    """A weighted random sample of ``size`` rows a codebook, without replacement, in one pass.
+    """A weighted random sample of ``size`` rows per codebook, without replacement, in one pass.
 
     Every row gets the priority log(u) / weight; the highest stay (Efraimidis and Spirakis, Weighted random sampling
     with a reservoir, Information Processing Letters 97, 2006). Rows of weight 0 are never taken.
@@ -224,7 +261,7 @@ class Reservoir:
 
 
 def _fill(reservoir: Reservoir, K: int, generator: torch.Generator | None) -> Tensor:
-    """K rows a codebook; where data was short, rows drawn again and moved a little. Warns with numbers."""
+    """K rows per codebook; where there are too few, repeats rows with jitter. Warns with numbers."""
     rows, filled = reservoir.rows[:, :K], reservoir.filled[:, :K]
     found = filled.sum(-1, keepdim=True)
     fewest = int(found.min())
@@ -312,9 +349,10 @@ def kmeans(
         hits = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
         sums = torch.zeros_like(keys, dtype=torch.float64)
         spare = Reservoir(K, like)
-        packed = functional.pack_keys(keys)
+        packed = torch.ops.kvb.pack_keys(keys)
         for queries in stream.queries("k-means", limit):
-            indices, distances = functional.nearest(queries, keys, packed=packed)
+            ranked, apart = torch.ops.kvb.nearest(queries, keys, packed, mask=None, topk=1)
+            indices, distances = ranked[..., 0], apart[..., 0]
             batch_hits, batch_sums = torch.ops.kvb.accumulate(queries, indices, K)
             hits += batch_hits
             sums += batch_sums
@@ -328,7 +366,7 @@ def kmeans(
     return keys
 
 
-def passes_needed(method: str, iters: int, epochs: int, *, replay: bool = False) -> int:
+def passes_needed(method: Method, iters: int, epochs: int, *, replay: bool = False) -> int:
     """How often ``init_keys`` reads the data: seeding, iterations, then epochs or one measuring pass.
 
     Args:
@@ -343,7 +381,7 @@ def passes_needed(method: str, iters: int, epochs: int, *, replay: bool = False)
 def initialise(
     moving: tuple[Tensor, Tensor, Tensor],
     stream: Stream,
-    method: str,
+    method: Method,
     *,
     fresh: bool,
     kmeans_iters: int,
@@ -352,7 +390,7 @@ def initialise(
     rates: Rates,
     generator: torch.Generator | None,
 ) -> KeyReport:
-    """Find keys in the data, and let them learn; all in place.
+    """Initialise keys from the data, and let them learn; all in place.
 
     Args:
         moving: keys, keys_avg, cluster_size. fresh: there are no keys yet. mask: [C, K], pairs that may be hit.
@@ -369,7 +407,7 @@ def initialise(
     if found is not None:
         for part, start in zip(moving, (found, found, torch.ones(())), strict=True):
             part.copy_(start)
-    packed = functional.pack_keys(moving[0])
+    packed = torch.ops.kvb.pack_keys(moving[0])
     for epoch in range(max(1, epochs)):
         meter = Meter(like)
         learns = epoch < epochs
@@ -379,7 +417,7 @@ def initialise(
             indices, distances = torch.ops.kvb.nearest(queries, moving[0], packed, mask, 1)
             meter.add(indices[..., 0], distances[..., 0], queries)
             if learns:
-                packed = step(moving, queries, indices[..., 0], mask, rates, generator)
+                packed = step(moving, queries, indices[..., 0], mask=mask, rates=rates, generator=generator)
     return meter.report(method)
 
 

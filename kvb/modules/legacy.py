@@ -11,7 +11,7 @@ _HEADER = 8  # bytes before the mask bits: version, initialised, learning, count
 
 
 def problem(state: Tensor, pairs: int) -> str | None:
-    """Why it cannot be read, for a module of so many pairs; None where it can."""
+    """Why it cannot be read for a module of this many pairs; None if it can."""
     if state.dtype != torch.uint8 or state.dim() != 1 or len(state) < _HEADER:
         return f"expected {NAME} of at least {_HEADER} bytes, got {state.dtype} {tuple(state.shape)}"
     version, *flags = state[: _HEADER - 3].tolist()

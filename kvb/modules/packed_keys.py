@@ -136,8 +136,11 @@ def _observed() -> bool:
 
 
 def _can_be_kept(keys: Any) -> bool:
-    """Whether the counts mean what they should, and nothing records this call."""
-    plain = type(keys) is Tensor and not _torch.is_wrapped(keys) and not keys.is_inference()
+    """Whether the counts mean what they should, and nothing records this call.
+
+    A torch.func transform wraps all that is computed within it, also of plain keys, and the wrapping dies with it.
+    """
+    plain = type(keys) is Tensor and not _torch.transforms_active() and not keys.is_inference()
     return plain and not (_observed() or (keys.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from kvb import validation
-from kvb.modules import backbones
+from kvb import splitters, validation
+from kvb.modules import backbones, key_learning
 from kvb.modules.encoders import BottleneckedEncoder
 from kvb.modules.wrapping import KvbOptions
 
@@ -53,12 +53,12 @@ class PretrainedEncoder(BottleneckedEncoder):
         key_value_pairs_per_codebook: int,
         dim_keys: int | None = None,
         dim_values: int | None = None,
-        init_mode: str = "random",
+        init_mode: key_learning.Method = "random",
         kmeans_iters: int = 10,
         backbone: str | None = None,
         extracted_layer: int = 3,
         pool_embedding: bool = True,
-        splitting_mode: str | nn.Module = "chunk",
+        splitting_mode: splitters.Mode | nn.Module = "chunk",
         decay: float = 0.95,
         eps: float = 1e-5,
         threshold_ema_dead_code: float = 0.0,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvb import _torch
 
-FORWARDS = 16  # so many may wait for their backward pass
+FORWARDS = 16  # how many may wait for their backward pass
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = 0x1E3779B97F4A7C15
 

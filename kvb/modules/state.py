@@ -1,7 +1,7 @@
 """The state of a bottleneck: buffers with published names, flags and a mask; how it is written, copied and loaded.
 
-The buffers are the truth: whoever copies, averages or replaces them changes the module. The host's copy of the flags
-follows, so that no forward waits for a device; it looks at a buffer again when that was written or replaced.
+The buffers are authoritative: whoever copies, averages or replaces them changes the module. The host's copy of the
+flags follows, so that no forward waits for a device; it looks at a buffer again when that was written or replaced.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from kvb import _torch, validation
-from kvb.checkpoints import STATE_NAMES
+from kvb.checkpoints import FLAGS, MASK
 from kvb.modules import legacy
 from kvb.modules.packed_keys import PackedKeys, WatchedBuffers
 from kvb.modules.recomputation import Forwards
 
 VERSION = 2
 STATISTICS = ("keys", "keys_avg", "cluster_size")  # float32, or float64 after ``double()``
-_, _FLAGS, _MASK = STATE_NAMES
-_LOOKED_AT = ("initted", _FLAGS, _MASK, "cluster_size_counter")
+_LOOKED_AT = ("initted", FLAGS, MASK, "cluster_size_counter")
 _Self = TypeVar("_Self", bound="BottleneckState")
 
 
@@ -54,8 +53,8 @@ class BottleneckState(nn.Module):
         self.register_buffer("cluster_size_counter", torch.zeros(C, K, dtype=torch.int64))
         self.register_buffer("keys_avg", fresh.clone())
         self.register_buffer("keys", fresh)
-        self.register_buffer(_FLAGS, torch.tensor([VERSION, 1, 1], dtype=float32))
-        self.register_buffer(_MASK, torch.ones(C, K, dtype=float32))  # as no recipe that averages takes bools
+        self.register_buffer(FLAGS, torch.tensor([VERSION, 1, 1], dtype=float32))
+        self.register_buffer(MASK, torch.ones(C, K, dtype=float32))  # AveragedModel subtracts buffers, and no bools
         # The host's copy of the flags, and what the mask comes to.
         self._learning = self._counting = True
         self._initialised, self._masked = initialised, False
@@ -74,7 +73,7 @@ class BottleneckState(nn.Module):
         self._versions: list[int] = []
         self._names, self._held = 0, True
 
-    # --- sizes: those of the tensors, which may be exchanged for others -----------------------------------------------
+    # --- sizes: those of the tensors, which may be replaced -----------------------------------------------------------
 
     @property
     def num_codebooks(self) -> int:
@@ -133,13 +132,13 @@ class BottleneckState(nn.Module):
     def pair_mask(self) -> Tensor | None:
         """The mask [C, K] of ``mask_pairs``, or None where every pair may be fetched."""
         self._look()
-        return self._taken_quietly(_MASK) > 0.5 if self._masked else None
+        return self._taken_quietly(MASK) > 0.5 if self._masked else None
 
     def mask_pairs(self: _Self, mask: Tensor | None) -> _Self:
         """Restrict the search to pairs where ``mask`` [C, K] (bool) is True; None lifts it. Saved with the module."""
         if mask is not None:
             validation.mask("mask_pairs", mask, self.num_codebooks, self.key_value_pairs_per_codebook)
-        self._write(_MASK, torch.ones(()) if mask is None else mask)
+        self._write(MASK, torch.ones(()) if mask is None else mask)
         self._look()
         return self
 
@@ -156,10 +155,10 @@ class BottleneckState(nn.Module):
         self._look()
 
     def _write_flags(self) -> None:
-        self._write(_FLAGS, torch.tensor([VERSION, self._learning, self._counting], dtype=torch.float32))
+        self._write(FLAGS, torch.tensor([VERSION, self._learning, self._counting], dtype=torch.float32))
 
     def _write(self, name: str, value: Tensor) -> None:
-        """Into the buffer, or in its place where PyTorch allows no writing."""
+        """Write into the buffer, or replace it where PyTorch forbids writing."""
         buffer = self._taken_quietly(name)
         if buffer.is_inference() and not torch.is_inference_mode_enabled():
             setattr(self, name, value.to(buffer))
@@ -254,13 +253,13 @@ class BottleneckState(nn.Module):
         device = self._taken_quietly("keys").device
         if device.type == "meta":
             return
-        for name in ("initted", _FLAGS, _MASK):
+        for name in ("initted", FLAGS, MASK):
             if self._taken_quietly(name).is_meta:
                 setattr(self, name, torch.empty_like(self._taken_quietly(name), device=device))
         self._write("initted", torch.tensor([float(self._initialised)]))
         self._write_flags()
         if not self._masked:
-            self._write(_MASK, torch.ones(()))
+            self._write(MASK, torch.ones(()))
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: BottleneckState = super()._replicate_for_data_parallel()
@@ -273,7 +272,7 @@ class BottleneckState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if _FLAGS not in self._buffers:
+        if FLAGS not in self._buffers:
             self._upgrade()
         self._watch()
         self._look()
@@ -284,8 +283,8 @@ class BottleneckState(nn.Module):
         self._non_persistent_buffers_set.discard("pair_mask")
         self._learning, self._counting = own.pop("update_keys"), own.pop("count_cluster_size")
         flags = torch.tensor([VERSION, self._learning, self._counting], dtype=torch.float32)
-        self.register_buffer(_FLAGS, flags.to(self.keys.device))
-        self.register_buffer(_MASK, torch.ones_like(self.cluster_size) if mask is None else mask.to(self.cluster_size))
+        self.register_buffer(FLAGS, flags.to(self.keys.device))
+        self.register_buffer(MASK, torch.ones_like(self.cluster_size) if mask is None else mask.to(self.cluster_size))
         self.cluster_size_counter = self.cluster_size_counter.to(torch.int64)
 
     # --- state_dict ---------------------------------------------------------------------------------------------------
@@ -324,8 +323,8 @@ class BottleneckState(nn.Module):
             return
         finally:
             check.remove()
-        missing_keys[:] = [name for name in missing_keys if name not in (prefix + _FLAGS, prefix + _MASK)]
-        if self._taken_quietly(_FLAGS).is_meta or self._taken_quietly(_MASK).is_meta:
+        missing_keys[:] = [name for name in missing_keys if name not in (prefix + FLAGS, prefix + MASK)]
+        if self._taken_quietly(FLAGS).is_meta or self._taken_quietly(MASK).is_meta:
             self._leave_meta()
         self._look()
         self._packed.forget()
@@ -364,8 +363,8 @@ def _admit(
         raise _Refused
     if isinstance(former, Tensor):
         flags, mask = legacy.flags_and_mask(former, module.cluster_size.shape)
-        state_dict[prefix + _FLAGS] = torch.tensor([VERSION, *flags], dtype=torch.float32)
-        state_dict[prefix + _MASK] = mask
+        state_dict[prefix + FLAGS] = torch.tensor([VERSION, *flags], dtype=torch.float32)
+        state_dict[prefix + MASK] = mask
     tensors = {**module._parameters, **module._buffers}
     names = tensors.keys() - module._non_persistent_buffers_set
     own = {name: tensor for name, tensor in tensors.items() if name in names and tensor is not None}
@@ -374,7 +373,7 @@ def _admit(
     if problems:
         error_msgs.extend(problems)
         raise _Refused
-    missing = sorted(prefix + name for name in own.keys() - given.keys() - {_FLAGS, _MASK})
+    missing = sorted(prefix + name for name in own.keys() - given.keys() - {FLAGS, MASK})
     surplus = sorted(prefix + name for name in given if _is_surplus(name, own, module))
     if module._strict and (missing or surplus):
         missing_keys.extend(missing)
@@ -389,7 +388,7 @@ def _is_surplus(name: str, own: dict[str, Any], module: nn.Module) -> bool:
     return child not in module._modules if dot else name not in own and name != "_extra_state"
 
 
-_WIDE = {*STATISTICS, "initted", _FLAGS, _MASK}
+_WIDE = {*STATISTICS, "initted", FLAGS, MASK}
 
 
 def _widened(name: str, value: Tensor) -> Tensor:
@@ -416,10 +415,10 @@ def _problems(name: str, value: Any, current: Tensor) -> list[str]:
     most = 2.0**63 if name == "cluster_size_counter" else torch.inf  # where int64 ends
     if name in ("cluster_size", "cluster_size_counter") and not ((value >= 0) & (value.double() < most)).all():
         return [f"{name} holds negative or NaN counts, or infinite ones"]
-    if name == _FLAGS:
+    if name == FLAGS:
         version, *flags = value.tolist()
         if version > VERSION + 0.5:
-            return [f"{_FLAGS} has version {version:g}, but this kvb reads version {VERSION}: upgrade kvb"]
+            return [f"{FLAGS} has version {version:g}, but this kvb reads version {VERSION}: upgrade kvb"]
         if not (version > 0 and all(0 <= flag <= 1 for flag in flags)):
-            return [f"{_FLAGS} is damaged: expected a version and flags from 0 to 1, got {value.tolist()}"]
+            return [f"{FLAGS} is damaged: expected a version and flags from 0 to 1, got {value.tolist()}"]
     return []

@@ -1,12 +1,12 @@
 """Data as batches of queries: tensors are cut, loaders are read once per pass.
 
-Everything here works on items of a loader; what a query is, and what an encoder makes of an item, the caller says.
+Everything here works on items of a loader; the caller says what a query is, and what an encoder makes of an item.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -20,16 +20,23 @@ def cut(data: Tensor) -> tuple[Tensor, ...]:
     return data.split(max(1, BATCH // max(1, data[:1].numel()))) if data.dim() else (data,)
 
 
+class Part(NamedTuple):
+    """What was made of one batch, and which of its positions count, [B, *shape]; None for all."""
+
+    made: Any
+    mask: Tensor | None
+
+
 class Stream:
     """Passes over data as queries [B, S, C, D].
 
     Args:
         batches: an iterable of items, read once per pass.
-        features: makes features [B, *shape, d] of an item; where an encoder runs, if there is one.
-        queries: makes queries [B, S, C, D] of features.
+        features: makes features [B, *shape, d], and their mask, of an item; where an encoder runs, if there is one.
+        queries: makes queries [B, S, C, D] of features and mask: of the positions that count.
         replay: keep the features of the first limited pass on the host, and make all limited passes from them, so that
             an encoder sees them once.
-        passes: how often ``batches`` will be read, ``progress`` says.
+        passes: how often ``batches`` will be read; shown by ``progress``.
     Raises:
         TypeError: batches that cannot be iterated. ValueError: a one-shot iterator, and more than one pass.
     """
@@ -37,8 +44,8 @@ class Stream:
     def __init__(
         self,
         batches: Iterable[Any],
-        features: Callable[[Any], Tensor],
-        queries: Callable[[Tensor], Tensor],
+        features: Callable[[Any], Part],
+        queries: Callable[[Part], Tensor],
         *,
         replay: bool = False,
         passes: int,
@@ -52,18 +59,18 @@ class Stream:
             )
         self.batches, self.features, self.make_queries = batches, features, queries
         self.passes, self.progress, self.replay = passes, progress, replay
-        self._kept: list[Tensor] | None = None
+        self._kept: list[Part] | None = None
         self._begun = 0
 
     def queries(self, label: str, limit: int | None = None) -> Iterator[Tensor]:
-        """One pass; ``limit`` stops it after so many rows of one codebook, rounded up to whole samples."""
+        """One pass; ``limit`` is the number of rows per codebook that end it, rounded up to whole samples."""
         replayed = self.replay and limit is not None
-        kept: list[Tensor] = []
+        kept: list[Part] = []
         rows = 0
         for features in self._kept or self._read(label) if replayed else self._read(label):
             queries = self.make_queries(features)
             if replayed and self._kept is None:
-                kept.append(features.cpu())
+                kept.append(features._replace(made=features.made.cpu()))
             if limit is not None:
                 queries = queries[: -(-(limit - rows) // max(1, queries.shape[1]))]
             rows += queries.shape[0] * queries.shape[1]
@@ -75,7 +82,7 @@ class Stream:
         if replayed:
             self._kept = self._kept or kept
 
-    def _read(self, label: str) -> Iterator[Tensor]:
+    def _read(self, label: str) -> Iterator[Part]:
         self._begun += 1
         title = f"keys: {label} (pass {self._begun} of {self.passes})"
         total = len(self.batches) if isinstance(self.batches, Sized) else None

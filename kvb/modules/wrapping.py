@@ -1,16 +1,18 @@
-"""What every module around a bottleneck offers: one set of methods under the names of ``KeyValueBottleneck``."""
+"""What every module around a bottleneck offers: the methods of ``KeyValueBottleneck`` under the same names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kvb.functional import Pool
+from kvb.modules import key_learning, positions
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.datasets import ReadsData
-from kvb.modules.streams import cut
+from kvb.modules.streams import Part, cut
 
 BATCH = 256  # samples of one batch cut from a tensor for an encoder
 _Self = TypeVar("_Self", bound="BottleneckWrapper")
@@ -26,7 +28,7 @@ class KvbOptions(TypedDict, total=False):
 class BottleneckOptions(KvbOptions, total=False):
     """The options of ``KeyValueBottleneck``, all but its sizes."""
 
-    init_mode: str
+    init_mode: key_learning.Method
     kmeans_iters: int
     decay: float
     eps: float
@@ -37,7 +39,7 @@ class BottleneckOptions(KvbOptions, total=False):
 
 
 class BottleneckWrapper(ReadsData, nn.Module):
-    """An encoder (or None), a splitter and a bottleneck. A subclass says how they come to be, and what goes in and out.
+    """An encoder (or None), a splitter and a bottleneck. A subclass says how they are built, and what goes in and out.
 
     Its inputs are whatever the encoder takes, the features themselves where there is none. Everything that is not
     described here is as in ``KeyValueBottleneck``.
@@ -59,29 +61,70 @@ class BottleneckWrapper(ReadsData, nn.Module):
         heads: Tensor = self.splitter(features)
         return heads
 
-    def _pool(self, pool: str | None) -> str:
+    def _pool(self, pool: Pool | None) -> Pool:
         """What None means."""
         return pool or "none"
 
-    def _arranged(self, fetched: Tensor, pool: str) -> Tensor:
+    def _arranged(self, fetched: Tensor, pool: Pool) -> Tensor:
         """Values as the bottleneck returns them, in the layout of this module's output."""
         return fetched
 
     # --- lookup -------------------------------------------------------------------------------------------------------
 
-    def forward_splitter(self, x: Any, **encoder_options: Any) -> Tensor:
-        """x -> heads [B, C, *shape, D], what the keys are compared with."""
-        return self._split(self.forward_encoder(x, **encoder_options))
+    def forward_splitter(self, x: Any, *, mask: Tensor | None = None, **encoder_options: Any) -> Tensor:
+        """x -> heads [B, C, *shape, D], what the keys are compared with; the splitter gets zeros where masked."""
+        heads: Tensor = self._prepared(x, mask, encoder_options).made
+        return heads
 
-    def encode(self, x: Any, *, dtype: torch.dtype | str = torch.int64, **encoder_options: Any) -> Tensor:
+    def _prepared(self, x: Any, mask: Tensor | None, encoder_options: Mapping[str, Any]) -> Part:
+        """x -> heads [B, C, *shape, D], and the mask of their positions."""
+        features, mask = self._masked_features(x, mask, encoder_options)
+        return Part(self._split(features), mask)
+
+    def _masked_features(self, x: Any, mask: Tensor | None, encoder_options: Mapping[str, Any]) -> Part:
+        """x -> features [B, *shape, d], zero where the mask is False, and that mask [B, *shape]."""
+        features = self.forward_encoder(x, **encoder_options)
+        sizes = features.shape[:-1]
+        if mask is None:
+            mask = self._attention(x, encoder_options, sizes)
+        if mask is None:
+            return Part(features, None)
+        positions.checked(type(self).__name__, mask, sizes, "the features", features)
+        # In place of whatever an encoder makes of padding: NaN would spoil the gradient of a learned projection.
+        return Part(torch.where(mask[..., None], features, 0), mask)
+
+    def _attention(self, x: Any, encoder_options: Mapping[str, Any], sizes: torch.Size) -> Tensor | None:
+        """The attention mask [B, L] of a batch, for features [B, L, d]; None where there is none, or no positions."""
+        found = encoder_options.get("attention_mask")
+        if found is None and isinstance(x, Mapping):
+            found = x.get("attention_mask")
+        if not isinstance(found, Tensor) or len(sizes) == 1:
+            return None
+        if found.shape != sizes:
+            raise ValueError(
+                f"expected an attention_mask of the shape of the encoder's positions (B, *shape) = {tuple(sizes)}, got "
+                f"{tuple(found.shape)}; pass mask=... of that shape, True where a position counts"
+            )
+        return found != 0
+
+    def encode(
+        self,
+        x: Any,
+        *,
+        mask: Tensor | None = None,
+        dtype: torch.dtype | Literal["auto"] = torch.int64,
+        **encoder_options: Any,
+    ) -> Tensor:
         """The indices [B, C, *shape] that ``forward`` would fetch; see ``KeyValueBottleneck.encode``.
 
-        ``decode(indices)`` gives the output of ``forward`` back, as often as you train on it.
+        ``decode(indices)`` gives the output of ``forward`` back, as often as you train on it; where a mask was used,
+        ``decode(indices, mask=mask)``.
         """
         with torch.no_grad():
-            return self.bottleneck.encode(self.forward_splitter(x, **encoder_options), dtype=dtype)
+            heads, mask = self._prepared(x, mask, encoder_options)
+            return self.bottleneck.encode(heads, mask=mask, dtype=dtype)
 
-    def decode(self, indices: Tensor, pool: str | None = None) -> Tensor:
+    def decode(self, indices: Tensor, pool: Pool | None = None, *, mask: Tensor | None = None) -> Tensor:
         """The values of indices [B, C, *shape], in the layout of ``forward``.
 
         Equivalent to ``forward`` on the inputs that the indices come from, without encoder and search; differentiable
@@ -90,19 +133,25 @@ class BottleneckWrapper(ReadsData, nn.Module):
         Args:
             indices: of ``encode`` or ``encode_dataset``.
             pool: "none", or "mean" or "sum" over codebooks; None as ``forward`` does it.
+            mask: bool [B, *shape], as ``forward`` used it, an attention mask say: zero where it is False.
         Raises:
             as ``KeyValueBottleneck.decode``.
         """
-        return self._arranged(self.bottleneck.decode(indices, self._pool(pool)), self._pool(pool))
+        return self._arranged(self.bottleneck.decode(indices, self._pool(pool), mask=mask), self._pool(pool))
 
     def _target(self) -> KeyValueBottleneck:
         return self.bottleneck
 
-    def _features(self, inputs: Any) -> Tensor:
-        return self.forward_encoder(inputs)
+    def _features(self, inputs: Any, mask: Tensor | None) -> Part:
+        return self._masked_features(inputs, mask, {})
 
     def _heads(self, features: Tensor) -> Tensor:
         return self._split(self._moved(features))
+
+    def _codes(self, inputs: Any, mask: Tensor | None, dtype: torch.dtype) -> Part:
+        with torch.no_grad():
+            heads, mask = self._prepared(inputs, mask, {})
+            return Part(self.bottleneck.encode(heads, mask=mask, dtype=dtype), mask)
 
     def _cut(self, data: Tensor) -> tuple[Tensor, ...]:
         return cut(data) if self.encoder is None else data.split(BATCH)

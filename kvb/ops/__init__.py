@@ -1,9 +1,9 @@
-"""The operator contract: schemas, shapes, gradients, batching, and which backend answers.
+"""The operator contract: schemas, shapes, gradients, batching, and which backend runs.
 
 Letters, the same in Python, Triton and C++:
     B batch   S positions   C codebooks   K key-value pairs per codebook   D key dim   V value dim   T nearest keys
 
-Each operator is one schema. The reference answers on every device (``CompositeExplicitAutograd``); a faster backend
+Each operator is one schema. The reference runs on every device (``CompositeExplicitAutograd``); a faster backend
 registers the same schemas under its own dispatch key, and PyTorch's dispatcher picks. Nothing here computes.
 
 Shapes:

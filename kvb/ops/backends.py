@@ -20,7 +20,7 @@ CPU_CAPABILITIES = ("torch", "triton", "portable", "avx2", "avx_vnni", "avx512",
 
 
 def _no_kernels() -> str:
-    """Why there are no kernels here; empty where there are."""
+    """Why the kernels cannot be imported; empty if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if importlib.util.find_spec("kvb.kernels") is None:
@@ -49,7 +49,7 @@ def _find_on_cpu() -> tuple[str, str]:
         importlib.import_module("kvb._C")  # which registers itself
     except ModuleNotFoundError:
         return "torch", (
-            "the C++ extension was not built: pip install --no-build-isolation . with g++ and torch at hand"
+            "the C++ extension was not built: pip install --no-build-isolation . in an environment with g++ and torch"
         )
     except ImportError as error:
         warnings.warn(f"the C++ extension of kvb cannot be loaded, plain PyTorch runs instead: {error}", stacklevel=2)
@@ -96,7 +96,7 @@ def _packed_matches(keys: Tensor, packed: Tensor) -> Tensor:
 
 
 def register_kernels(library: torch.library.Library, fallbacks: Mapping[str, Callable[..., Any]]) -> None:
-    """Let Triton run the operators, or what stands in where there is no kernel, on the devices that it is there for."""
+    """Let Triton run the operators on its devices; an operator without a kernel falls back."""
 
     def launcher(name: str) -> Callable[..., Any]:
         return lambda *args: getattr(_kernels(), name, fallbacks[name])(*args)

@@ -1,4 +1,4 @@
-"""Derivatives of the operators, in reverse and forward mode; what autograd is told of those that write.
+"""Derivatives of the operators, in reverse and forward mode; what autograd learns about those that write.
 
 Values learn; queries learn through the distance to the key that was chosen; keys never learn by gradient.
 """
@@ -16,10 +16,12 @@ from kvb._torch import (
     below_autograd,
     below_bookkeeping,
     derivatives_on,
+    is_mapped,
     record_of,
     single_level_autograd,
     tangents_possible,
     transforms_active,
+    transforms_of,
 )
 from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, library
 
@@ -42,14 +44,14 @@ def _learns(tensor: Tensor) -> bool:
 
 
 def _save(ctx: Any, *tensors: Tensor) -> None:
-    """For ``backward``, and while tangents are about for ``jvp`` as well."""
+    """For ``backward``, and while forward-mode tangents exist for ``jvp`` as well."""
     ctx.save_for_backward(*tensors)
     if tangents_possible():
         ctx.save_for_forward(*tensors)
 
 
 def _saveable(indices: Tensor) -> Tensor:
-    """Indices made under inference_mode, by a frozen encoder say, may be trained on later."""
+    """Indices from inference_mode (of a frozen encoder, say) may be trained on later."""
     return indices.clone() if indices.is_inference() else indices
 
 
@@ -158,34 +160,56 @@ def _in_order(ctx: Any, grad: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """``gather`` with a row-sparse gradient: merged rows from the kernel, never a dense [C, K, V]."""
+    """``gather`` with a row-sparse gradient: merged rows from the kernel, never a dense [C, K, V].
 
-    forward = _Gather.forward
-    setup_context = _Gather.setup_context
+    Rows that only positions outside ``counted`` [B, S] fetch are not among them.
+    """
+
+    @staticmethod
+    def forward(values: Tensor, indices: Tensor, pool: str, layout: str, counted: Tensor | None) -> Tensor:
+        return _Gather.forward(values, indices, pool, layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Gather.setup_context(ctx, inputs[:-1], output)
+        ctx.counted = inputs[-1]
+
     jvp = _Gather.jvp
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _require_no_tangents("gather_backward_rows", grads[0])
-        (indices,), K = ctx.saved_tensors, ctx.shape[1]
-        rows, merged, count = torch.ops.kvb.gather_backward_rows(_in_order(ctx, grads[0]), indices, K, ctx.pool)
+        (indices,), K, grad = ctx.saved_tensors, ctx.shape[1], _in_order(ctx, grads[0])
+        if is_mapped(grad):
+            return torch.ops.kvb.gather_backward(grad, indices, K, ctx.pool), None, None, None, None
+        if ctx.counted is not None:
+            grad, indices = grad[ctx.counted][None], indices[ctx.counted][None]
+        rows, merged, count = torch.ops.kvb.gather_backward_rows(grad, indices, K, ctx.pool)
         n = int(count)  # on another device the host waits here: a sparse tensor knows its size
         rows = rows[:n]
         places = torch.stack([rows // K, rows % K])
         sparse = torch.sparse_coo_tensor(places, merged[:n], ctx.shape, check_invariants=False, is_coalesced=True)
-        return sparse, None, None, None
+        return sparse, None, None, None, None
 
 
-def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
+def _must_be_dense(values: Tensor, indices: Tensor) -> bool:
+    return is_mapped(values) or is_mapped(indices) or transforms_of(values) > 1
+
+
+def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str, counted: Tensor | None = None) -> Tensor:
     """``torch.ops.kvb.gather`` whose gradient for ``values`` is a coalesced sparse tensor, C and K its sparse axes.
 
-    Sparse tensors cannot be traced: under ``torch.compile`` this breaks the graph once.
+    Sparse tensors cannot be traced: under ``torch.compile`` this breaks the graph once. Nor can they be mapped or
+    differentiated: under ``torch.vmap``, of ``torch.func.jacrev`` and in nested transforms, the gradient is dense.
+
+    Args:
+        counted: bool [B, S]; elsewhere the gradient is zero, and names no rows. None where all positions count.
     """
-    if not _learns(values):
+    compiling = torch.compiler.is_compiling()
+    if not _learns(values) or (not compiling and _must_be_dense(values, indices)):
         return torch.ops.kvb.gather(values, indices, pool, layout)
-    apply = torch.compiler.disable(_GatherRows.apply) if torch.compiler.is_compiling() else _GatherRows.apply
-    return apply(values, indices, pool, layout)
+    apply = torch.compiler.disable(_GatherRows.apply) if compiling else _GatherRows.apply
+    return apply(values, indices, pool, layout, counted)
 
 
 class _GatherBackward(torch.autograd.Function):
@@ -210,6 +234,64 @@ class _GatherBackward(torch.autograd.Function):
             return None
         with derivatives_on():
             return torch.ops.kvb.gather_backward(tangents[0], *ctx.saved_tensors, ctx.K, ctx.pool)
+
+
+class _GatherBackwardRows(torch.autograd.Function):
+    """Nothing differentiates merged rows, and nobody shall believe so."""
+
+    @staticmethod
+    def forward(grad: Tensor, indices: Tensor, K: int, pool: str) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(torch.ops.kvb.gather_backward_rows.default, grad, indices, K, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[0], output[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(_ROWS)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(_ROWS)
+
+
+_ROWS = (
+    "torch.ops.kvb.gather_backward_rows, which makes the gradients of sparse_grad=True, has no derivative of its own: "
+    "use sparse_grad=False for second derivatives"
+)
+
+
+class _Accumulate(torch.autograd.Function):
+    """Hits are constant; the sums are linear in the finite queries."""
+
+    @staticmethod
+    def forward(queries: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
+        return _forward(torch.ops.kvb.accumulate.default, queries, indices, K)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        queries, indices, ctx.K = inputs
+        ctx.dtype = queries.dtype
+        ctx.mark_non_differentiable(output[0])
+        ctx.set_materialize_grads(False)
+        _save(ctx, _saveable(indices), queries.isfinite().all(-1, keepdim=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[1] is None:
+            return None, None, None
+        indices, finite = ctx.saved_tensors
+        rows = torch.ops.kvb.gather(grads[1], indices, "none", "bscv")
+        return torch.where(finite, rows, 0).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[None, Tensor | None]:
+        if tangents[0] is None:
+            return None, None
+        indices, finite = ctx.saved_tensors
+        with derivatives_on():
+            return None, torch.ops.kvb.accumulate(torch.where(finite, tangents[0], torch.nan), indices, ctx.K)[1]
 
 
 class _Lookup(torch.autograd.Function):
@@ -253,7 +335,7 @@ def lookup(
 
 
 def _differentiate(name: str, function: type[torch.autograd.Function], learns: int) -> None:
-    """Let ``function`` answer where argument ``learns`` requires a gradient, or tangents are about."""
+    """Let ``function`` run where argument ``learns`` requires a gradient, or while forward-mode tangents exist."""
     operator = getattr(torch.ops.kvb, name).default
     record = record_of(function)
 
@@ -273,6 +355,8 @@ _differentiate("nearest", _Nearest, learns=0)
 _differentiate("sample", _Sample, learns=0)
 _differentiate("gather", _Gather, learns=0)
 _differentiate("gather_backward", _GatherBackward, learns=0)
+_differentiate("gather_backward_rows", _GatherBackwardRows, learns=0)
+_differentiate("accumulate", _Accumulate, learns=0)
 _differentiate("lookup", _Lookup, learns=3)
 
 

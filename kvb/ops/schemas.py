@@ -32,7 +32,7 @@ def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
-    """A meta tensor among others leads here: the answer would be memory that nobody wrote."""
+    """A meta tensor among others leads here: the result would be uninitialised memory."""
 
     @functools.wraps(fake)
     def run(*args: Any) -> Any:

@@ -15,12 +15,11 @@ from kvb.reference.shared import (
     accumulator,
     finite_rows,
     require,
-    require_floating,
-    require_shape,
+    require_keys,
     require_tensors,
 )
 
-LANES = 16  # keys a group: the filter looks at group minima first, which is 16 times less to scan
+LANES = 16  # keys per group: the filter looks at group minima first, which is 16 times less to scan
 
 _HEADER = 64  # bytes of the layout id, and the alignment of a packed codebook
 
@@ -80,13 +79,6 @@ def unpack(packed: Tensor, layout: Layout) -> Packed:
         packed[:, a:b].view(layout.dtype),
         packed[:, b:c].view(layout.dtype),
     )
-
-
-def require_keys(keys: Tensor) -> None:
-    require_tensors(keys=keys)
-    require_floating(keys=keys)
-    require_shape("keys", keys, "C", "K", "D")
-    require(keys.numel() > 0, f"expected keys [C, K, D], none of them 0, got {tuple(keys.shape)}")
 
 
 def pack_keys(keys: Tensor) -> Tensor:

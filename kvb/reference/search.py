@@ -15,13 +15,14 @@ from torch import Tensor
 
 from kvb.reference import shared
 from kvb.reference.arithmetic import Parts, exponent, scaled, squared_distances, value, widest
-from kvb.reference.packing import LANES, Packed, layout_of, pack_keys, require_keys, require_packed, unpack
+from kvb.reference.packing import LANES, Packed, layout_of, pack_keys, require_packed, unpack
 from kvb.reference.shared import (
     Tile,
     accumulator,
     finite_rows,
     require,
     require_floating,
+    require_keys,
     require_shape,
     require_tensors,
     tiles,
@@ -242,7 +243,7 @@ def _draw(scores: Tensor, noise: Tensor, fraction: float, power: Tensor, topk: i
 def sample(
     queries: Tensor, keys: Tensor, mask: Tensor | None, temperature: float, seed: Tensor, topk: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """``topk`` keys a query, drawn from softmax(-distance / temperature) without replacement; both [B, S, C, T].
+    """``topk`` keys per query, drawn from softmax(-distance / temperature) without replacement; both [B, S, C, T].
 
     By the Gumbel trick, with one noise for all draws of a query: the first is what ``topk=1`` draws.
 

@@ -132,3 +132,54 @@ def flat_rows(indices: Tensor, K: int, first: int = 0) -> Tensor:
 
 def finite_rows(rows: Tensor) -> Tensor:
     return rows.isfinite().all(-1)
+
+
+def require_keys(keys: Tensor) -> None:
+    require_tensors(keys=keys)
+    require_floating(keys=keys)
+    require_shape("keys", keys, "C", "K", "D")
+    require(keys.numel() > 0, f"expected keys [C, K, D], none of them 0, got {tuple(keys.shape)}")
+
+
+def require_statistics(
+    keys: Tensor,
+    keys_avg: Tensor,
+    cluster_size: Tensor,
+    hits: Tensor,
+    sums: Tensor,
+    spare: Tensor | None,
+    usable: Tensor | None,
+) -> torch.dtype:
+    """Shapes and dtypes of ``update_keys_``; returns the dtype that it computes in."""
+    require_tensors(
+        keys=keys, keys_avg=keys_avg, cluster_size=cluster_size, hits=hits, sums=sums, spare=spare, usable=usable
+    )
+    require_keys(keys)
+    C, K, D = keys.shape
+    exact = accumulator(keys.dtype)
+    wanted = {
+        "keys": (keys, keys.dtype, (C, K, D)),
+        "keys_avg": (keys_avg, keys.dtype, (C, K, D)),
+        "cluster_size": (cluster_size, keys.dtype, (C, K)),
+        "hits": (hits, exact, (C, K)),
+        "sums": (sums, exact, (C, K, D)),
+    }
+    require((spare is None) == (usable is None), "expected spare rows and how many are usable, or neither")
+    if spare is not None and usable is not None:
+        require_shape("spare", spare, C, "R", D)
+        require_shape("usable", usable, C)
+        require(spare.shape[1] > 0, "expected at least one spare row for each codebook")
+        # Elsewhere the host would have to wait; ``update_keys_`` clamps.
+        within = spare.device.type != "cpu" or bool(((usable >= 0) & (usable <= spare.shape[1])).all())
+        require(within, f"expected usable between 0 and the {spare.shape[1]} spare rows")
+        wanted["spare"] = spare, keys.dtype, (C, max(1, spare.shape[1]), D)
+        wanted["usable"] = usable, torch.int64, (C,)
+    for name, (tensor, dtype, shape) in wanted.items():
+        require(
+            tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.device == keys.device,
+            f"expected contiguous {name} {dtype} {shape} on {keys.device}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}",
+        )
+    state = {"keys": keys, "keys_avg": keys_avg, "cluster_size": cluster_size}
+    require_apart(state, hits=hits, sums=sums, spare=spare, usable=usable)
+    return exact

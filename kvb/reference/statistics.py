@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kvb.reference.arithmetic import RowSums
-from kvb.reference.packing import pack_keys, require_keys
+from kvb.reference.packing import pack_keys
 from kvb.reference.shared import (
     accumulator,
     finite_rows,
     flat_rows,
-    require,
-    require_apart,
     require_codes,
     require_floating,
     require_shape,
+    require_statistics,
     require_tensors,
     tiles,
 )
@@ -54,6 +55,42 @@ def count(queries: Tensor, indices: Tensor, K: int) -> Tensor:
     return hits.view(C, K)
 
 
+class PairStep(NamedTuple):
+    """What one step of the moving averages decides for whole pairs [C, K]."""
+
+    keep: Tensor  # []: the share that the past keeps; 1 where no query was finite
+    size: Tensor  # the new cluster sizes
+    smoothed: Tensor  # by what averages are divided
+    moving: Tensor  # bool: which keys become their average
+    places: Tensor | None  # the spare row that a dead pair takes; -1 for every other
+
+
+def pair_step(
+    cluster_size: Tensor,
+    hits: Tensor,
+    spare: Tensor | None,
+    usable: Tensor | None,
+    decay: float,
+    eps: float,
+    threshold: float,
+    start: float,
+    rescale_all: bool,
+) -> PairStep:
+    """The part of ``update_keys_`` without the keys: arguments as there, cluster sizes in the dtype of the hits."""
+    keep = hits.new_full((), decay).masked_fill_(~hits.any(), 1.0)
+    size = torch.lerp(hits, cluster_size, keep)
+    total = size.sum(-1, keepdim=True)
+    smoothed = (size + eps) / (total + size.shape[-1] * eps) * total
+    moving = hits.any().expand_as(hits) if rescale_all else hits > 0
+    places = None
+    if spare is not None and usable is not None:
+        dead = (size < threshold) & (usable > 0)[:, None]
+        taken = (dead.cumsum(-1) - 1) % usable.clamp(1, spare.shape[1])[:, None]
+        places = torch.where(dead, taken, -1)
+        size = torch.where(dead, start, size)
+    return PairStep(keep, size, smoothed, moving, places)
+
+
 def update_keys_(
     keys: Tensor,
     keys_avg: Tensor,
@@ -78,68 +115,18 @@ def update_keys_(
     Given spare rows [C, R, D], of which the first ``usable`` [C] may be taken, pairs whose cluster size is now below
     ``threshold`` take one each, in turn: ``keys = row, cluster_size = start, keys_avg = row * start``.
     """
-    exact = _require_statistics(keys, keys_avg, cluster_size, hits, sums, spare, usable)
-    keep = hits.new_full((), decay).masked_fill_(~hits.any(), 1.0)
-    size = torch.lerp(hits, cluster_size.to(exact), keep)
-    average = torch.lerp(sums, keys_avg.to(exact), keep)
-    total = size.sum(-1, keepdim=True)
-    smoothed = (size + eps) / (total + size.shape[-1] * eps) * total
-    moving = hits.any() if rescale_all else (hits > 0)[..., None]
-    moved = torch.where(moving, average / smoothed[..., None], keys.to(exact))
-    if spare is not None and usable is not None:
-        dead = (size < threshold) & (usable > 0)[:, None]
-        place = (dead.cumsum(-1) - 1) % usable.clamp(1, spare.shape[1])[:, None]
-        fresh = spare.gather(1, place[..., None].expand_as(keys)).to(exact)
-        moved = torch.where(dead[..., None], fresh, moved)
-        average = torch.where(dead[..., None], fresh.mul_(start), average)
-        size = torch.where(dead, start, size)
+    exact = require_statistics(keys, keys_avg, cluster_size, hits, sums, spare, usable)
+    step = pair_step(cluster_size.to(exact), hits, spare, usable, decay, eps, threshold, start, rescale_all)
+    average = torch.lerp(sums, keys_avg.to(exact), step.keep)
+    moved = torch.where(step.moving[..., None], average / step.smoothed[..., None], keys.to(exact))
+    if spare is not None and step.places is not None:
+        dead = (step.places >= 0)[..., None]
+        fresh = spare.gather(1, step.places.clamp(min=0)[..., None].expand_as(keys)).to(exact)
+        moved = torch.where(dead, fresh, moved)
+        average = torch.where(dead, fresh.mul_(start), average)
     moved = moved.to(keys.dtype)
     packed = pack_keys(moved)
     keys.copy_(moved)
     keys_avg.copy_(average)
-    cluster_size.copy_(size)
+    cluster_size.copy_(step.size)
     return packed
-
-
-def _require_statistics(
-    keys: Tensor,
-    keys_avg: Tensor,
-    cluster_size: Tensor,
-    hits: Tensor,
-    sums: Tensor,
-    spare: Tensor | None,
-    usable: Tensor | None,
-) -> torch.dtype:
-    """Shapes and dtypes of ``update_keys_``; returns the dtype that it computes in."""
-    require_tensors(
-        keys=keys, keys_avg=keys_avg, cluster_size=cluster_size, hits=hits, sums=sums, spare=spare, usable=usable
-    )
-    require_keys(keys)
-    C, K, D = keys.shape
-    exact = accumulator(keys.dtype)
-    wanted = {
-        "keys": (keys, keys.dtype, (C, K, D)),
-        "keys_avg": (keys_avg, keys.dtype, (C, K, D)),
-        "cluster_size": (cluster_size, keys.dtype, (C, K)),
-        "hits": (hits, exact, (C, K)),
-        "sums": (sums, exact, (C, K, D)),
-    }
-    require((spare is None) == (usable is None), "expected spare rows and how many are usable, or neither")
-    if spare is not None and usable is not None:
-        require_shape("spare", spare, C, "R", D)
-        require_shape("usable", usable, C)
-        require(spare.shape[1] > 0, "expected at least one spare row for each codebook")
-        # Elsewhere the host would have to wait; ``update_keys_`` clamps.
-        within = spare.device.type != "cpu" or bool(((usable >= 0) & (usable <= spare.shape[1])).all())
-        require(within, f"expected usable between 0 and the {spare.shape[1]} spare rows")
-        wanted["spare"] = spare, keys.dtype, (C, max(1, spare.shape[1]), D)
-        wanted["usable"] = usable, torch.int64, (C,)
-    for name, (tensor, dtype, shape) in wanted.items():
-        require(
-            tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.device == keys.device,
-            f"expected contiguous {name} {dtype} {shape} on {keys.device}, "
-            f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}",
-        )
-    state = {"keys": keys, "keys_avg": keys_avg, "cluster_size": cluster_size}
-    require_apart(state, hits=hits, sums=sums, spare=spare, usable=usable)
-    return exact

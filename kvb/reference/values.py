@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -20,17 +22,23 @@ from kvb.reference.shared import (
     tiles,
 )
 
+Pool = Literal["none", "mean", "sum"]
+Layout = Literal["bscv", "bcsv"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
-def _require_pool(pool: str) -> None:
-    require(pool in ("none", "mean", "sum"), f"expected pool 'none', 'mean' or 'sum', got {pool!r}")
+
+def _require_choice(name: str, value: str, options: tuple[str, ...]) -> None:
+    *most, last = map(repr, options)
+    require(value in options, f"expected {name} {', '.join(most)} or {last}, got {value!r}")
 
 
 def gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
     """values [C, K, V] at indices [B, S, C]: [B, S, C, V] ("bscv") or [B, C, S, V] ("bcsv"), or pooled [B, S, V]."""
     require_tensors(values=values, indices=indices)
     require_floating(values=values)
-    _require_pool(pool)
-    require(layout in ("bscv", "bcsv"), f"expected layout 'bscv' or 'bcsv', got {layout!r}")
+    _require_choice("pool", pool, POOLS)
+    _require_choice("layout", layout, LAYOUTS)
     require_shape("values", values, "C", "K", "V")
     C, K, V = values.shape
     require_codes(indices, C, K)
@@ -62,7 +70,7 @@ def _tile_grad(grad: Tensor, tile: Tile, C: int, pool: str) -> Tensor:
 def _require_grad(grad: Tensor, indices: Tensor, K: int, pool: str) -> None:
     require_tensors(grad=grad, indices=indices)
     require_floating(grad=grad)
-    _require_pool(pool)
+    _require_choice("pool", pool, POOLS)
     require_shape("indices", indices, "B", "S", "C")
     B, S, C = indices.shape
     require_shape("grad", grad, *((B, S, C, "V") if pool == "none" else (B, S, "V")))

@@ -5,7 +5,7 @@ Expected results are spelled out here in float64; plain PyTorch is judged by the
 
 from __future__ import annotations
 
-from kvb.testing.cases import CASES, POOLS, Case, Problem, problem
+from kvb.testing.cases import CASES, Case, Problem, problem
 from kvb.testing.checks import CHECKS, Backend
 from kvb.testing.data import DATA, MEMORY
 from kvb.testing.expectations import UNIT, Wrong
@@ -17,7 +17,6 @@ __all__ = [
     "CHECKS",
     "DATA",
     "MEMORY",
-    "POOLS",
     "UNIT",
     "Backend",
     "Case",

@@ -11,9 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+from kvb.reference.values import POOLS
 from kvb.testing.data import DATA, MEMORY
-
-POOLS = ("none", "mean", "sum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +125,7 @@ def problem(case: Case, device: torch.device) -> Problem:
         queries = queries.view(case.B, case.S, case.C, case.D)
         values = torch.randn(case.C, case.K, case.V, dtype=drawn)
         mask = torch.rand(case.C, case.K) >= case.masked if case.masked else None
-        # Half of the indices meet in one pair: sums of many rows beside sums of few.
+        # Half of the indices meet in one pair: sums of many rows next to sums of few.
         indices = torch.randint(case.K, (case.B, case.S, case.C)) * (torch.rand(case.B, case.S, case.C) < 0.5)
         books = {"none": (case.C,), "mean": (), "sum": ()}
         grads = {pool: torch.randn(case.B, case.S, *books[pool], case.V, dtype=drawn) for pool in POOLS}

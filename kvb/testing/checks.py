@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kvb import ops
-from kvb.testing.cases import POOLS, Problem
+from kvb.reference.values import LAYOUTS, POOLS
+from kvb.testing.cases import Problem
 from kvb.testing.expectations import (
     UNIT,
     SumOfRows,
@@ -93,7 +94,7 @@ def check_sample(op: Any, problem: Problem) -> None:
 
 def check_gather(op: Any, problem: Problem) -> None:
     for pool in POOLS:
-        for layout in ("bscv", "bcsv"):
+        for layout in LAYOUTS:
             out = op.gather(problem.values, problem.indices, pool, layout)
             judge_gather(problem, problem.indices, out, pool, layout)
 

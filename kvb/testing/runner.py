@@ -26,7 +26,7 @@ from kvb import ops
 from kvb.testing.cases import CASES
 from kvb.testing.verdicts import Verdict, backends
 
-LOST = 3  # exit status of a process whose device no longer works; it has told so
+LOST = 3  # exit status of a process whose device no longer works; it has reported that
 MOST = 14  # processes at a time: each has a context on the device, and compiles
 SHARES = 2  # processes for the cases of one kernel on a GPU, where most of the time goes into compiling
 THREADS = 2  # at least, so that what runs in parallel is checked in parallel

@@ -243,7 +243,7 @@ def test_every_suite_has_its_place_on_the_page():
     assert shown == {*suites.SUITES, "scaling", "gpu"}
 
 
-def test_a_stale_readme_is_found_and_written_anew(document, tmp_path, capsys):
+def test_a_stale_readme_is_found_and_rewritten(document, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "docs").mkdir()
     readme, file = tmp_path / "README.md", tmp_path / "run.json"

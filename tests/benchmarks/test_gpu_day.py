@@ -32,7 +32,7 @@ def run(part, out, *more):
 
 
 def test_the_first_call(tmp_path, capfd):
-    """``check`` beside ``smoke``, then ``bench``."""
+    """``check`` together with ``smoke``, then ``bench``."""
     assert run("first", tmp_path) == 0
     checked = list(read(tmp_path / "check.jsonl"))
     assert {line["operator"] for line in checked} == set(ops.NAMES)

@@ -1,4 +1,4 @@
-"""The published packages' names, answered by kvb."""
+"""The published packages' names, when kvb takes their place."""
 
 from __future__ import annotations
 

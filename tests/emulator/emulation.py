@@ -1,4 +1,4 @@
-"""One kernel's PTX, launched on CPU tensors: what an emulation is told, and what it notices."""
+"""One kernel's PTX, launched on CPU tensors: what an emulation gets, and what it notices."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ WARP = 32
 
 
 class Lanes:
-    """The lanes that an instruction runs in, in the forms in which NumPy and C want to be told of them."""
+    """The lanes that an instruction runs in, in the forms that NumPy and C take."""
 
     def __init__(self, mask: np.ndarray, living: np.ndarray) -> None:
         self.mask, self.living = mask, living

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from emulator.lanes import Lanes
-from emulator.memory import ACCESS, itemsize, joined, parts, unsigned, vector
+from emulator.memory import ACCESS, loading, storing
 from emulator.program import Instruction
-from emulator.state import LOCAL_BASE, State, Step
+from emulator.state import LOCAL_BASE, State
 
 
 class LocalMemory:
@@ -31,28 +31,14 @@ class LocalMemory:
         return offset[:, None] + np.arange(size)
 
 
-def load(state: State, at: Instruction) -> Step:
-    names, kind = vector(at.operands[0]), at.type
-    targets = [state.target(name, kind) for name in names]
-    address, size = state.address(at.operands[1], "u64"), itemsize(kind) * len(names)
-
-    def step(lanes: Lanes) -> None:
-        columns = state.local.columns(at, lanes, address()[lanes.select], size)
-        found = np.ascontiguousarray(state.local.bytes[lanes.index[:, None], columns]).view(ACCESS[size])[:, 0]
-        for target, value in zip(targets, parts(found, kind, len(names)), strict=True):
-            target[lanes.select] = value
-
-    return step
+def _read(state: State, at: Instruction, lanes: Lanes, address: np.ndarray, size: int) -> np.ndarray:
+    columns = state.local.columns(at, lanes, address, size)
+    return np.ascontiguousarray(state.local.bytes[lanes.index[:, None], columns]).view(ACCESS[size])[:, 0]
 
 
-def store(state: State, at: Instruction) -> Step:
-    sources = [state.source(name, unsigned(at.type)) for name in vector(at.operands[1])]
-    address, item = state.address(at.operands[0], "u64"), itemsize(at.type)
+def _write(state: State, at: Instruction, lanes: Lanes, address: np.ndarray, new: np.ndarray, item: int) -> None:
+    columns = state.local.columns(at, lanes, address, new.itemsize)
+    state.local.bytes[lanes.index[:, None], columns] = new.view(np.uint8).reshape(lanes.number, new.itemsize)
 
-    def step(lanes: Lanes) -> None:
-        size = item * len(sources)
-        columns = state.local.columns(at, lanes, address()[lanes.select], size)
-        new = joined(sources, item, lanes)
-        state.local.bytes[lanes.index[:, None], columns] = new.view(np.uint8).reshape(lanes.number, size)
 
-    return step
+load, store = loading("u64", _read), storing("u64", _write)

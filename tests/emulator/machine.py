@@ -187,7 +187,7 @@ class Machine(State):
 
     def _finish(self, running: dict[int, Lanes], going: Lanes) -> None:
         self.living[going.index] = False
-        for start, lanes in running.items():  # they find out anew who is left
+        for start, lanes in running.items():  # they find out again who is left
             running[start] = Lanes(lanes.mask, self.living)
 
     def _meet(self, waiting: dict[int, Lanes]) -> None:

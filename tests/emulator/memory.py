@@ -141,51 +141,79 @@ def unsigned(kind: str) -> str:
 # --- instructions -----------------------------------------------------------------------------------------------------
 
 
-def load(state: State, at: Instruction) -> Step:
-    names, kind = vector(at.operands[0]), at.type
-    targets = [state.target(name, kind) for name in names]
-    address, size = state.address(at.operands[1], "u64"), itemsize(kind) * len(names)
-
-    def step(lanes: Lanes) -> None:
-        found = np.empty(lanes.number, ACCESS[size])
-        for region, chosen, place in state.memory.find(state, at, lanes, address()[lanes.select], size):
-            found[chosen] = region.elements(size)[place // size]
-            if region.writers is not None:
-                writer, mine = region.writers[place], state.number[lanes.select][chosen]
-                if ((writer != 0) & (writer != mine)).any():
-                    state.note(at, "a program reads what another one of the same launch stores")
-        for target, value in zip(targets, parts(found, kind, len(names)), strict=True):
-            target[lanes.select] = value
-
-    return step
+Build = Callable[[State, Instruction], Step]
+Read = Callable[[State, Instruction, Lanes, np.ndarray, int], np.ndarray]
+Write = Callable[[State, Instruction, Lanes, np.ndarray, np.ndarray, int], None]
 
 
-def store(state: State, at: Instruction) -> Step:
-    sources = [state.source(name, unsigned(at.type)) for name in vector(at.operands[1])]
-    address, item = state.address(at.operands[0], "u64"), itemsize(at.type)
-    size = item * len(sources)
+def loading(address_kind: str, read: Read) -> Build:
+    """A load of one number or several in a row: ``read`` finds those of each lane, as one element, at its address."""
 
-    def step(lanes: Lanes) -> None:
-        values = joined(sources, item, lanes)
-        for region, chosen, place in state.memory.find(state, at, lanes, address()[lanes.select], size):
-            elements, index, new = region.elements(size), place // size, values[chosen]
-            if region.writers is None:
-                region.writers = np.zeros(len(region.bytes), np.int32)
+    def build(state: State, at: Instruction) -> Step:
+        names, kind = vector(at.operands[0]), at.type
+        targets = [state.target(name, kind) for name in names]
+        address, size = state.address(at.operands[1], address_kind), itemsize(kind) * len(names)
+
+        def step(lanes: Lanes) -> None:
+            found = read(state, at, lanes, address()[lanes.select], size)
+            for target, value in zip(targets, parts(found, kind, len(names)), strict=True):
+                target[lanes.select] = value
+
+        return step
+
+    return build
+
+
+def storing(address_kind: str, write: Write) -> Build:
+    """A store of the same: ``write`` puts the element of each lane at its address, given the bytes of one number."""
+
+    def build(state: State, at: Instruction) -> Step:
+        sources = [state.source(name, unsigned(at.type)) for name in vector(at.operands[1])]
+        address, item = state.address(at.operands[0], address_kind), itemsize(at.type)
+
+        def step(lanes: Lanes) -> None:
+            write(state, at, lanes, address()[lanes.select], joined(sources, item, lanes), item)
+
+        return step
+
+    return build
+
+
+def _read(state: State, at: Instruction, lanes: Lanes, address: np.ndarray, size: int) -> np.ndarray:
+    found = np.empty(lanes.number, ACCESS[size])
+    for region, chosen, place in state.memory.find(state, at, lanes, address, size):
+        found[chosen] = region.elements(size)[place // size]
+        if region.writers is not None:
             writer, mine = region.writers[place], state.number[lanes.select][chosen]
-            if ((writer != 0) & (writer != mine) & differ(elements[index], new)).any():
-                state.note(at, "two programs store different numbers in one place")
-            for part in range(0, size, item):
-                region.writers[place + part] = mine
-            scatter(state, at, elements, index, new)
-
-    return step
+            if ((writer != 0) & (writer != mine)).any():
+                state.note(at, "a program reads what another one of the same launch stores")
+    return found
 
 
-def scatter(state: State, at: Instruction, elements: np.ndarray, index: np.ndarray, new: np.ndarray) -> None:
-    """Store; where several lanes store different numbers in one place, any of them may win."""
+def _write(state: State, at: Instruction, lanes: Lanes, address: np.ndarray, values: np.ndarray, item: int) -> None:
+    size = values.itemsize
+    for region, chosen, place in state.memory.find(state, at, lanes, address, size):
+        elements, index, new = region.elements(size), place // size, values[chosen]
+        if region.writers is None:
+            region.writers = np.zeros(len(region.bytes), np.int32)
+        writer, mine = region.writers[place], state.number[lanes.select][chosen]
+        if ((writer != 0) & (writer != mine) & differ(elements[index], new)).any():
+            state.note(at, "two programs store different numbers in one place")
+        for part in range(0, size, item):
+            region.writers[place + part] = mine
+        scatter(state, at, elements, index, new, "threads store different numbers in one place")
+
+
+load, store = loading("u64", _read), storing("u64", _write)
+
+
+def scatter(
+    state: State, at: Instruction, elements: np.ndarray, index: np.ndarray, new: np.ndarray, otherwise: str
+) -> None:
+    """Store; where several lanes store different numbers in one place, any of them may win, and a note says so."""
     elements[index] = new
     if differ(elements[index], new).any():
-        state.note(at, "threads store different numbers in one place")
+        state.note(at, otherwise)
         order = state.random.permutation(len(index))
         elements[index[order]] = new[order]
 

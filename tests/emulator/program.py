@@ -10,7 +10,7 @@ ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)\s*(.*?)\n\{", re.S)
 PARAMETER = re.compile(r"\.param \.(\w+)(?: \.ptr[^\n]*?| \.align \d+)?\s+(\w+)[,\s]*(?:\n|$)")
 STATEMENT = re.compile(r"(?:@(!?)%(\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 REGISTER = re.compile(r"%(?:[a-z]+\d+|SPL?)")
-ENDS = ("bra", "ret", "exit", "trap", "call")  # what ends a basic block, beside bar.sync
+ENDS = ("bra", "ret", "exit", "trap", "call")  # what ends a basic block, besides bar.sync
 STORES = ("st", "stmatrix", "cp", "red")  # their first operand is an address, not a destination
 
 
@@ -85,7 +85,7 @@ class Program:
         self.parameters = {name: (place, kind) for place, (kind, name) in enumerate(PARAMETER.findall(head[2]))}
         threads = re.search(r"\.reqntid (\d+)", head[3])
         if threads is None:
-            raise Unsupported(f"{self.name}: expected .reqntid, how many threads a program has")
+            raise Unsupported(f"{self.name}: expected .reqntid, the number of threads of a program")
         self.threads = int(threads[1])
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}

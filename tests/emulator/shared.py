@@ -7,14 +7,14 @@ who read and who wrote it after which barrier: whatever is not in order is noted
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from emulator import native
 from emulator.lanes import WARP, Lanes
-from emulator.memory import ACCESS, differ, itemsize, joined, parts, unsigned, vector
+from emulator.memory import ACCESS, differ, itemsize, loading, scatter, storing, vector
 from emulator.program import Instruction, Program
 from emulator.state import SHARED_BASE, State, Step
 
@@ -131,34 +131,35 @@ class SharedMemory:
         element, granule = self.place(at, index, address, size)
         elements = self.elements(size)
         self.access(at, index, granule, size, differ(elements[element], new))
-        elements[element] = new
-        if differ(elements[element], new).any():
-            self.state.note(at, "race: threads store different numbers in one place of shared memory")
-            order = self.state.random.permutation(len(element))
-            elements[element[order]] = new[order]
+        race = "race: threads store different numbers in one place of shared memory"
+        scatter(self.state, at, elements, element, new, race)
 
 
-def load(state: State, at: Instruction) -> Step:
-    names, kind = vector(at.operands[0]), at.type
-    targets = [state.target(name, kind) for name in names]
-    address, size = state.address(at.operands[1], "u32"), itemsize(kind) * len(names)
-
-    def step(lanes: Lanes) -> None:
-        found = state.shared.read(at, lanes.index, address()[lanes.select], size)
-        for target, value in zip(targets, parts(found, kind, len(names)), strict=True):
-            target[lanes.select] = value
-
-    return step
+def _read(state: State, at: Instruction, lanes: Lanes, address: np.ndarray, size: int) -> np.ndarray:
+    return state.shared.read(at, lanes.index, address, size)
 
 
-def store(state: State, at: Instruction) -> Step:
-    sources = [state.source(name, unsigned(at.type)) for name in vector(at.operands[1])]
-    address, item = state.address(at.operands[0], "u32"), itemsize(at.type)
+def _write(state: State, at: Instruction, lanes: Lanes, address: np.ndarray, new: np.ndarray, item: int) -> None:
+    state.shared.write(at, lanes.index, address, new)
 
-    def step(lanes: Lanes) -> None:
-        state.shared.write(at, lanes.index, address()[lanes.select], joined(sources, item, lanes))
 
-    return step
+load, store = loading("u32", _read), storing("u32", _write)
+
+
+def _matrix_rows(
+    state: State, at: Instruction, lanes: Lanes, address: np.ndarray, count: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each of ``count`` matrices, the lanes that hold the addresses of its eight rows, and those addresses."""
+    state.require_whole_warps(at, lanes)
+    index, where = lanes.index.reshape(-1, WARP), address[lanes.select].reshape(-1, WARP)
+    for number in range(count):
+        rows = slice(8 * number, 8 * number + 8)
+        yield np.ravel(index[:, rows]), np.ravel(where[:, rows])
+
+
+def _turned(at: Instruction, matrices: np.ndarray) -> np.ndarray:
+    """Matrices [n, 8, 8] as the instruction wants them."""
+    return np.ascontiguousarray(matrices.transpose(0, 2, 1) if "trans" in at.parts else matrices)
 
 
 def matrix_load(state: State, at: Instruction) -> Step:
@@ -167,14 +168,10 @@ def matrix_load(state: State, at: Instruction) -> Step:
     address = state.address(at.operands[1], "u32")
 
     def step(lanes: Lanes) -> None:
-        state.require_whole_warps(at, lanes)
-        index, where = lanes.index.reshape(-1, WARP), address()[lanes.select].reshape(-1, WARP)
-        for number, target in enumerate(targets):
-            rows = slice(8 * number, 8 * number + 8)
-            found = state.shared.read(at, np.ravel(index[:, rows]), np.ravel(where[:, rows]), 16)
-            matrix = found.view(np.uint16).reshape(-1, 8, 8)
-            matrix = matrix.transpose(0, 2, 1) if "trans" in at.parts else matrix
-            target[lanes.select] = np.ascontiguousarray(matrix).view(np.uint32).ravel()
+        rows = _matrix_rows(state, at, lanes, address(), len(targets))
+        for target, (index, where) in zip(targets, rows, strict=True):
+            matrices = state.shared.read(at, index, where, 16).view(np.uint16).reshape(-1, 8, 8)
+            target[lanes.select] = _turned(at, matrices).view(np.uint32).ravel()
 
     return step
 
@@ -185,14 +182,11 @@ def matrix_store(state: State, at: Instruction) -> Step:
     address = state.address(at.operands[0], "u32")
 
     def step(lanes: Lanes) -> None:
-        state.require_whole_warps(at, lanes)
-        index, where = lanes.index.reshape(-1, WARP), address()[lanes.select].reshape(-1, WARP)
-        for number, source in enumerate(sources):
-            rows = slice(8 * number, 8 * number + 8)
-            matrix = np.ascontiguousarray(source[lanes.select]).view(np.uint16).reshape(-1, 8, 8)
-            matrix = matrix.transpose(0, 2, 1) if "trans" in at.parts else matrix
-            new = np.ascontiguousarray(matrix).reshape(-1, 8).view("V16")[:, 0]
-            state.shared.write(at, np.ravel(index[:, rows]), np.ravel(where[:, rows]), new)
+        rows = _matrix_rows(state, at, lanes, address(), len(sources))
+        for source, (index, where) in zip(sources, rows, strict=True):
+            matrices = np.ascontiguousarray(source[lanes.select]).view(np.uint16).reshape(-1, 8, 8)
+            new = _turned(at, matrices).reshape(-1, 8).view("V16")[:, 0]
+            state.shared.write(at, index, where, new)
 
     return step
 

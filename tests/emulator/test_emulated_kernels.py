@@ -51,7 +51,7 @@ EMULATED = Backend(
 )
 # Threads that share a row in these kernels may disagree about the last bit of a squared difference, and so about which
 # of two keys is nearer. Then the two are closer together than ``certain`` allows in any thread: the row is listed, and
-# ``rescan`` stores its index and distance anew.
+# ``rescan`` stores its index and distance again.
 HARMLESS = {
     (kernel, "race: threads store different numbers in one place of shared memory")
     for kernel in ("kvb_nearest_settle", "kvb_nearest_refine")

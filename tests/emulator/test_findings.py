@@ -16,7 +16,7 @@ ld.param.b64 %rd1, [k_param_0]; mad.wide.u32 %rd2, %r1, 4, %rd1;"""
 
 
 def run(code: str, tensor: torch.Tensor | None = None, threads: int = 64, grid: int = 1, shared: int = 1024, **options):
-    """Run PTX on one tensor, by default of one word a thread; what was noticed."""
+    """Run PTX on one tensor, by default of one word per thread; what was noticed."""
     emulation = Emulation(**options)
     tensor = torch.arange(threads, dtype=torch.int32) if tensor is None else tensor
     emulation.launch(kernel(START + code, "tensor", threads), (grid,), [tensor], shared)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from starts import from_zero
 from torch import nn
 
 from kvb import KeyValueBottleneck, __main__
@@ -37,15 +38,6 @@ def test_the_bottleneck_remembers_and_the_others_forget(demos, seed):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_baselines_that_start_at_zero_stay_below_the_bottleneck(demos, seed, monkeypatch):
     """The most favourable start for the other heads that we know of; the header of the report says the same."""
-
-    def from_zero(build):
-        def built(study, features):
-            head = build(study, features)
-            for parameter in list(head.parameters())[-2:]:
-                nn.init.zeros_(parameter)
-            return head
-
-        return built
 
     for name in ("linear", "MLP"):
         monkeypatch.setitem(demo.HEADS, name, from_zero(demo.HEADS[name]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from starts import from_zero
 from torch import nn
 
 from kvb import __main__
@@ -201,23 +202,11 @@ def test_missing_data_is_named_without_a_traceback(data, package, tmp_path, monk
 
 def test_another_version_is_refused(monkeypatch):
     monkeypatch.setitem(packages.VERSIONS, "torch", "0.0.1")
-    with pytest.raises(packages.MissingPackageError, match=r"torch 0\.0\.1 is needed, but is there in version"):
+    with pytest.raises(packages.MissingPackageError, match=r"torch 0\.0\.1 is needed, but is installed in version"):
         packages.find("torch", "METADATA")
 
 
 # --- the demos on real data -------------------------------------------------------------------------------------------
-
-
-def from_zero(build):
-    """The most favourable start for the other heads that we know of."""
-
-    def built(study, features):
-        head = build(study, features)
-        for parameter in list(head.parameters())[-2:]:
-            nn.init.zeros_(parameter)
-        return head
-
-    return built
 
 
 def check(module, folder, bar, monkeypatch):

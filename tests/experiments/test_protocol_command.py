@@ -39,6 +39,11 @@ def test_the_command_compares(command, capsys):
     assert (out / "protocol-digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_figure_shows_every_head():
+    plots = pytest.importorskip("kvb.experiments.plots", exc_type=ModuleNotFoundError)
+    assert len(set(plots.STYLES)) >= len(protocol.HEADS)
+
+
 def test_the_command_takes_one_scenario_and_stops_on_a_plateau(command, capsys):
     out = command("--seeds", "1", "--scenario", "iid", "--epochs", "30", "--patience", "1")
     record = json.loads((out / "protocol-digits.json").read_text())
@@ -66,7 +71,7 @@ def test_the_full_run_tiles_and_counts_its_steps(command, capsys):
     assert record["seen"][-1] > 0.8
     printed = capsys.readouterr().out
     assert printed.count("After task") == 5
-    assert "ms a step" in printed
+    assert "ms per step" in printed
 
 
 def test_tiling_repeats_examples_in_their_order():

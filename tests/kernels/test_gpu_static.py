@@ -237,7 +237,7 @@ def sum_of_squares(x, out, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_asymmetric_sums_are_found(target):
-    """One product a thread is contracted with what another thread sends; two are summed up first."""
+    """One product per thread is contracted with what another thread sends; two are summed up first."""
     with compiling_for(target) as kernels:
         for size in (32, 64, 512):
             x = untouched(size)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import pytest
 import torch
-from torch import Tensor
 
 from kvb import ops, reference
 
@@ -14,19 +11,16 @@ if ops.backend("cpu") != "triton":  # Triton decides at its import whether to in
     pytest.skip("kernels run where TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton is set", allow_module_level=True)
 
 import numpy as np
+from launches import FEW, require_the_nearest
 from search_data import GRID, OPEN
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from kvb.kernels import (
     launch_filter,
-    launch_keys,
-    launch_pack,
     launch_scan,
     launch_search,
+    launch_shared,
     launch_table,
-    launch_training,
-    launch_values,
-    launcher,
     rows,
 )
 from kvb.testing.data import clusters, duplicates, near_duplicates, normal, outliers
@@ -37,59 +31,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy, where numbers overflow on purpose
 ]
 op = torch.ops.kvb
-LAUNCHERS = launch_filter, launch_keys, launch_pack, launch_scan, launch_training, launch_values
-FEW = launch_search.FEW
 FILTER = ["prepare", "search", "settle", "rescan"]
 RESIDENT = ["resident", "refine", "rescan"]
-
-
-class Launch(NamedTuple):
-    kernel: str
-    grid: tuple[int, ...]
-    arguments: dict[str, int]  # numbers only; ``count``, of listed rows, and ``opened`` as the kernel left them
-
-
-class Spy(list[Launch]):
-    """Every launch, in order."""
-
-    def run(self, kernel: Any, grid: tuple[int, ...], *options: launcher.Options, **arguments: Any) -> None:
-        launcher.run(kernel, grid, *options, **arguments)
-        for name in ("count", "opened"):
-            if isinstance(arguments.get(name), Tensor):
-                arguments[name] = int(arguments[name].sum())
-        numbers = {name: value for name, value in arguments.items() if type(value) is int}
-        self.append(Launch(kernel.fn.__name__, grid, numbers))
-
-    @property
-    def names(self) -> list[str]:
-        return [launch.kernel for launch in self]
-
-    def listed(self) -> int:
-        """How many rows the filter left to ``rescan``."""
-        return sum(launch.arguments["count"] for launch in self if launch.kernel == "rescan")
-
-    def opened(self) -> int:
-        """How many rows ``resident`` left to ``refine``."""
-        return sum(launch.arguments["opened"] for launch in self if launch.kernel == "refine")
-
-
-@pytest.fixture
-def launched(monkeypatch) -> Spy:
-    spy = Spy()
-    for module in LAUNCHERS:
-        monkeypatch.setattr(module, "run", spy.run)
-    return spy
-
-
-def require_the_nearest(queries, keys, mask=None, topk=1, packed=None) -> None:
-    """The kernels find what the reference finds: the same indices, and distances up to their last rounding."""
-    packed = op.pack_keys(keys) if packed is None else packed
-    indices, distances = op.nearest(queries, keys, packed, mask, topk)
-    want = reference.nearest(queries, keys, reference.pack_keys(keys), mask, topk)
-    assert torch.equal(indices, want[0]), f"{int((indices != want[0]).sum())} of {indices.numel()} differ"
-    unit = torch.finfo(distances.dtype).eps
-    rounding = unit if distances.dtype == torch.float32 else 4 * unit
-    torch.testing.assert_close(distances, want[1], rtol=rounding, atol=0, equal_nan=True)
 
 
 # --- which kernels search ---------------------------------------------------------------------------------------------
@@ -317,7 +260,7 @@ def flushing(monkeypatch):
     )
 
     def told():
-        for module in (launch_filter, launch_values):
+        for module in (launch_filter, launch_shared):
             monkeypatch.setattr(module, "matrix_units", lambda device: "flushing")
 
     return told
@@ -373,7 +316,7 @@ def test_small_gradients_are_not_flushed(K, flushing):
 @pytest.mark.parametrize("K", [20, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_sums_without_matrix_units(K, dtype, launched, monkeypatch):
-    monkeypatch.setattr(launch_values, "matrix_units", lambda device: "none")
+    monkeypatch.setattr(launch_shared, "matrix_units", lambda device: "none")
     indices, grad = torch.randint(K, (40, 2, 3)), torch.randn(40, 2, 3, 5).to(dtype)
     unit = torch.finfo(dtype).eps
     for got, want in (

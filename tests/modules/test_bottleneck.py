@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from small_models import make
 from torch import nn
 
 from kvb import BottleneckOutput, KeyValueBottleneck, ops
@@ -16,10 +17,6 @@ from kvb.decoders import CodebookVoting
 from kvb.splitters import RandomProjection
 
 pytestmark = pytest.mark.fallback
-
-
-def make(C=3, K=11, D=5, V=4, **options):
-    return KeyValueBottleneck(C, K, D, V, **options)
 
 
 @pytest.mark.parametrize("topk", [1, 3])

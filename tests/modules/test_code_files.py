@@ -189,7 +189,7 @@ def test_a_worker_gets_a_path_or_the_numbers(module, tmp_path, monkeypatch):
     own.codes = own.codes + 1
     assert torch.equal(pickle.loads(pickle.dumps(own)).codes, found.codes + 1)
     module.encode_dataset(torch.randn(900, 3, 5), out=path, progress=False)
-    with pytest.raises(ValueError, match="was written anew while a worker was about to open it"):
+    with pytest.raises(ValueError, match="was replaced while a worker was about to open it"):
         pickle.loads(sent)
     assert torch.equal(pickle.loads(pickle.dumps(found)).codes, found.codes)  # the old ones, though their file is gone
 

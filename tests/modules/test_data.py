@@ -32,7 +32,7 @@ def test_a_tensor_becomes_the_smallest_codes_that_hold_it(shape, K, dtype):
 def test_a_large_tensor_is_read_in_batches(module, monkeypatch):
     monkeypatch.setattr(streams, "BATCH", 4 * 15)
     x, sizes, encode = torch.randn(10, 3, 5), [], module.encode
-    monkeypatch.setattr(module, "encode", lambda part, dtype: sizes.append(len(part)) or encode(part, dtype=dtype))
+    monkeypatch.setattr(module, "encode", lambda part, **given: sizes.append(len(part)) or encode(part, **given))
     assert torch.equal(module.encode_dataset(x, progress=False).codes.long(), encode(x))
     assert sizes == [4, 4, 2]
 

@@ -84,7 +84,7 @@ def test_linear_and_mlp_see_all_values(shape):
     assert bare.linear.bias is None
     assert MLP(24, 3).hidden.out_features == 128
     for decoder in (linear, mlp):
-        with pytest.raises(ValueError, match=r"num_features = 24 numbers a sample, got \(2, 5, 5\)"):
+        with pytest.raises(ValueError, match=r"num_features = 24 numbers per sample, got \(2, 5, 5\)"):
             decoder(torch.randn(2, 5, 5))
         with pytest.raises(TypeError, match="expected a floating-point values"):
             decoder(torch.ones(2, 24, dtype=torch.int64))
@@ -112,3 +112,30 @@ def test_distances_must_fit():
         add_distance_to_values(values, torch.randn(2, 4, 3))
     with pytest.raises(ValueError, match=r"axis must be one of the 4 axes of values, got 4"):
         add_distance_to_values(values, torch.randn(2, 4, 6), axis=4)
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("channel_last", [True, False])
+@pytest.mark.parametrize("shape", [(), (8,), (2, 3)])
+def test_only_positions_that_count_vote(topk, channel_last, shape):
+    B, C, V = 4, 2, 3
+    vote = CodebookVoting(V, topk, channel_last=channel_last)
+    values = torch.randint(-4, 5, (B, C, *([topk] if topk > 1 else []), *shape, V)).float()
+    mask = torch.rand(B, *shape) < 0.5
+    mask[0], mask[1] = False, True
+    given = values if channel_last else values.movedim(-1, 2 + (topk > 1))
+    logits = vote(given, mask)
+    assert torch.equal(logits[0], torch.zeros(V))
+    torch.testing.assert_close(logits[1:2], vote(given[1:2]))
+    for b in range(1, B):
+        rows = values[b : b + 1] if topk == 1 else values[b : b + 1].sum(2)
+        kept = rows.movedim(1, -2)[mask[b : b + 1]].flatten(0, 1)
+        torch.testing.assert_close(logits[b], kept.sum(0) / max(1, len(kept)))
+
+
+def test_a_mask_of_votes_that_does_not_fit():
+    values, vote = torch.randn(4, 2, 5, 3), CodebookVoting(3)
+    with pytest.raises(TypeError, match=r"CodebookVoting\(\): mask must be torch.bool, .* got torch.float32"):
+        vote(values, torch.ones(4, 5))
+    with pytest.raises(ValueError, match=r"expected mask of shape \(B, \*shape\) = \(4, 5\), got \(4, 6\)"):
+        vote(values, torch.ones(4, 6, dtype=torch.bool))

@@ -281,8 +281,8 @@ def test_bad_inputs(x, error, message):
 
 
 def test_arguments_without_an_encoder_and_configs_of_another_type():
-    with pytest.raises(TypeError, match="'mask' would go to the encoder, but there is none"):
-        make()(torch.zeros(3, 6), mask=None)
+    with pytest.raises(TypeError, match="'attention_mask' would go to the encoder, but there is none"):
+        make()(torch.zeros(3, 6), attention_mask=None)
     with pytest.raises(TypeError, match="config must be a DiscreteKeyValueBottleneckConfig, got dict"):
         DiscreteKeyValueBottleneck({"dim": 3})
 

@@ -6,41 +6,13 @@ import copy
 
 import pytest
 import torch
+from small_models import CHANNELS, C, D, K, Recorder, V, build
 from torch import nn
 
 import kvb
-from kvb import BottleneckedEncoder
 from kvb.decoders import CodebookVoting
 
 pytestmark = pytest.mark.fallback
-
-C, K, D, V, CHANNELS = 4, 8, 3, 5, 12
-
-
-class Recorder(nn.Module):
-    """An encoder that counts its calls; 6 inputs to 12 channels by one matrix."""
-
-    def __init__(self, channel_last=True):
-        super().__init__()
-        self.linear = nn.Linear(6, CHANNELS)
-        self.channel_last = channel_last
-        self.calls = 0
-
-    def forward(self, x, scale=1.0):
-        self.calls += 1
-        features = self.linear(x) * scale
-        return features if self.channel_last else features.movedim(-1, 1)
-
-
-def build(encoder=None, **options):
-    defaults = {
-        "num_channels": CHANNELS,
-        "num_codebooks": C,
-        "key_value_pairs_per_codebook": K,
-        "dim_keys": D,
-        "dim_values": V,
-    }
-    return BottleneckedEncoder(encoder or Recorder(), **{**defaults, **options})
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -282,7 +254,7 @@ def test_keys_keep_learning_after_kmeans():
     again = copy.deepcopy(model)
     again.initialize_keys(data, epochs=2, generator=torch.Generator().manual_seed(0), progress=False)
     assert (again.bottleneck.keys - first).abs().max() > 1e-4
-    assert (again.bottleneck.keys - first).abs().max() < 1  # moved, not drawn anew
+    assert (again.bottleneck.keys - first).abs().max() < 1  # moved, not drawn again
     assert again.key_report.method == "kmeans"
 
 

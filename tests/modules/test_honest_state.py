@@ -145,6 +145,17 @@ def test_a_copy_of_the_buffers_is_a_copy_of_the_module(way, source, to):
             theirs.eval()(torch.randn(5, 2, 3))
 
 
+def test_a_mask_of_bools_could_not_be_averaged():
+    """Why ``kvb_mask`` is float32: where this passes for bools, it may become one."""
+    model = masked()
+    AveragedModel(model, use_buffers=True).update_parameters(model)
+    model.register_buffer("mask", MASK)
+    average = AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    with pytest.raises(RuntimeError, match="two bool tensors is not supported"):
+        average.update_parameters(model)
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("ema", [False, True])
 def test_an_average_made_before_kmeans_follows(use_buffers, ema):

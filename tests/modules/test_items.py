@@ -22,9 +22,11 @@ def module():
 def encoded(module, data, **options):
     """What ``encode_dataset`` does, with labels as chosen."""
     options = {"out": None, "inputs_extractor": None, **options}
-    return encode(
-        data, lambda x: module.encode(x, dtype=torch.int16), cut=lambda x: x.split(4), progress=False, **options
-    )
+
+    def search(x, mask):
+        return module.encode(x, mask=mask, dtype=torch.int16), mask
+
+    return encode(data, search, cut=lambda x: x.split(4), progress=False, **options)
 
 
 X, Y = torch.randn(6, 3, 5), torch.tensor([4, 1, 0, 2, 2, 7])

@@ -373,7 +373,7 @@ def test_progress_is_shown_when_asked(capsys, monkeypatch):
 
 def test_the_report_reads_well():
     report = make(C=1, K=4).init_keys(torch.ones(10, 1, 3), epochs=0, progress=False)
-    assert str(report) == f"random: 10 rows a codebook (0 skipped), inertia {report.inertia:.6g}, 3 of 4 codes dead"
+    assert str(report) == f"random: 10 rows per codebook (0 skipped), inertia {report.inertia:.6g}, 3 of 4 codes dead"
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def _rank(rank, world, file, x, state, out):
 
 
 def test_two_processes_learn_like_one(tmp_path):
-    """One all_reduce of the statistics: every process ends with the keys of the whole batch."""
+    """Statistics are added: every process ends with the keys of the whole batch."""
     x, module = torch.randn(60, 2, 3), make(decay=0.5)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     for batch in x.chunk(3):

@@ -261,3 +261,17 @@ def test_packed_keys_of_other_keys_are_refused():
     keys.data.mul_(-1)
     with pytest.raises(RuntimeError, match="packed keys do not match keys"):
         functional.nearest(torch.randn(3, 1, C, D), keys, packed=packed)
+
+
+def test_what_a_transform_packed_is_not_kept_beyond_it():
+    module, x = KeyValueBottleneck(2, 5, 3, 4).freeze_keys().eval(), torch.randn(6, 2, 3)
+    want = module(x)
+
+    def run(values):
+        return torch.func.functional_call(module, {"values": values}, (x,))
+
+    for _ in range(2):
+        module.refresh_keys()
+        torch.func.hessian(lambda values: run(values).square().sum())(module.values.detach())
+        assert torch.equal(module(x), want)
+        assert torch.func.jacrev(run)(module.values.detach()).shape == (6, 2, 4, 2, 5, 4)

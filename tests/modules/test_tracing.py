@@ -6,15 +6,12 @@ import io
 
 import pytest
 import torch
+from small_models import make
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kvb import BottleneckOutput, KeyValueBottleneck
+from kvb import BottleneckOutput
 
 pytestmark = pytest.mark.fallback
-
-
-def make(C=3, K=11, D=5, V=4, **options):
-    return KeyValueBottleneck(C, K, D, V, **options)
 
 
 @pytest.mark.parametrize("only_values", [True, False])

@@ -18,7 +18,7 @@ import kvb
 from kvb import reference
 
 if kvb.ops.backend("cpu") != "cpp":
-    pytest.skip(f"the C++ extension does not answer: {kvb.ops.absent['cpu']}", allow_module_level=True)
+    pytest.skip(f"the C++ extension does not run: {kvb.ops.absent['cpu']}", allow_module_level=True)
 
 from kvb import _C
 

@@ -185,6 +185,39 @@ def test_what_has_no_forward_derivative_raises():
         sparse.backward(forward_ad.make_dual(torch.ones_like(sparse), torch.ones_like(sparse)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_sums_of_queries(dtype):
+    queries, _, _, _, indices = problem(dtype)
+    queries[0, 0, 0, 0] = torch.nan
+    tangent = torch.randint(-3, 4, queries.shape).to(dtype)
+    with forward_ad.dual_level():
+        hits, sums = op.accumulate(forward_ad.make_dual(queries, tangent), indices, K)
+        assert forward_ad.unpack_dual(hits).tangent is None
+        moved = forward_ad.unpack_dual(sums).tangent
+    finite = queries.isfinite().all(-1, keepdim=True)
+    want = torch.zeros_like(sums)
+    for b, s, c in torch.cartesian_prod(*map(torch.arange, queries.shape[:3])).tolist():
+        want[c, indices[b, s, c]] += torch.where(finite, tangent, 0)[b, s, c].to(want.dtype)
+    assert torch.equal(moved, want)
+    weight = torch.randint(-3, 4, sums.shape).to(sums.dtype)
+    (op.accumulate(queries.requires_grad_(), indices, K)[1] * weight).sum().backward()
+    assert torch.equal(queries.grad, torch.where(finite, chosen(weight, indices), 0).to(dtype))
+
+
+def test_sums_of_queries_pass_gradcheck():
+    queries, _, _, _, indices = problem()
+    queries.requires_grad_()
+    options = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(lambda q: op.accumulate(q, indices, K)[1], (queries,), **options)
+    assert torch.autograd.gradgradcheck(lambda q: op.accumulate(q, indices, K)[1].square(), (queries,))
+
+
+def test_merged_rows_have_no_derivative():
+    grad, indices = torch.randn(B, S, C, V, requires_grad=True), problem()[-1]
+    with pytest.raises(NotImplementedError, match="sparse_grad=True, has no derivative of its own"):
+        op.gather_backward_rows(grad, indices, K, "none")[1].sum().backward()
+
+
 def test_statistics_of_keys_have_no_derivative():
     """A module whose keys learn passes the tangents of its input by, as it does with gradients."""
     module = KeyValueBottleneck(C, K, D, V, return_values_only=False).train()

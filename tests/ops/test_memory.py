@@ -1,4 +1,4 @@
-"""Calls of operators past the front door: what cannot be answered is an error, never a signal."""
+"""Direct calls of operators: what cannot be computed is an error, never a signal."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 FILES = sorted(path for path in SOURCES.glob("**/*") if path.suffix in (".h", ".cpp", ".inc"))
-# What each instruction set defines anew, and what each filter says of itself.
+# What each instruction set defines again, and what each filter says of itself.
 PER_INSTRUCTION_SET = {"lanes256.inc", "lanes512.inc", "avx2.cpp", "avx512.cpp", "avx512_vnni.cpp", "avx_vnni.cpp"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import kvb
+from kvb.experiments import protocol
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +32,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore:.*moves a row by")
+@pytest.mark.filterwarnings("ignore:this optimizer moves rows")
 def test_every_block_runs_in_its_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -61,6 +63,15 @@ def test_the_map_shows_every_room_and_file():
     assert {f"{room}/" for room in rooms} | {str(file) for file in files} <= shown
 
 
+@pytest.mark.parametrize("data", ["digits", "mnist", "20ng"])
+def test_the_experiments_are_those_of_the_files(data):
+    report = pytest.importorskip("kvb.experiments.report", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
+    record = json.loads((ROOT / "docs" / f"protocol-{data}.json").read_text())
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    assert report.markdown(protocol.from_json(record)[1]) in page
+    assert all(version in page for version in record["versions"].values())
+
+
 def test_the_readme_is_short_and_starts_with_use():
     lines = README.splitlines()
     assert len(lines) <= 140
@@ -82,7 +93,7 @@ def test_searching_and_decoding_agree(capsys):
     torch.testing.assert_close(names["logits"], searched)
     names["logits"].sum().backward()
     assert names["bottleneck"].values.grad.abs().sum() > 0
-    assert "kmeans: 1000 rows a codebook (0 skipped)" in capsys.readouterr().out
+    assert "kmeans: 1000 rows per codebook (0 skipped)" in capsys.readouterr().out
 
 
 def test_training_moves_fetched_rows_alone_and_a_class_is_forgotten():

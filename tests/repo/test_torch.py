@@ -204,3 +204,38 @@ def test_pickles_are_read_with_storages_from_elsewhere(tmp_path):
         _torch.unpickled(pickle.dumps(os.mkdir, 2), storage)
     assert _torch.storage_kind(torch.zeros(1, dtype=torch.int16).storage()) is torch.ShortStorage
     assert _torch.storage_kind(torch.zeros(1).untyped_storage()) is torch.UntypedStorage
+
+
+def test_how_transforms_wrap():
+    seen = []
+
+    def note(x):
+        seen.append((_torch.transforms_of(x), _torch.is_mapped(x)))
+        return x.sum()
+
+    x = torch.ones(2, 3)
+    note(x)
+    torch.func.grad(note)(x)
+    torch.vmap(note)(x)
+    torch.func.grad(lambda x: torch.vmap(note)(x).sum())(x)
+    torch.func.hessian(note)(x)
+    assert seen == [(0, False), (1, False), (1, True), (2, True), (2, False)]
+
+
+def test_a_batched_backward_pass_maps():
+    seen = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(_torch.is_mapped(grad))
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    torch.autograd.grad(Noted.apply(x), x, torch.eye(2), is_grads_batched=True)
+    torch.autograd.grad(Noted.apply(x), x, torch.ones(2))
+    assert seen == [True, False]

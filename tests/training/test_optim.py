@@ -401,7 +401,7 @@ def test_audit_names_the_cause_and_the_drift(kind, options, memory):
     before = module.values.detach().clone()
     model = nn.ModuleDict({"net": nn.Linear(2, 2), "memory": module})
     optimizer = kind(model.parameters(), **options)
-    with pytest.warns(UserWarning, match="forgets rows that nothing fetches") as caught:
+    with pytest.warns(UserWarning, match="moves rows that are no longer fetched") as caught:
         findings = audit(optimizer, model)
     assert len(caught) == 1
     found = {finding.cause: finding for finding in findings}
@@ -419,7 +419,7 @@ def test_audit_names_the_cause_and_the_drift(kind, options, memory):
         assert finding.cause in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert audit(optimizer, model) == findings  # told once
+        assert audit(optimizer, model) == findings  # warned once
     assert torch.equal(module.values, before)
     assert not optimizer.state
 

@@ -106,3 +106,30 @@ def test_torch_optimizers_for_sparse_gradients_take_it():
             module(x).square().sum().backward()
             optimizer.step()
     torch.testing.assert_close(sparse.values, dense.values, rtol=1e-6, atol=1e-6)
+
+
+def test_mapped_and_nested_derivatives_are_those_of_the_dense_gradient():
+    x = torch.randn(6, 2, 3)
+    modules = [KeyValueBottleneck(2, 5, 3, 4, sparse_grad=sparse).freeze_keys().eval() for sparse in (True, False)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    values = modules[0].values.detach()
+
+    def results(module):
+        def run(values, part=x):
+            return torch.func.functional_call(module, {"values": values}, (part,))
+
+        def loss(values, part=x):
+            return (run(values, part) ** 3).sum()
+
+        yield torch.func.jacrev(run)(values)
+        yield torch.func.jacfwd(run)(values)
+        yield torch.func.hessian(loss)(values)
+        yield torch.func.jacrev(torch.func.jacrev(loss))(values)
+        yield torch.vmap(torch.func.grad(loss), (None, 0))(values, x[:, None])
+        yield torch.func.jvp(torch.func.grad(loss), (values,), (values,))[1]
+        yield torch.autograd.functional.jacobian(run, values, vectorize=True)
+
+    for ours, theirs in zip(*map(results, modules), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    grad = torch.func.grad(lambda values: torch.func.functional_call(modules[0], {"values": values}, (x,)).sum())
+    assert grad(values).layout == torch.sparse_coo

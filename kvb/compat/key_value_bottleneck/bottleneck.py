@@ -7,7 +7,7 @@ is off; a name of ``BUGS`` turns one of them on again.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,7 @@ from torch import Tensor
 from kvb import checkpoints, validation
 from kvb.compat.key_value_bottleneck import utils
 from kvb.modules import bottleneck, key_learning
-from kvb.modules.wrapping import KvbOptions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from kvb.modules.wrapping import BottleneckOptions
 
 # What each name in ``bugs`` does.
 BUGS = {
@@ -27,16 +24,6 @@ BUGS = {
     "kmeans_forgets_statistics": "after k-means keys_avg is 0, so that the next update shrinks all keys twentyfold",
     "replaces_keys_only": "a replaced key keeps its old statistics, so that the next update takes it back",
 }
-_OPTIONS = (
-    "init_mode",
-    "kmeans_iters",
-    "decay",
-    "eps",
-    "threshold_ema_dead_code",
-    "sample_codebook_temperature",
-    "return_values_only",
-    "topk",
-)
 _Bottleneck = TypeVar("_Bottleneck", bound="KeyValueBottleneck")
 
 
@@ -59,39 +46,8 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         ValueError: x is not [b, C, n, D]; an unknown bug.
     """
 
-    def __init__(
-        self,
-        num_codebooks: int,
-        key_value_pairs_per_codebook: int,
-        dim_keys: int,
-        dim_values: int,
-        init_mode: str = "random",
-        kmeans_iters: int = 10,
-        decay: float = 0.95,
-        eps: float = 1e-5,
-        threshold_ema_dead_code: float = 0.0,
-        sample_codebook_temperature: float = 0.0,
-        return_values_only: bool = True,
-        topk: int = 1,
-        *,
-        bugs: Collection[str] = (),
-        **more: Unpack[KvbOptions],
-    ) -> None:
-        super().__init__(
-            num_codebooks,
-            key_value_pairs_per_codebook,
-            dim_keys,
-            dim_values,
-            init_mode,
-            kmeans_iters,
-            decay,
-            eps,
-            threshold_ema_dead_code,
-            sample_codebook_temperature,
-            return_values_only,
-            topk,
-            **more,
-        )
+    def __init__(self, *arguments: Any, bugs: Collection[str] = (), **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.bugs = frozenset(validation.choice("bugs", bug, tuple(BUGS)) for bug in bugs)
         if "starts_at_zero" in self.bugs:
             self.cluster_size.zero_()
@@ -128,9 +84,9 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         """Rows of table [C, K, *] at indices [b, n, C, T], as [b, C, T, n, *]."""
         b, n, C, T = indices.shape
         positions = indices.permute(0, 3, 1, 2).reshape(b, T * n, C)
-        return self._gather(table, positions, "none", "bcsv").view(b, C, T, n, table.shape[-1])
+        return self._gather(table, positions, "none").view(b, C, T, n, table.shape[-1])
 
-    def _learn(self, queries: Tensor, indices: Tensor) -> None:
+    def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
         self._packed.forget()
         statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
         key_learning.update(
@@ -160,7 +116,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
             self.keys_avg.copy_(torch.where(dead[..., None], fresh * start, self.keys_avg))
 
     @torch.no_grad()
-    def _initialise_from(self, batch: Tensor) -> None:
+    def _initialise_from(self, batch: Tensor, mask: Tensor | None = None) -> None:
         if batch.numel() == 0:
             return
         if self.init_mode == "kmeans":
@@ -217,7 +173,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
             return
         tensors = {**state["_parameters"], **state["_buffers"]}
         (C, K, D), V = tensors["keys"].shape, tensors["values"].shape[-1]
-        options = {name: state[name] for name in _OPTIONS if name in state}
+        options = {name: state[name] for name in BottleneckOptions.__optional_keys__ if name in state}
         with torch.random.fork_rng(devices=[]):
             fresh = KeyValueBottleneck(C, K, D, V, **options).to(tensors["keys"].device)
         self.__dict__.update(fresh.__dict__)

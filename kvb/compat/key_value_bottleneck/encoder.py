@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -59,7 +59,7 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
     def forward(self, x: Any, **encoder_options: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         """x, as the encoder wants it, -> the tuple described above."""
         features = self.forward_encoder(x, **encoder_options)
-        heads = self._flat_heads(features)
+        heads = self._split(features)
         values, *others = self.bottleneck(heads)
         if self.concat_values_from_all_codebooks:
             values = values.movedim(1, 3).flatten(-2)
@@ -67,13 +67,19 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
         parts = [self._unfolded(part, features.shape[1:-1]) if first else part for part in (values, *others)]
         return (*parts, heads, features.movedim(-1, 1) if first else features)
 
-    def forward_splitter(self, x: Any, **encoder_options: Any) -> Tensor:
-        """x -> heads [b, C, n, D], what the keys are compared with."""
-        return self._flat_heads(self.forward_encoder(x, **encoder_options))
-
-    def _flat_heads(self, features: Tensor) -> Tensor:
-        heads = self._split(features)
+    def _split(self, features: Tensor) -> Tensor:
+        """Features -> heads [b, C, n, D]."""
+        heads = super()._split(features)
         return heads[:, :, None] if heads.dim() == 3 else heads.flatten(2, -2)
+
+    def _masked_features(self, x: Any, mask: Tensor | None, encoder_options: Mapping[str, Any]) -> streams.Part:
+        features, mask = super()._masked_features(x, mask, encoder_options)
+        sizes = features.shape[1:-1]  # one axis of positions, as heads have it
+        return streams.Part(features, None if mask is None else mask.reshape(len(mask), sizes.numel()))
+
+    def _attention(self, x: Any, encoder_options: Mapping[str, Any], sizes: torch.Size) -> Tensor | None:
+        """None: the published class looks at no attention mask."""
+        return None
 
     def _unfolded(self, part: Tensor, spatial: Iterable[int]) -> Tensor:
         """[..., n, V] -> [..., V, *spatial]."""

@@ -39,7 +39,7 @@ def find(package: str, ending: str) -> Path:
     except PackageNotFoundError:
         installed = None
     if installed is None or installed.version != version:
-        found = "is not installed" if installed is None else f"is there in version {installed.version}"
+        found = "is not installed" if installed is None else f"is installed in version {installed.version}"
         raise MissingPackageError(
             f"{package} {version} is needed, but {found}. Install it with: pip install --no-deps '{package}=={version}'"
         )

@@ -1,0 +1,86 @@
+"""The modes of a bottleneck: whether keys learn and hits are counted; and what the counts say."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kvb.modules.state import BottleneckState
+
+_Self = TypeVar("_Self", bound="Modes")
+
+
+class Modes(BottleneckState):
+    """The switches of a ``KeyValueBottleneck``, each of which returns self, and the statistics of its hits."""
+
+    def _require_keys(self) -> None:
+        self._look()
+        if not self._initialised:
+            raise RuntimeError("keys are not initialised: call init_keys(...) or run one batch in training mode")
+
+    def freeze_keys(self: _Self) -> _Self:
+        """Keys stop learning, and forwards in training mode count hits instead.
+
+        Raises:
+            RuntimeError: the keys still await their initialisation from data.
+        """
+        self._require_keys()
+        self._set_flags(learning=False)
+        self._packed_keys()
+        return self
+
+    def unfreeze_keys(self: _Self) -> _Self:
+        """Keys learn again on forwards in training mode."""
+        self._set_flags(learning=True)
+        return self
+
+    def enable_update_keys(self: _Self) -> _Self:
+        """The published name of ``unfreeze_keys``."""
+        return self.unfreeze_keys()
+
+    def disable_update_keys(self: _Self) -> _Self:
+        """The published name of ``freeze_keys``."""
+        return self.freeze_keys()
+
+    def activate_counts(self: _Self) -> _Self:
+        """Count fetched pairs on forwards in training mode with frozen keys; every pair may be fetched."""
+        self._set_flags(counting=True)
+        return self
+
+    def deactivate_counts(self: _Self) -> _Self:
+        """Stop counting, and restrict the search with frozen keys to pairs counted so far.
+
+        Raises:
+            RuntimeError: nothing was counted yet, so that nothing could be fetched.
+        """
+        if not bool((self.cluster_size_counter > 0).any()):
+            raise RuntimeError(
+                "no pair was counted yet, so deactivate_counts() would leave nothing to fetch: "
+                "run batches in training mode with frozen keys first"
+            )
+        self._set_flags(counting=False)
+        return self
+
+    def reset_cluster_size_counter(self: _Self) -> _Self:
+        """Forget all counts, and count again."""
+        self._write("cluster_size_counter", torch.zeros((), dtype=torch.int64))
+        return self.activate_counts()
+
+    # --- what was used ------------------------------------------------------------------------------------------------
+
+    def fraction_of_unused_keys(self) -> Tensor:
+        """The share of all pairs that were never counted."""
+        return (self.cluster_size_counter == 0).sum() / self.cluster_size_counter.numel()
+
+    def usage(self) -> Tensor:
+        """The share [C, K] of a codebook's counted hits that each pair got; zeros for a codebook without counts."""
+        total = self.cluster_size_counter.sum(-1, keepdim=True)
+        return self.cluster_size_counter / total.clamp(min=1)
+
+    def perplexity(self) -> Tensor:
+        """exp(entropy of ``usage``) [C]: the number of pairs in effective use, 1 to K; 0 without counts."""
+        usage = self.usage()
+        entropy = -torch.special.xlogy(usage, usage).sum(-1)
+        return torch.where(usage.sum(-1) > 0, entropy.exp(), 0)
