@@ -420,6 +420,6 @@ def test_hits_of_all_processes_are_added_without_rounding(monkeypatch):
 
     monkeypatch.setattr(dist, "all_reduce", add)
     hits = torch.tensor([[0, 1, 4095, 4096], [2**24 - 1, 2**24 - 4095, 1234567, 3]])
-    found, sums = key_learning.sync_statistics(hits, torch.ones(2, 4, 3))
+    found, sums = key_learning.sync_statistics(hits.clone(), torch.ones(2, 4, 3))
     assert torch.equal(found, hits * world)
     assert sums.unique().tolist() == [world]
