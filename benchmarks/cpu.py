@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import ceilings, memory, table, verify
 from benchmarks.peers import faiss
+from benchmarks.peers import without_extension as slow_peer
 from benchmarks.shapes import KMEANS, KMEANS_SCALED, PAPER, SEARCH, SEED_B, Module, Search
 from benchmarks.suites.measuring import measure
 from benchmarks.table import THREADS, Measured, Row, against, against_best, effort
@@ -253,6 +254,13 @@ def kmeans(quick: bool) -> Measured:
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
+
+def without_extension(shape: Module, quick: bool) -> Measured:
+    """A frozen module's forward against the same in plain PyTorch, as an installation without a compiler has it."""
+    peer = functools.partial(str.__eq__, slow_peer.NAME)
+    return against_best(measure("forward", shape, effort(quick), peer, limits=False))
+
+
 NEAREST = {
     "seed-b": (1.5, 2.5),
     "k1024-d32": (1.7, 2.2),
@@ -274,6 +282,7 @@ ROWS = (
     *(Row(f"threads:{n}", functools.partial(threads, SEARCH[n]), 1.85) for n in ON_THREADS),
     Row("forward:paper", functools.partial(forward, PAPER), 7, 9),
     Row("forward:seed-b", functools.partial(forward, SEED_B), 2.5, 4),
+    Row("without-extension:paper", functools.partial(without_extension, PAPER)),
     Row("memory:paper", peak_memory, 1.0, at_most=True),
     Row("packed:paper", packed_size, 1.6, at_most=True),
     Row("gather:seed-b", gather, 0.6),

@@ -73,6 +73,13 @@ INSTEAD = (
         "torch baddbmm",
         "all that is not search and fetch",
     ),
+    Instead(
+        "kvb installed without a compiler",
+        "forward",
+        "paper_cifar10",
+        "kvb in PyTorch",
+        "nothing: the same results, from plain PyTorch",
+    ),
 )
 
 

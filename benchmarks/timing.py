@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from kvb.testing import attempts
+
 TURN = 0.02  # seconds: a turn of a fast contestant repeats it for so long
 MOST = 1000  # calls in a turn
 SLOW = 0.2  # seconds: a contestant this slow needs no untimed call at the start of its turns
@@ -30,29 +32,12 @@ class WrongResult(Exception):
     """A result that failed its verification, and so is not timed."""
 
 
-class Attempt:
-    """Goes on after an error, and keeps it: a contestant is absent or wrong, or it fails in a way of its own."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def __enter__(self) -> Attempt:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        # Nobody can list how other packages, drivers and profilers fail, but their failure must not stop the run.
-        if isinstance(error, Exception):
-            self.error = error
-        return self.error is not None
+class Attempt(attempts.Attempt):
+    """The attempt of a contestant: it may be absent, wrong, or fail in a way of its own."""
 
     @property
     def absent(self) -> bool:
         return isinstance(self.error, Absent)
-
-    @property
-    def error_line(self) -> str:
-        """The error in one line; empty without one."""
-        return " ".join(f"{type(self.error).__name__}: {self.error}".split())[:300] if self.error else ""
 
     @property
     def why(self) -> str:
@@ -61,7 +46,7 @@ class Attempt:
             return str(self.error)
         if isinstance(self.error, WrongResult):
             return f"wrong, not timed: {self.error}"
-        return f"failed: {self.error_line}" if self.error else ""
+        return f"failed: {self.error_line}"[:300] if self.error else ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from kvb.kernels.launch_pack import COLUMNS, Packing, slicing, unpacked
 from kvb.kernels.launcher import MOST_REGISTERS, Options, run
 from kvb.kernels.layout import TILE
 from kvb.reference.shared import require_statistics
+from kvb.reference.statistics import pair_step
 
 UPDATE = Options(registers=MOST_REGISTERS)
 
@@ -37,18 +38,7 @@ def update_keys_(
     """One step of the moving averages of keys [C, K, D], in place, with dead pairs replaced; the new keys, packed."""
     require_statistics(keys, keys_avg, cluster_size, hits, sums, spare, usable)
     C, K, D = keys.shape
-    keep = hits.new_full((), decay).masked_fill_(~hits.any(), 1.0)
-    sizes = torch.lerp(hits, cluster_size.to(hits.dtype), keep)
-    total = sizes.sum(-1, keepdim=True)
-    smoothed = (sizes + eps) / (total + K * eps) * total
-    divisors = torch.where(hits.any() if rescale_all else hits > 0, smoothed, -1.0)
-    places = None
-    if spare is not None and usable is not None:
-        dead = (sizes < threshold) & (usable > 0)[:, None]
-        taken = (dead.cumsum(-1) - 1) % usable.clamp(1, spare.shape[1])[:, None]
-        places = torch.where(dead, taken, -1)
-        sizes = torch.where(dead, start, sizes)
-
+    step = pair_step(cluster_size.to(hits.dtype), hits, spare, usable, decay, eps, threshold, start, rescale_all)
     packing = None if keys.dtype == torch.float64 else Packing(keys)
     columns = min(COLUMNS, power_of_two(D))
     surveyed = packing if columns >= D else None  # a program sees whole keys
@@ -62,10 +52,10 @@ def update_keys_(
         averages=keys_avg,
         cluster_size=cluster_size,
         sums=sums,
-        keep=keep,
-        sizes=sizes,
-        divisors=divisors,
-        places=places,
+        keep=step.keep,
+        sizes=step.size,
+        divisors=torch.where(step.moving, step.smoothed, -1.0),
+        places=step.places,
         spare=spare,
         surveys=None if surveyed is None else surveyed.surveys,
         table=None if surveyed is None else surveyed.table,

@@ -37,7 +37,7 @@ def _count(text: str) -> int:
 
 def _add_protocol(commands: Any) -> None:
     protocol = commands.add_parser(
-        "protocol", help="the paper's protocol: three scenarios, four heads, mean and spread over seeds; its ablations"
+        "protocol", help="the paper's protocol: three scenarios, nine heads, mean and spread over seeds; its ablations"
     )
     protocol.add_argument("--data", choices=FEATURES, default="digits", help="as for the demo (%(default)s)")
     protocol.add_argument("--scenario", choices=("class-incremental", "task-incremental", "iid"), help="only this one")

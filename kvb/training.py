@@ -6,12 +6,14 @@ authors' experiments: mean vote of the codebooks, label smoothing, clipped SGD w
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvb import ops, validation  # noqa: F401  (importing ops registers the operators)
+from kvb.reference import values as reference
 
 
 class SGDStep(NamedTuple):
@@ -28,6 +30,7 @@ def sgd_step(
     codes: Tensor,
     targets: Tensor,
     *,
+    mask: Tensor | None = None,
     lr: float = 0.3,
     max_norm: float | None = 1.0,
     label_smoothing: float = 0.1,
@@ -48,13 +51,15 @@ def sgd_step(
         values: [C, K, V], such as ``bottleneck.values``: contiguous float16, bfloat16, float32 or float64; V classes.
         codes: [B, C, *shape] of any integer dtype, from ``encode`` or a ``CodeDataset``; same device.
         targets: [B] int64 in [0, V).
+        mask: bool [B, *shape], True where a position votes; a sample without any teaches nothing.
         lr: the learning rate, >= 0.
         max_norm: the largest norm of the gradient, > 0; None does not clip.
         label_smoothing: in [0, 1].
     Returns:
         an ``SGDStep``: loss, gradient norm and logits, as they were before the step.
     Raises:
-        TypeError: values that are not floating-point, codes or targets that are not integers. ValueError: shapes that
+        TypeError: values that are not floating-point, codes or targets that are not integers, a mask that is not
+        bool. ValueError: shapes that
         disagree, values that are not contiguous, or a number out of its range. IndexError: a code outside [0, K) or a
         target outside [0, V). RuntimeError: devices differ.
     """
@@ -66,12 +71,38 @@ def sgd_step(
     validation.codes(codes, values.shape[0])
     validation.integer("sgd_step", "targets", targets)
     validation.shape("targets", targets, "B", (codes.shape[0],))
-    for name, tensor in (("codes", codes), ("targets", targets)):
+    if mask is not None:
+        validation.positions("sgd_step", mask, (codes.shape[0], *codes.shape[2:]))
+    for name, tensor in (("codes", codes), ("targets", targets), ("mask", codes if mask is None else mask)):
         validation.same_device(name, tensor, "values", values)
-    infinity = float("inf")
-    validation.number("lr", lr, 0.0, infinity)
-    limit = infinity if max_norm is None else validation.number("max_norm", max_norm, 0.0, infinity, open_low=True)
-    if validation.number("label_smoothing", label_smoothing, 0.0, infinity) > 1:
+    validation.number("lr", lr, 0.0, math.inf)
+    limit = math.inf if max_norm is None else validation.number("max_norm", max_norm, 0.0, math.inf, open_low=True)
+    if validation.number("label_smoothing", label_smoothing, 0.0, math.inf) > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
-    return SGDStep(*torch.ops.kvb.sgd_step_(values, flat, targets.to(torch.int64), lr, limit, label_smoothing))
+    targets = targets.to(torch.int64)
+    if mask is None:
+        return SGDStep(*torch.ops.kvb.sgd_step_(values, flat, targets, lr, limit, label_smoothing))
+    return _step(values, flat, targets, mask.reshape(flat.shape[:2]), lr, limit, label_smoothing)
+
+
+def _step(
+    values: Tensor,
+    indices: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    lr: float,
+    max_norm: float,
+    label_smoothing: float,
+) -> SGDStep:
+    """The step for the positions [B, S] that count, of indices [B, S, C]."""
+    exact = torch.promote_types(values.dtype, torch.float32)
+    votes = torch.ops.kvb.gather(values, indices, "mean", "bscv").to(exact)
+    voters = counted.sum(1, keepdim=True).clamp(min=1)
+    logits = torch.where(counted[..., None], votes, 0).sum(1) / voters
+    loss, grad = reference.cross_entropy(logits, targets, label_smoothing)
+    # Padding has the index 0 and a gradient of zero, which keeps the bits of that row.
+    spread = torch.where(counted[..., None], (grad / voters)[:, None], 0)
+    rows, grads, count = torch.ops.kvb.gather_backward_rows(spread, indices, values.shape[1], "mean")
+    norm = reference.clipped_step_(values, rows, grads, count, lr, max_norm)
+    return SGDStep(loss, norm, logits)

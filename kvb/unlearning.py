@@ -49,7 +49,8 @@ def hits(bottleneck: KeyValueBottleneck, data: Tensor | CodeDataset | Iterable[A
         bottleneck: C codebooks of K pairs; that of an encoder is ``model.bottleneck``, its codes ``model.encode(x)``.
         data: codes [N, C, *shape] of any integer dtype or a ``CodeDataset`` of them; inputs [N, C, *shape, D]; or an
             iterable (a DataLoader, say) of either or of (either, labels, ...) items. Inputs are searched with the mask
-            of the module; those with NaN or Inf are not counted, as in the module.
+            of the module; those with NaN or Inf are not counted, as in the module, nor positions that the mask of a
+            ``CodeDataset`` leaves out.
     Returns:
         [C, K] int64, on the module's device.
     Raises:
@@ -121,11 +122,13 @@ def _histograms(codes: Tensor, counted: Tensor | None, rows: Tensor, L: int, K: 
 def _searched(owner: str, bottleneck: KeyValueBottleneck, data: Any) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
     """Batches that are not empty: codes [B, C, M] int64, which of them count (None: all), and labels as they are."""
     found = False
-    for batch, labels in _batches(owner, data):
+    counted: Tensor | None
+    for batch, labels, mask in _batches(owner, data):
         if validation.tensor(owner, "data", batch).is_floating_point():
             codes, counted = _encoded(bottleneck, batch.to(bottleneck.keys.device))
         else:
-            codes, counted = _given(owner, bottleneck, batch.to(bottleneck.keys.device)), None
+            codes = _given(owner, bottleneck, batch.to(bottleneck.keys.device))
+            counted = None if mask is None else _of_positions(mask.to(codes.device), codes)
         if len(codes):
             found = True
             yield codes.flatten(2) if codes.dim() > 2 else codes[..., None], counted, labels
@@ -133,17 +136,24 @@ def _searched(owner: str, bottleneck: KeyValueBottleneck, data: Any) -> Iterator
         raise ValueError("data yielded no samples")
 
 
-def _batches(owner: str, data: Any) -> Iterator[tuple[Any, Any]]:
+def _of_positions(mask: Tensor, codes: Tensor) -> Tensor:
+    """The mask [B, *shape] for each of codes [B, C, (T), *shape]: [B, C, M]."""
+    each = mask.view(len(mask), *(1,) * (codes.dim() - mask.dim()), *mask.shape[1:]).expand(codes.shape)
+    return each.flatten(2) if codes.dim() > 2 else each[..., None]
+
+
+def _batches(owner: str, data: Any) -> Iterator[tuple[Any, Any, Tensor | None]]:
+    """Codes or inputs, labels and the mask of the positions that count; None where there are none."""
     if isinstance(data, CodeDataset):
         parts = cut(data.codes)
-        labels = repeat(None) if data.labels is None else data.labels.split(len(parts[0]))
-        yield from zip(parts, labels)  # noqa: B905 (there is no end of None)
+        more = (repeat(None) if one is None else one.split(len(parts[0])) for one in (data.labels, data.mask))
+        yield from zip(parts, *more)  # noqa: B905 (there is no end of None)
     elif isinstance(data, Tensor):
-        yield from ((part, None) for part in cut(validation.tensor(owner, "data", data)))
+        yield from ((part, None, None) for part in cut(validation.tensor(owner, "data", data)))
     elif isinstance(data, Iterable):
         for item in data:
             inputs = items.inputs_of(item)
-            yield inputs, items.labels_of(item, inputs)
+            yield inputs, items.labels_of(item, inputs), None
     else:
         raise TypeError(f"data must be a Tensor, a CodeDataset or an iterable of batches, not {type(data).__name__}")
 

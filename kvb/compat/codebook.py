@@ -103,8 +103,9 @@ class Codebook(nn.Module):
     def _learn(self, queries: Tensor, indices: Tensor) -> None:
         if not self.ema_update and self.threshold_ema_dead_code <= 0:
             return
-        statistics = torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1])
-        synced = key_learning.sync_statistics(*statistics) if self.sync_codebook else statistics
+        hits, sums = torch.ops.kvb.accumulate(queries, indices, self.embed.shape[1])
+        if self.sync_codebook:
+            hits, sums = key_learning.sync_statistics(hits, sums)
         keys = self.embed.detach()
         # Without ema_update the statistics still tell which codes are dead.
         moved = keys if self.ema_update else keys.clone()
@@ -112,7 +113,9 @@ class Codebook(nn.Module):
             moved,
             self.embed_avg,
             self.cluster_size,
-            *(*synced, queries),
+            hits,
+            sums,
+            queries,
             decay=self.decay,
             eps=self.eps,
             threshold=0.0,

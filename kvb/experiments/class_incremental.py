@@ -147,7 +147,7 @@ def _test(areas: Sequence[_Area], prepared: Tensor, labels: Tensor, tasks: Seque
 
 
 def _steps(head: Head, sizes: Sequence[int], budget: Budget) -> int:
-    """Training steps for each number of examples; for all of them together, if the head takes few passes."""
+    """How many training steps tasks of these sizes take; a head with few passes learns all tasks together."""
     sizes = [sum(sizes)] if head.passes else sizes
     return (head.passes or budget.epochs) * sum(-(-size // budget.batch_size) for size in sizes)
 

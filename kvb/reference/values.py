@@ -128,15 +128,30 @@ def sgd_step_(
         targets.shape == (B,) and targets.dtype == torch.int64,
         f"expected targets torch.int64 {(B,)}, got {targets.dtype} {tuple(targets.shape)}",
     )
+    logits = gather(values, indices, "mean", "bscv").to(accumulator(values.dtype)).mean(1)
+    loss, grad = cross_entropy(logits, targets, label_smoothing)
+    rows, grads, count = gather_backward_rows((grad / S)[:, None].expand(B, S, V), indices, K, "mean")
+    return loss, clipped_step_(values, rows, grads, count, lr, max_norm), logits
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """The mean loss [] of logits [B, V] with the classes targets [B], and its gradient [B, V]."""
+    B, V = logits.shape
     _require_classes(targets, V)
-    exact = accumulator(values.dtype)
-    logits = gather(values, indices, "mean", "bscv").to(exact).mean(1)
     shares = logits.log_softmax(-1)
     fit = torch.full_like(shares, label_smoothing / max(1, V))
     fit.scatter_add_(1, targets[:, None], fit.new_full((B, 1), 1 - label_smoothing))
-    loss = -(fit * shares).sum(-1).mean()
-    grad = (shares.exp() - fit) / B / S
-    rows, grads, count = gather_backward_rows(grad[:, None].expand(B, S, V), indices, K, "mean")
+    return -(fit * shares).sum(-1).mean(), (shares.exp() - fit) / B
+
+
+def clipped_step_(values: Tensor, rows: Tensor, grads: Tensor, count: Tensor, lr: float, max_norm: float) -> Tensor:
+    """Move rows of values [C, K, V], in place, by merged gradients; their norm [].
+
+    Args:
+        rows, grads, count: of ``gather_backward_rows``.
+    """
+    C, K, V = values.shape
+    exact = grads.dtype
     norm = grads.to(widest(grads.device)).square().sum().sqrt()
     step = lr * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     # The tail names no row: let it repeat the last one, which then is written several times with the same numbers.
@@ -146,7 +161,7 @@ def sgd_step_(
     before = table.index_select(0, rows)
     moved = (before.to(exact) - step.to(exact) * grads).to(values.dtype)
     table.index_copy_(0, rows, torch.where(norm.isfinite(), moved, before))
-    return loss, norm.to(exact), logits
+    return norm.to(exact)
 
 
 def _require_classes(targets: Tensor, V: int) -> None:

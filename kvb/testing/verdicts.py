@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import types
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from kvb import ops, reference
+from kvb.testing.attempts import Attempt
 from kvb.testing.cases import CASES, Case, problem
 from kvb.testing.checks import CHECKS, Backend
 from kvb.testing.expectations import Wrong
 
 
-class _Attempt(contextlib.AbstractContextManager["_Attempt"]):
-    """Keeps what went wrong inside: a backend may fail in ways that only its own compiler knows."""
-
-    failure = ""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Wrong):
-            self.failure = str(error)
-        elif isinstance(error, Exception):
-            self.failure = f"{type(error).__name__}: {error}"
-        return isinstance(error, Exception)
-
-
 def attempt(operator: str, backend: Backend, case: Case) -> str:
     """Run one case of an operator: what was wrong, or ""."""
-    with _Attempt() as tried:
+    with Attempt() as tried:
         CHECKS[operator](backend.operators, problem(case, backend.device))
-    return tried.failure
+    return str(tried.error) if isinstance(tried.error, Wrong) else tried.error_line
 
 
 def device_is_lost(device: torch.device) -> bool:
     """Whether an error stuck to this process's context of the device, so that everything after it fails too."""
     if device.type == "cpu":
         return False
-    with _Attempt() as tried:
+    with Attempt() as tried:
         torch.cuda.synchronize(device)
-    return bool(tried.failure)
+    return tried.error is not None
 
 
 @dataclasses.dataclass(frozen=True)

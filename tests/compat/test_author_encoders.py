@@ -22,7 +22,12 @@ def test_encoder(mode):
     case = GOLDEN[f"encoder_{mode}"]
     C, K, V = case["state"]["bottleneck.values"].shape
     module = core.BottleneckedEncoder(
-        *(nn.Conv2d(3, 12, 3, padding=1), 12, C, K, case["state"]["bottleneck.keys"].shape[-1], V),
+        nn.Conv2d(3, 12, 3, padding=1),
+        num_channels=12,
+        num_codebooks=C,
+        key_value_pairs_per_codebook=K,
+        dim_keys=case["state"]["bottleneck.keys"].shape[-1],
+        dim_values=V,
         splitting_mode=mode,
         encoder_is_channel_last=False,
         return_values_only=False,
@@ -63,7 +68,12 @@ def encoder(**options):
 def test_encoder_shapes(network, last, x, values, concatenated):
     for concat, shape in ((False, values), (True, concatenated)):
         module = core.BottleneckedEncoder(
-            *(network, 12, 4, 16, 3, 6),
+            network,
+            num_channels=12,
+            num_codebooks=4,
+            key_value_pairs_per_codebook=16,
+            dim_keys=3,
+            dim_values=6,
             splitting_mode="chunk",
             encoder_is_channel_last=last,
             concat_values_from_all_codebooks=concat,

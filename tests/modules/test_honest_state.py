@@ -390,7 +390,12 @@ def test_streams_read_again_what_they_kept():
     calls = []
     batches = list(torch.randn(4, 10, 2, 3))
     stream = streams.Stream(
-        batches, lambda item: calls.append(1) or item, lambda x: x[:, None], replay=True, passes=1, progress=False
+        batches,
+        lambda item: calls.append(1) or streams.Part(item, None),
+        lambda part: part.made[:, None],
+        replay=True,
+        passes=1,
+        progress=False,
     )
     assert sum(len(q) for q in stream.queries("first", 15)) == 15
     assert sum(len(q) for q in stream.queries("second", 15)) == 15

@@ -96,8 +96,13 @@ def test_a_failed_update_leaves_the_state_alone(missing, monkeypatch):
         monkeypatch.setattr(torch.ops.kvb, "update_keys_", reference.update_keys_)
     with pytest.raises(torch.OutOfMemoryError):
         key_learning.update(
-            *(*state, torch.ones(2, 8), torch.ones(2, 8, 3), torch.randn(9, 1, 2, 3)),
-            **{"decay": 0.5, "eps": 1e-5, "threshold": 0.8},
+            *state,
+            hits=torch.ones(2, 8),
+            sums=torch.ones(2, 8, 3),
+            queries=torch.randn(9, 1, 2, 3),
+            decay=0.5,
+            eps=1e-5,
+            threshold=0.8,
         )
     monkeypatch.undo()
     assert all(torch.equal(part, old) for part, old in zip(state, before, strict=True))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import typing
 
 import pytest
 import torch
+import typing_extensions
 from torch import nn
 
 import kvb
 from kvb import BottleneckedEncoder, ConvMixerBottleneckedEncoder, DiscreteKeyValueBottleneck, KeyValueBottleneck
-from kvb.modules.wrapping import BottleneckOptions
+from kvb.compat.key_value_bottleneck import core
+from kvb.modules.discrete import DiscreteKeyValueBottleneckConfig
+from kvb.modules.wrapping import BottleneckOptions, KvbOptions
 
 pytestmark = pytest.mark.fallback
 
@@ -191,3 +195,41 @@ def test_what_is_no_splitter():
         BottleneckedEncoder(nn.Identity(), CHANNELS, 3, K, 2, V, splitting_mode="chunks")
     with pytest.raises(TypeError, match="splitter must be a torch.nn.Module or None, got str"):
         kvb.DiscreteKeyValueBottleneckConfig(dim=2, num_memories=3, splitter="chunk")
+
+
+def test_every_class_lists_the_options_alike():
+    """With the types and defaults of ``KeyValueBottleneck``, but for what is documented as published."""
+    own = inspect.signature(KeyValueBottleneck, eval_str=True).parameters
+    types = typing.get_type_hints(BottleneckOptions)
+    config = inspect.signature(DiscreteKeyValueBottleneckConfig, eval_str=True).parameters
+    encoders = [
+        inspect.signature(one, eval_str=True, locals={"Unpack": typing_extensions.Unpack}).parameters
+        for one in (BottleneckedEncoder, ConvMixerBottleneckedEncoder)
+    ]
+    for name, kind in types.items():
+        assert own[name].annotation == kind, name
+        for listed in (config, *encoders):
+            if name in listed:
+                assert listed[name].annotation == kind, name
+                assert listed[name].default == own[name].default or (listed is config and name == "decay"), name
+            else:
+                assert name in KvbOptions.__optional_keys__ or listed is config, name
+    assert set(types) - set(config) == {"return_values_only"}
+    assert config["decay"].default == 0.8
+
+
+def test_the_published_classes_take_every_option():
+    given = {**EVERY_OPTION, "bugs": ("learns_in_eval",)}
+    order = ("kmeans", 3, 0.5, 1e-3, 0.25, 0.0, False, 2)
+    options = {name: given[name] for name in ("sparse_grad", "check_finite", "bugs")}
+    for module in (
+        core.KeyValueBottleneck(C, K, D, V, *order, **options),
+        core.KeyValueBottleneck(C, K, D, V, **given),
+    ):
+        assert {name: getattr(module, name) for name in EVERY_OPTION} == EVERY_OPTION
+        assert module.bugs == {"learns_in_eval"}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'decays'"):
+        core.KeyValueBottleneck(C, K, D, V, decays=0.5)
+    model = core.BottleneckedEncoder(nn.Identity(), CHANNELS, C, K, D, V, **given)
+    assert {name: getattr(model, name) for name in EVERY_OPTION} == EVERY_OPTION
+    assert {name: getattr(model.bottleneck, name) for name in EVERY_OPTION} == EVERY_OPTION

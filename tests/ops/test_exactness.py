@@ -201,6 +201,21 @@ def test_an_offset_does_not_change_the_answer():
     assert torch.equal(plain[1], moved[1])
 
 
+def test_the_batch_around_a_query_changes_nothing():
+    """Large and infinite neighbours must not move the bounds of others; keys are near-twins, so that bounds matter."""
+    queries, keys = normal(130, 3, 64, 12)
+    keys[:, 1::2] = keys[:, ::2] * (1 + 2**-21)
+    queries[5], queries[70], queries[71] = queries[5] * 1e6, torch.inf, queries[71] * 1e-6
+    packed = functional.pack_keys(keys)
+    indices, distances = functional.nearest(queries, keys, packed=packed)
+    for size in (1, 64):
+        for place in (6, 72):
+            rows = slice(place // size * size, place // size * size + size)
+            alone = functional.nearest(queries[rows], keys, packed=packed)
+            assert torch.equal(alone[0], indices[rows])
+            assert torch.equal(alone[1].nan_to_num(-1), distances[rows].nan_to_num(-1))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread")
 def test_thread_count_changes_nothing():
     queries, keys = normal(3000, 3, 300, 12)

@@ -297,3 +297,47 @@ def test_it_compiles():
     got = torch.compile(sgd_step, backend="aot_eager", fullgraph=True)(values, codes, targets)
     assert torch.equal(values, eager)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("max_norm", [None, 0.01])
+def test_positions_that_count_alone_vote_and_learn(dtype, max_norm):
+    B, C, K, S, V = 6, 4, 9, 8, 5
+    values, codes, targets = torch.randn(C, K, V, dtype=dtype), torch.randint(1, K, (B, C, S)), torch.randint(V, (B,))
+    mask = torch.rand(B, S) < 0.5
+    mask[0], mask[1] = False, True
+    codes = torch.where(mask[:, None], codes, 0)
+    values[:, 0] = torch.nan  # of padding alone: neither read nor written
+    table = values.clone().requires_grad_()
+    shares = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    fetched = table[torch.arange(C)[:, None], codes].mean(1)
+    logits = (torch.where(mask[..., None], fetched, 0) * shares[..., None]).sum(1)
+    loss = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+    loss.backward()
+    grad = table.grad.nan_to_num()
+    norm = grad.norm()
+    scale = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+    got = values.clone()
+    step = sgd_step(got, codes, targets, mask=mask, lr=0.5, max_norm=max_norm)
+    torch.testing.assert_close(step.loss, loss.detach())
+    torch.testing.assert_close(step.logits, logits.detach())
+    torch.testing.assert_close(step.norm, norm)
+    torch.testing.assert_close(got, values - 0.5 * scale * grad, equal_nan=True)
+    same, plain = values.nan_to_num(), values.nan_to_num()
+    whole = torch.ones(B, S, dtype=torch.bool)
+    mine, theirs = sgd_step(same, codes, targets, mask=whole), sgd_step(plain, codes, targets)
+    torch.testing.assert_close((same, *mine), (plain, *theirs))
+
+
+def test_a_mask_of_positions_that_does_not_fit_moves_nothing():
+    values, codes, targets = torch.randn(2, 5, 3), torch.randint(5, (4, 2, 6)), torch.randint(3, (4,))
+    before, mask = values.clone(), torch.ones(4, 6, dtype=torch.bool)
+    for wrong, error, message in (
+        (mask.float(), TypeError, r"sgd_step\(\): mask must be torch.bool, .* got torch.float32"),
+        (mask[:, :5], ValueError, r"expected mask of shape \(B, \*shape\) = \(4, 6\), got \(4, 5\)"),
+    ):
+        with pytest.raises(error, match=message):
+            sgd_step(values, codes, targets, mask=wrong)
+    with pytest.raises(IndexError, match="target 3 is out of bounds for 3 classes"):
+        sgd_step(values, codes, targets * 0 + 3, mask=mask)
+    assert torch.equal(values, before)

@@ -333,3 +333,17 @@ def test_a_mask_of_all_counted_pairs_is_refused():
     with pytest.raises(ValueError, match="leaves no pair to fetch in 3 of 3 codebooks"):
         forget(module, mask_by_examples(module, x))
     assert module.pair_mask is None
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3)])
+def test_padding_is_no_hit(topk, shape):
+    module = KeyValueBottleneck(3, 7, 4, 2, topk=topk).freeze_keys().eval()
+    x, mask = torch.randn(20, 3, *shape, 4), torch.rand(20, *shape) < 0.4
+    labels = torch.randint(4, (20,))
+    data = module.encode_dataset([(x, labels, mask)], mask_extractor=lambda item: item[2], progress=False)
+    alone = x.movedim(1, -2)[mask]
+    assert torch.equal(hits(module, data), hits(module, alone))
+    of_each = labels.view(-1, *[1] * len(shape)).expand(mask.shape)[mask]
+    per_class = class_hits(module, data, 4)
+    assert torch.equal(per_class, class_hits(module, [(alone, of_each)], 4))

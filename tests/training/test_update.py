@@ -116,9 +116,10 @@ def test_every_backend_is_the_reference(sizes, dtype, poisoned):
     state, hits, sums, spare, usable = problem(**sizes, dtype=dtype)
     for threshold, rescale_all, rows in ((0.4, False, True), (9.0, True, True), (9.0, False, False)):
         mine, theirs = [part.clone() for part in state], [part.clone() for part in state]
-        given = (hits, sums, *((spare, usable) if rows else (None, None)), 0.7, 1e-5, threshold, 1.25, rescale_all)
-        packed = op.update_keys_(*mine, *given)
-        reference.update_keys_(*theirs, *given)
+        given = {"hits": hits, "sums": sums, "spare": spare if rows else None, "usable": usable if rows else None}
+        rates = {"decay": 0.7, "eps": 1e-5, "threshold": threshold, "start": 1.25, "rescale_all": rescale_all}
+        packed = op.update_keys_(*mine, **given, **rates)
+        reference.update_keys_(*theirs, **given, **rates)
         unit = torch.finfo(dtype).eps
         for part, want in zip(mine, theirs, strict=True):
             torch.testing.assert_close(part, want, rtol=4 * unit, atol=8 * torch.finfo(exact(dtype)).eps)

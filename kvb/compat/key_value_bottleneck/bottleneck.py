@@ -88,10 +88,16 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
 
     def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
         self._packed.forget()
-        statistics = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
+        hits, sums = torch.ops.kvb.accumulate(queries, indices, self.key_value_pairs_per_codebook)
+        hits, sums = key_learning.sync_statistics(hits, sums)
+        keys, keys_avg, cluster_size = self._moving()
         key_learning.update(
-            *self._moving(),
-            *(*key_learning.sync_statistics(*statistics), queries),
+            keys,
+            keys_avg,
+            cluster_size,
+            hits,
+            sums,
+            queries,
             decay=self.decay,
             eps=self.eps,
             threshold=0.0,
