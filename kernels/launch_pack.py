@@ -11,7 +11,7 @@ from kvb.kernels import layout, pack
 from kvb.kernels.device import ceil_div, multiple, power_of_two
 from kvb.kernels.launcher import MOST_REGISTERS, Options, run
 
-COLUMNS = 64  # of a tile of keys, at most: with its 64 keys 32 numbers per thread
+COLUMNS = 64  # of a tile of keys, at most: 32 numbers per thread, with its 64 keys
 SLICE = 256  # keys that one program of ``survey`` sums up, or more, so that there are 64 slices at most
 MOST_SLICES = 64  # ``pack`` reads all of them at once
 SURVEY = Options(registers=MOST_REGISTERS)

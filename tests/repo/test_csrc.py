@@ -63,3 +63,20 @@ def test_no_constant_or_type_has_two_meanings():
         names.update(constants + types)
     assert [name for name, count in names.items() if count > 1] == []
     assert len(names) > 60
+
+
+VAGUE = r"\b(?:kUnit|kCached|kAround|kNear|kKept|kBeside|Touched|Step|Codebook)\b"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_numbers_are_explained_where_they_stand(path):
+    """Every constant that is a number has a comment: on its line, or above the group that it stands in."""
+    lines = path.read_text().splitlines()
+    assert not re.search(VAGUE, path.read_text())
+    for number, line in enumerate(lines):
+        if not re.match(r"\s*(?:static )?constexpr [\w:]+ k[A-Z]\w* ?= ?[\d.-]", line) or "//" in line:
+            continue
+        above = number - 1
+        while "constexpr" in lines[above] and "//" not in lines[above]:
+            above -= 1
+        assert "//" in lines[above], f"{path.name}:{number + 1}: {line.strip()}"
