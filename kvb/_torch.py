@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,11 +73,6 @@ graph_is_kept: Callable[[], bool] = _private("torch._C._autograd._get_current_gr
 # What packs and unpacks the tensors that autograd saves, or None.
 _saving: Callable[[bool], Any] = _private("torch._C._autograd._top_saved_tensors_default_hooks")
 
-# Reads the pickle of a state_dict without running code of it, and checks the sparse tensors that it made.
-_Unpickler: Any = _private("torch._weights_only_unpickler.Unpickler")
-_finish_unpickling: Callable[[], None] = _private("torch._utils._validate_loaded_sparse_tensors")
-
-_private("torch.TypedStorage._pickle_storage_type")
 _private("torch.Tensor._version")
 _private("torch.UntypedStorage._cdata")
 _private("torch._C._FunctionBase.apply")
@@ -142,37 +136,6 @@ def call_coalesced(sparse: Tensor) -> Tensor:
 def address_of(storage: torch.UntypedStorage) -> int:
     """What ``users_of_storage`` takes; good as long as somebody holds the storage."""
     return storage._cdata
-
-
-def storage_kind(storage: torch.TypedStorage | torch.UntypedStorage) -> type:
-    """The class that ``torch.save`` names for a storage."""
-    if isinstance(storage, torch.UntypedStorage):
-        return torch.UntypedStorage
-    kind: type = getattr(torch, storage._pickle_storage_type())
-    return kind
-
-
-def unpickled(data: bytes, storage: Callable[[str, torch.dtype, int], torch.UntypedStorage]) -> Any:
-    """What ``torch.load(weights_only=True)`` makes of a pickle with storages that come from elsewhere.
-
-    Args:
-        storage: makes one of its key, its dtype and the number of its elements; called once for each key.
-    """
-    made: dict[str, torch.TypedStorage] = {}
-
-    def load(reference: Any) -> torch.TypedStorage:
-        _, kind, key, _, count = reference
-        if key not in made:
-            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-            made[key] = torch.TypedStorage(wrap_storage=storage(key, dtype, count), dtype=dtype, _internal=True)
-        return made[key]
-
-    unpickler = _Unpickler(io.BytesIO(data), encoding="utf-8")
-    unpickler.persistent_load = load
-    try:
-        return unpickler.load()
-    finally:
-        _finish_unpickling()  # PyTorch keeps a list of them
 
 
 def in_backward() -> bool:

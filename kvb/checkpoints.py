@@ -7,7 +7,10 @@ state_dict in either format, checked by the zip's own CRCs.
 from __future__ import annotations
 
 import binascii
+import collections
 import contextlib
+import hashlib
+import importlib
 import os
 import pickle
 import struct
@@ -15,12 +18,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import ModuleType
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from kvb import archives, files
+from kvb import files
 from kvb.modules import legacy
 
 VERSION = 1
@@ -53,30 +57,29 @@ class _Contents(NamedTuple):
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the module's state_dict to one file, all or nothing: a failure leaves the old file.
 
-    Tensors go straight into the file, without a copy of the state. The new file keeps mode and owner of the old one; a
-    symbolic link stays, and the file that it names is replaced.
+    The new file keeps mode and owner of the old one; a symbolic link stays, and the file that it names is replaced.
+    Nothing may write to the module meanwhile.
 
     Args:
         module: any ``nn.Module`` whose state_dict holds dense tensors only.
-        path: ends in ".safetensors" for that format; anything else is a torch zip, ``{"kvb_checkpoint", "sha256",
-            "state_dict"}``, which ``torch.load`` reads too.
+        path: ends in ".safetensors" for that format (the package safetensors must be installed); anything else is a
+            torch zip, ``{"kvb_checkpoint", "sha256", "state_dict"}``, which ``torch.load`` reads too.
     Raises:
         TypeError: no module, a state_dict with more than dense tensors, or a dtype that safetensors cannot hold.
-        OSError: the file cannot be written, or ``path`` is no regular file.
+        RuntimeError: safetensors is not installed, or the module changed while it was saved. OSError: the file cannot
+        be written, or ``path`` is no regular file.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"save(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
-    state = module.state_dict()
-    for name, value in state.items():
-        if problem := _not_plain(value):
-            raise TypeError(f"save() writes dense tensors only, but the state_dict holds {problem} as {name!r}")
+    state = _whole(module.state_dict())
+    digest = _sha256(state)
     with files.replacing(path) as file:
         if Path(path).suffix == ".safetensors":
-            archives.write_safetensors(file, state, lambda digest: {_VERSION: str(VERSION), _DIGEST: digest})
+            _write_safetensors(file, state, digest)
         else:
-            archives.write_zip(
-                file, state, lambda state, digest: {_VERSION: VERSION, _DIGEST: digest, _STATE: dict(state)}
-            )
+            _write_zip(file, state, digest)
+        if _sha256(state) != digest:
+            raise RuntimeError("the module changed while it was saved: save it when no other thread trains it")
 
 
 def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
@@ -99,7 +102,7 @@ def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
     adopts = _adopts(module)
     try:
         with _all_or_nothing(module, copies=not adopts) as former:
-            state = _apart(state, own)
+            state = _apart(state, own, copies=not adopts)
             del own  # which may hold copies
             module.load_state_dict(state, **({"assign": True} if adopts else {}))
             if adopts:
@@ -114,22 +117,20 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state_dict in a file of either format, verified as by ``load``; for the converters of ``kvb.compat``.
 
     A dict of state_dicts, as the authors' ``BottleneckedEncoder.save`` writes it, comes back with dotted names.
+    Tensors of a torch zip are maps of the file, which must stay as it is while they are used.
 
     Raises:
         CheckpointError: the file is damaged, is no checkpoint, or is of another version. OSError: it cannot be read.
     """
     with open(path, "rb") as file:
         begin = file.read(9)
-        zipped = begin[:4] == archives.ZIP
+        zipped = begin[:4] == b"PK\x03\x04"
         if not zipped and begin[8:] != b"{":
             raise CheckpointError(f"{path} is neither a torch zip file nor safetensors; it starts with {begin[:8]!r}")
+        if not zipped:
+            _safetensors()
         try:
-            if zipped:
-                contents = _unzipped(archives.read_zip(file))
-            else:
-                state, metadata = archives.read_safetensors(file)
-                version = metadata.get(_VERSION)
-                contents = _contents(state, version if version is None else int(version), metadata.get(_DIGEST))
+            contents = _read_zip(file, path) if zipped else _read_safetensors(path)
             if contents.digest is not None:
                 _verify(contents.state, contents.digest)
         except _BROKEN as error:
@@ -139,13 +140,93 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return contents.state
 
 
-# --- what files hold --------------------------------------------------------------------------------------------------
+# --- formats ----------------------------------------------------------------------------------------------------------
 
 
-def _unzipped(found: Any) -> _Contents:
+def _whole(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state_dict as files hold them: in the host's memory, of which none shares any or holds more."""
+    seen: set[int] = set()
+    whole = {}
+    for name, value in state.items():
+        if problem := _not_plain(value):
+            raise TypeError(f"save() writes dense tensors only, but the state_dict holds {problem} as {name!r}")
+        plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        whole[name] = plain.clone() if place in seen or plain.untyped_storage().nbytes() > plain.nbytes else plain
+        seen.add(place)
+    return whole
+
+
+def _write_zip(file: BinaryIO, state: dict[str, Tensor], digest: str) -> None:
+    try:
+        torch.save({_VERSION: VERSION, _DIGEST: digest, _STATE: state}, file)
+    except RuntimeError as error:  # which PyTorch makes of what the file raised
+        _raise_interruption(error)
+        raise _cause(error, OSError) or error from None
+
+
+def _write_safetensors(file: BinaryIO, state: dict[str, Tensor], digest: str) -> None:
+    # Its save_file leaves a file of its own behind when the process is killed, and has another mode.
+    try:
+        data = _safetensors().save(state, {_VERSION: str(VERSION), _DIGEST: digest})
+    except KeyError as error:
+        raise TypeError(f"safetensors cannot hold {error}: save to another name, x.pt say") from error
+    file.write(data)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        library = importlib.import_module("safetensors.torch")
+    except ModuleNotFoundError as error:
+        raise RuntimeError("safetensors is not installed: pip install safetensors, or use a name like x.pt") from error
+    version = importlib.import_module("safetensors").__version__
+    if tuple(map(int, version.split(".")[:2])) < (0, 8):
+        raise RuntimeError(f"kvb needs safetensors 0.8 or later, and this is {version}: pip install -U safetensors")
+    return library
+
+
+def _read_zip(file: BinaryIO, path: str | os.PathLike[str]) -> _Contents:
+    if Path(path).suffix == ".safetensors":  # whose content PyTorch does not look at
+        raise ValueError("a torch zip file that is called .safetensors: rename it to x.pt, say")
+    sizes = _checked_sizes(file)
+    # Mapped, a tensor that claims more than its entry holds never reaches beyond the file.
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(found, Mapping) and _VERSION in found:
-        return _contents(found.get(_STATE), found[_VERSION], found.get(_DIGEST))
-    return _contents(found, None, None)
+        contents = _contents(found.get(_STATE), found[_VERSION], found.get(_DIGEST))
+    else:
+        contents = _contents(found, None, None)
+    storages = (value.untyped_storage() for value in contents.state.values())
+    claimed = collections.Counter({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if any(claimed[size] > sizes[size] for size in claimed if size):
+        raise ValueError("a tensor claims other memory than an entry holds")
+    return contents
+
+
+def _checked_sizes(file: BinaryIO) -> collections.Counter[int]:
+    """The sizes of a zip's entries, whose CRCs are right: PyTorch looks at none."""
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        # torch stores every entry once, uncompressed: anything else is an attack.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("compressed entries")
+        if len({entry.filename for entry in entries}) < len(entries) or sum(e.file_size for e in entries) > size:
+            raise ValueError("entries that overlap")
+        if damaged := archive.testzip():
+            raise ValueError(f"a wrong CRC of {_quoted(damaged)}")
+    return collections.Counter(entry.file_size for entry in entries)
+
+
+def _read_safetensors(path: str | os.PathLike[str]) -> _Contents:
+    library = importlib.import_module("safetensors")
+    try:
+        # Read, not mapped: what is mapped changes with the file.
+        with library.safe_open(path, framework="pt", backend="pread") as file:
+            header, state = file.metadata() or {}, file.get_tensors()
+    except library.SafetensorError as error:
+        raise ValueError(str(error)) from error
+    version = header.get(_VERSION)
+    return _contents(state, version if version is None else int(version), header.get(_DIGEST))
 
 
 def _contents(state: Any, version: Any, digest: Any) -> _Contents:
@@ -196,12 +277,30 @@ def _not_plain(value: Any) -> str:
     return "" if value.layout == torch.strided else f"a tensor of layout {value.layout}"
 
 
+def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """The first of this kind among an error and those it came from."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, kind):
+        found = found.__context__
+    return found
+
+
+def _sha256(state: Mapping[str, Tensor]) -> str:
+    """Of the tensors' names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name!r} {value.dtype} {tuple(value.shape)}\n".encode())
+        value = value.resolve_conj().resolve_neg().contiguous()
+        digest.update(files.content(value))
+    return digest.hexdigest()
+
+
 def _verify(state: Mapping[str, Tensor], digest: str) -> None:
     for name, value in state.items():
         # An expanded tensor may claim any size, which hashing would allocate.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{_quoted(name)} claims more elements than it holds")
-    if digest != archives.sha256(state):
+    if digest != _sha256(state):
         raise ValueError("the tensors do not match their SHA-256")
 
 
@@ -232,13 +331,17 @@ def _are_counts(given: Tensor, wanted: Tensor) -> bool:
     return given.is_floating_point() and wanted.dtype == torch.int64
 
 
-def _apart(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same state, and no tensor for the module shares memory with another."""
+def _apart(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, copies: bool) -> dict[str, Tensor]:
+    """The same state, and no tensor for the module shares memory with another.
+
+    Args:
+        copies: for code that nobody here knows, which may keep a tensor longer than the file stays as it is.
+    """
     seen: set[int] = set()
     apart = {}
     for name, value in state.items():
         place, fits = value.untyped_storage().data_ptr(), name in own and own[name].shape == value.shape
-        apart[name] = value.clone() if fits and place in seen else value
+        apart[name] = value.clone() if fits and (copies or place in seen) else value
         seen.add(place)
     return apart
 
@@ -316,7 +419,7 @@ class _Former:
                     if tensor is None or given is None or given is tensor:
                         continue
                     if tensor.is_meta:  # which holds nothing: the module keeps what it was given
-                        given.data = given.data.to(tensor.dtype)
+                        given.data = given.data.to(tensor.dtype, copy=True)  # no part of the file
                         continue
                     fits = given.dtype == tensor.dtype and given.device == tensor.device and given.is_contiguous()
                     # One tensor at a time is converted.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,8 @@ from torch import nn
 import kvb
 from kvb import CheckpointError, KeyValueBottleneck, checkpoints
 
-FORMATS = ["file.pt", "file.safetensors"]
+with_safetensors = pytest.mark.skipif(find_spec("safetensors") is None, reason="safetensors is not installed")
+FORMATS = ["file.pt", pytest.param("file.safetensors", marks=with_safetensors)]
 
 
 def make():

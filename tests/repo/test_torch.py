@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import pickle
 import re
 import runpy
 from collections import namedtuple
@@ -185,25 +183,6 @@ def test_backward_passes_and_checkpoints_are_seen():
         out = Look.apply(x).sum()
     out.backward(retain_graph=True)
     assert seen == [(False, False), (True, False), (False, True), (True, True)]
-
-
-def test_pickles_are_read_with_storages_from_elsewhere(tmp_path):
-    asked = []
-
-    def storage(key, dtype, count):
-        asked.append((key, dtype, count))
-        return torch.arange(count).to(dtype).untyped_storage()
-
-    torch.save({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.uint16)[1:]}, tmp_path / "file")
-    archive = torch._C.PyTorchFileReader(str(tmp_path / "file"))
-    found = _torch.unpickled(archive.get_record("data.pkl"), storage)
-    assert found["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert found["b"].dtype == torch.uint16
-    assert asked == [("0", torch.float32, 6), ("1", torch.uint8, 8)]
-    with pytest.raises(pickle.UnpicklingError, match="posix.mkdir|nt.mkdir"):
-        _torch.unpickled(pickle.dumps(os.mkdir, 2), storage)
-    assert _torch.storage_kind(torch.zeros(1, dtype=torch.int16).storage()) is torch.ShortStorage
-    assert _torch.storage_kind(torch.zeros(1).untyped_storage()) is torch.UntypedStorage
 
 
 def test_how_transforms_wrap():
