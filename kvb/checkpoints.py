@@ -219,11 +219,12 @@ def _checked_sizes(file: BinaryIO) -> collections.Counter[int]:
 
 def _read_safetensors(path: str | os.PathLike[str]) -> _Contents:
     library = importlib.import_module("safetensors")
+    broken = library.SafetensorError
     try:
         # Read, not mapped: what is mapped changes with the file.
         with library.safe_open(path, framework="pt", backend="pread") as file:
             header, state = file.metadata() or {}, file.get_tensors()
-    except library.SafetensorError as error:
+    except broken as error:
         raise ValueError(str(error)) from error
     version = header.get(_VERSION)
     return _contents(state, version if version is None else int(version), header.get(_DIGEST))
