@@ -101,7 +101,7 @@ def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
         raise CheckpointError(f"{path} does not fit {type(module).__name__}:\n\t" + "\n\t".join(shown))
     adopts = _adopts(module)
     try:
-        with _all_or_nothing(module, copies=not adopts) as former:
+        with all_or_nothing(module, copies=not adopts) as former:
             state = _apart(state, own, copies=not adopts)
             del own  # which may hold copies
             module.load_state_dict(state, **({"assign": True} if adopts else {}))
@@ -365,7 +365,7 @@ _KNOWN = ("torch", "kvb")
 
 
 @contextlib.contextmanager
-def _all_or_nothing(module: nn.Module, *, copies: bool) -> Iterator[_Former]:
+def all_or_nothing(module: nn.Module, *, copies: bool) -> Iterator[_Former]:
     """Undo whatever happens to the module inside, unless it ends well.
 
     Args:
