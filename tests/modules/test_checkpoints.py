@@ -156,7 +156,8 @@ def test_a_file_that_is_replaced_hands_on_its_place_and_mode(name, tmp_path):
         kvb.save(source, "/dev/full")
 
 
-def test_a_full_disk_is_an_error_and_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_full_disk_is_an_error_and_leaves_the_old_file(name, tmp_path):
     """In a process whose files may have 20,000 bytes."""
     code = """if True:
         import os, resource, sys, torch, kvb
@@ -173,8 +174,8 @@ def test_a_full_disk_is_an_error_and_leaves_the_old_file(tmp_path):
                 print(error.strerror)
             print(open(sys.argv[1], "rb").read() == old, os.listdir(os.path.dirname(sys.argv[1])))
     """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "file.pt"], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["File too large", "True ['file.pt']"] * 2, done.stderr
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / name], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["File too large", f"True [{name!r}]"] * 2, done.stderr
 
 
 @pytest.mark.parametrize("name", FORMATS)
