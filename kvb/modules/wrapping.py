@@ -73,25 +73,30 @@ class BottleneckWrapper(ReadsData, nn.Module):
 
     def forward_splitter(self, x: Any, *, mask: Tensor | None = None, **encoder_options: Any) -> Tensor:
         """x -> heads [B, C, *shape, D], what the keys are compared with; the splitter gets zeros where masked."""
-        heads: Tensor = self._prepared(x, mask, encoder_options).made
-        return heads
+        return self._split(self._masked_features(x, mask, encoder_options).made)
 
     def _prepared(self, x: Any, mask: Tensor | None, encoder_options: Mapping[str, Any]) -> Part:
         """x -> heads [B, C, *shape, D], and the mask of their positions."""
-        features, mask = self._masked_features(x, mask, encoder_options)
-        return Part(self._split(features), mask)
+        heads = self.forward_splitter(x, **({} if mask is None else {"mask": mask}), **encoder_options)
+        return Part(heads, self._mask_of(x, mask, encoder_options, heads[:, 0]))
 
     def _masked_features(self, x: Any, mask: Tensor | None, encoder_options: Mapping[str, Any]) -> Part:
         """x -> features [B, *shape, d], zero where the mask is False, and that mask [B, *shape]."""
         features = self.forward_encoder(x, **encoder_options)
+        mask = self._mask_of(x, mask, encoder_options, features)
+        # In place of whatever an encoder makes of padding: NaN would spoil the gradient of a learned projection.
+        return Part(features if mask is None else torch.where(mask[..., None], features, 0), mask)
+
+    def _mask_of(
+        self, x: Any, mask: Tensor | None, encoder_options: Mapping[str, Any], features: Tensor
+    ) -> Tensor | None:
+        """The mask [B, *shape] of features [B, *shape, d]: the one given, or else that of the batch, if it has one."""
         sizes = features.shape[:-1]
         if mask is None:
             mask = self._attention(x, encoder_options, sizes)
-        if mask is None:
-            return Part(features, None)
-        positions.checked(type(self).__name__, mask, sizes, "the features", features)
-        # In place of whatever an encoder makes of padding: NaN would spoil the gradient of a learned projection.
-        return Part(torch.where(mask[..., None], features, 0), mask)
+        if mask is not None:
+            positions.checked(type(self).__name__, mask, sizes, "the features", features)
+        return mask
 
     def _attention(self, x: Any, encoder_options: Mapping[str, Any], sizes: torch.Size) -> Tensor | None:
         """The attention mask [B, L] of a batch, for features [B, L, d]; None where there is none, or no positions."""

@@ -48,11 +48,11 @@ def require_apart(written: dict[str, Tensor], **read: Tensor | None) -> None:
     everything = {**written, **{name: tensor for name, tensor in read.items() if tensor is not None}}
     extents = {}
     for name, tensor in everything.items():
-        base = tensor.untyped_storage().data_ptr()
-        extents[name] = [base + place * tensor.element_size() for place in _span(tensor)]
+        if base := tensor.untyped_storage().data_ptr():  # 0 where there is no memory, as on the meta device
+            extents[name] = [base + place * tensor.element_size() for place in _span(tensor)]
     for name, (begin, end) in extents.items():
         for other in written:
-            if other == name:
+            if other == name or other not in extents:
                 continue
             first, last = extents[other]
             require(

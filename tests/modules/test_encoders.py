@@ -69,6 +69,18 @@ def test_heads_are_what_the_keys_see():
     assert model.forward_splitter(x).shape == (2, C, 4, 5, D)
 
 
+def test_heads_of_a_subclass_are_what_the_keys_see():
+    class Scaled(kvb.BottleneckedEncoder):
+        def forward_splitter(self, x):
+            return super().forward_splitter(x) * 3
+
+    model, x = build(Recorder(False), encoder_is_channel_last=False).freeze_keys(), torch.randn(2, 4, 5, 6)
+    heads = model.forward_splitter(x) * 3
+    model.__class__ = Scaled
+    assert torch.equal(model.encode(x), model.bottleneck.encode(heads))
+    assert torch.equal(model(x), model.decode(model.bottleneck.encode(heads)))
+
+
 def test_voting_on_a_channel_first_map():
     model = build(Recorder(False), encoder_is_channel_last=False).freeze_keys()
     logits = nn.Sequential(model, CodebookVoting(V, channel_last=False))(torch.randn(2, 4, 5, 6))
