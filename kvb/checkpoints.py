@@ -7,14 +7,12 @@ state_dict in either format, checked by the zip's own CRCs.
 from __future__ import annotations
 
 import binascii
+import collections
 import contextlib
 import hashlib
 import importlib
-import io
-import json
 import os
 import pickle
-import shutil
 import struct
 import zipfile
 import zlib
@@ -30,7 +28,7 @@ from kvb import files
 from kvb.modules import legacy
 
 VERSION = 1
-_PIECE = 1 << 20  # bytes copied at a time
+_PIECE = 1 << 18  # elements exchanged at a time
 _SHOWN = 10  # problems named in one message
 _LONG = 200  # characters of what a file holds in one message
 _VERSION, _DIGEST, _STATE = "kvb_checkpoint", "sha256", "state_dict"
@@ -60,27 +58,28 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the module's state_dict to one file, all or nothing: a failure leaves the old file.
 
     The new file keeps mode and owner of the old one; a symbolic link stays, and the file that it names is replaced.
+    Nothing may write to the module meanwhile.
 
     Args:
         module: any ``nn.Module`` whose state_dict holds dense tensors only.
         path: ends in ".safetensors" for that format (the package safetensors must be installed); anything else is a
             torch zip, ``{"kvb_checkpoint", "sha256", "state_dict"}``, which ``torch.load`` reads too.
     Raises:
-        TypeError: no module, or a state_dict with more than dense tensors. RuntimeError: safetensors is not installed.
-        OSError: the file cannot be written, or ``path`` is no regular file.
+        TypeError: no module, a state_dict with more than dense tensors, or a dtype that safetensors cannot hold.
+        RuntimeError: safetensors is not installed, or the module changed while it was saved. OSError: the file cannot
+        be written, or ``path`` is no regular file.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"save(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
-    state = {}
-    for name, value in module.state_dict().items():
-        if problem := _not_plain(value):
-            raise TypeError(f"save() writes dense tensors only, but the state_dict holds {problem} as {name!r}")
-        plain = value.detach().resolve_conj().resolve_neg()
-        state[name] = plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    data = _encode(state, safe=Path(path).suffix == ".safetensors")
-    del state
+    state = _whole(module.state_dict())
+    digest = _sha256(state)
     with files.replacing(path) as file:
-        file.write(data)
+        if Path(path).suffix == ".safetensors":
+            _write_safetensors(file, state, digest)
+        else:
+            _write_zip(file, state, digest)
+        if _sha256(state) != digest:
+            raise RuntimeError("the module changed while it was saved: save it when no other thread trains it")
 
 
 def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
@@ -96,13 +95,19 @@ def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"load(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
-    state = read_state(path)
-    if problems := _misfits(module.state_dict(), state):
+    state, own = read_state(path), module.state_dict()
+    if problems := _misfits(own, state):
         shown = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
         raise CheckpointError(f"{path} does not fit {type(module).__name__}:\n\t" + "\n\t".join(shown))
+    adopts = _adopts(module)
     try:
-        with _all_or_nothing(module):
-            module.load_state_dict(state)
+        with all_or_nothing(module, copies=not adopts) as former:
+            state = _apart(state, own, copies=not adopts)
+            del own  # which may hold copies
+            module.load_state_dict(state, **({"assign": True} if adopts else {}))
+            if adopts:
+                state.clear()
+                former.exchange()
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit {type(module).__name__}: {error}") from error
     return module
@@ -112,6 +117,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state_dict in a file of either format, verified as by ``load``; for the converters of ``kvb.compat``.
 
     A dict of state_dicts, as the authors' ``BottleneckedEncoder.save`` writes it, comes back with dotted names.
+    Tensors of a torch zip are maps of the file, which must stay as it is while they are used.
 
     Raises:
         CheckpointError: the file is damaged, is no checkpoint, or is of another version. OSError: it cannot be read.
@@ -124,7 +130,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if not zipped:
             _safetensors()
         try:
-            contents = _unzip(file) if zipped else _unpack(begin + file.read())
+            contents = _read_zip(file, path) if zipped else _read_safetensors(path)
             if contents.digest is not None:
                 _verify(contents.state, contents.digest)
         except _BROKEN as error:
@@ -137,56 +143,89 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
-def _encode(state: dict[str, Tensor], *, safe: bool) -> bytes | memoryview:
-    header = {_VERSION: VERSION, _DIGEST: _sha256(state)}
-    if safe:
-        data: bytes = _safetensors().save(state, {name: str(value) for name, value in header.items()})
-        return data
-    file = io.BytesIO()  # PyTorch aborts the process if writing to a Python file fails (full disk, Ctrl-C)
-    torch.save({**header, _STATE: state}, file)
-    return file.getbuffer()
+def _whole(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state_dict as files hold them: in the host's memory, of which none shares any or holds more."""
+    seen: set[int] = set()
+    whole = {}
+    for name, value in state.items():
+        if problem := _not_plain(value):
+            raise TypeError(f"save() writes dense tensors only, but the state_dict holds {problem} as {name!r}")
+        plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        whole[name] = plain.clone() if place in seen or plain.untyped_storage().nbytes() > plain.nbytes else plain
+        seen.add(place)
+    return whole
+
+
+def _write_zip(file: BinaryIO, state: dict[str, Tensor], digest: str) -> None:
+    try:
+        torch.save({_VERSION: VERSION, _DIGEST: digest, _STATE: state}, file)
+    except RuntimeError as error:  # which PyTorch makes of what the file raised
+        _raise_interruption(error)
+        raise _cause(error, OSError) or error from None
+
+
+def _write_safetensors(file: BinaryIO, state: dict[str, Tensor], digest: str) -> None:
+    # Its save_file leaves a file of its own behind when the process is killed, and has another mode.
+    try:
+        data = _safetensors().save(state, {_VERSION: str(VERSION), _DIGEST: digest})
+    except KeyError as error:
+        raise TypeError(f"safetensors cannot hold {error}: save to another name, x.pt say") from error
+    file.write(data)
 
 
 def _safetensors() -> ModuleType:
     try:
-        return importlib.import_module("safetensors.torch")
+        library = importlib.import_module("safetensors.torch")
     except ModuleNotFoundError as error:
         raise RuntimeError("safetensors is not installed: pip install safetensors, or use a name like x.pt") from error
+    version = importlib.import_module("safetensors").__version__
+    if tuple(map(int, version.split(".")[:2])) < (0, 8):
+        raise RuntimeError(f"kvb needs safetensors 0.8 or later, and this is {version}: pip install -U safetensors")
+    return library
 
 
-def _unzip(file: BinaryIO) -> _Contents:
-    found = torch.load(_clean(file), map_location="cpu", weights_only=True)
+def _read_zip(file: BinaryIO, path: str | os.PathLike[str]) -> _Contents:
+    if Path(path).suffix == ".safetensors":  # whose content PyTorch does not look at
+        raise ValueError("a torch zip file that is called .safetensors: rename it to x.pt, say")
+    sizes = _checked_sizes(file)
+    # Mapped, a tensor that claims more than its entry holds never reaches beyond the file.
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(found, Mapping) and _VERSION in found:
-        return _contents(found.get(_STATE), found[_VERSION], found.get(_DIGEST))
-    return _contents(found, None, None)
+        contents = _contents(found.get(_STATE), found[_VERSION], found.get(_DIGEST))
+    else:
+        contents = _contents(found, None, None)
+    storages = (value.untyped_storage() for value in contents.state.values())
+    claimed = collections.Counter({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if any(claimed[size] > sizes[size] for size in claimed if size):
+        raise ValueError("a tensor claims other memory than an entry holds")
+    return contents
 
 
-def _clean(file: BinaryIO) -> io.BytesIO:
-    """Rewrites the archive from entries whose CRCs are right: torch checks none, and parses differently."""
-    clean, size = io.BytesIO(), os.fstat(file.fileno()).st_size
-    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(clean, "w") as copy:
+def _checked_sizes(file: BinaryIO) -> collections.Counter[int]:
+    """The sizes of a zip's entries, whose CRCs are right: PyTorch looks at none."""
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         # torch stores every entry once, uncompressed: anything else is an attack.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("compressed entries")
         if len({entry.filename for entry in entries}) < len(entries) or sum(e.file_size for e in entries) > size:
             raise ValueError("entries that overlap")
-        for entry in entries:
-            new = zipfile.ZipInfo(entry.filename)
-            new.file_size = entry.file_size
-            with archive.open(entry) as source, copy.open(new, "w") as sink:
-                shutil.copyfileobj(source, sink, _PIECE)
-    clean.seek(0)
-    return clean
+        if damaged := archive.testzip():
+            raise ValueError(f"a wrong CRC of {_quoted(damaged)}")
+    return collections.Counter(entry.file_size for entry in entries)
 
 
-def _unpack(data: bytes) -> _Contents:
-    library, broken = _safetensors(), importlib.import_module("safetensors").SafetensorError
+def _read_safetensors(path: str | os.PathLike[str]) -> _Contents:
+    library = importlib.import_module("safetensors")
+    broken = library.SafetensorError
     try:
-        state = library.load(data)
+        # Read, not mapped: what is mapped changes with the file.
+        with library.safe_open(path, framework="pt", backend="pread") as file:
+            header, state = file.metadata() or {}, file.get_tensors()
     except broken as error:
         raise ValueError(str(error)) from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     version = header.get(_VERSION)
     return _contents(state, version if version is None else int(version), header.get(_DIGEST))
 
@@ -239,7 +278,16 @@ def _not_plain(value: Any) -> str:
     return "" if value.layout == torch.strided else f"a tensor of layout {value.layout}"
 
 
+def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """The first of this kind among an error and those it came from."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, kind):
+        found = found.__context__
+    return found
+
+
 def _sha256(state: Mapping[str, Tensor]) -> str:
+    """Of the tensors' names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name!r} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -284,27 +332,110 @@ def _are_counts(given: Tensor, wanted: Tensor) -> bool:
     return given.is_floating_point() and wanted.dtype == torch.int64
 
 
+def _apart(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, copies: bool) -> dict[str, Tensor]:
+    """The same state, and no tensor for the module shares memory with another.
+
+    Args:
+        copies: for code that nobody here knows, which may keep a tensor longer than the file stays as it is.
+    """
+    seen: set[int] = set()
+    apart = {}
+    for name, value in state.items():
+        place, fits = value.untyped_storage().data_ptr(), name in own and own[name].shape == value.shape
+        apart[name] = value.clone() if fits and (copies or place in seen) else value
+        seen.add(place)
+    return apart
+
+
+def _adopts(module: nn.Module) -> bool:
+    """Whether nothing but code of PyTorch and kvb loads this module, and leaves its tensors alone with ``assign``."""
+
+    def foreign(part: nn.Module) -> bool:
+        kind = type(part)
+        loaders = kind.load_state_dict, kind._load_from_state_dict, kind.__setattr__
+        hooked = part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks
+        return bool(hooked) or any(loader.__module__.partition(".")[0] not in _KNOWN for loader in loaders)
+
+    plain = all(type(tensor.data) is Tensor for tensor in (*module.parameters(), *module.buffers()))
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    return plain and not swaps and not any(map(foreign, module.modules()))
+
+
+_KNOWN = ("torch", "kvb")
+
+
 @contextlib.contextmanager
-def _all_or_nothing(module: nn.Module) -> Iterator[None]:
-    """Undo whatever happens to the module inside, unless it ends well."""
-    parts = [(part, dict(vars(part)), dict(part._parameters), dict(part._buffers)) for part in module.modules()]
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    copies = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+def all_or_nothing(module: nn.Module, *, copies: bool) -> Iterator[_Former]:
+    """Undo whatever happens to the module inside, unless it ends well.
+
+    Args:
+        copies: of all tensors, where code that nobody here knows may write to them.
+    """
+    former = _Former(module, copies)
     done = False
     try:
-        yield
+        yield former
         done = True
     finally:
         if not done:
-            for part, attributes, parameters, buffers in parts:
-                vars(part).clear()
-                vars(part).update(attributes)
-                part._parameters.clear()
-                part._parameters.update(parameters)
-                part._buffers.clear()
-                part._buffers.update(buffers)
-            with torch.no_grad():
-                for tensor, copy in copies:
-                    # An inference tensor cannot have changed, nor be written to.
-                    if not tensor.is_inference() or torch.is_inference_mode_enabled():
-                        tensor.copy_(copy)
+            former.put_back()
+
+
+class _Former:
+    """What a module was: its attributes, its tensors, and what they held."""
+
+    def __init__(self, module: nn.Module, copies: bool) -> None:
+        self.parts = [
+            (part, dict(vars(part)), dict(part._parameters), dict(part._buffers)) for part in module.modules()
+        ]
+        tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        # Each a tensor, where its old content is, and a copy of that while both change.
+        self.written: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        if copies:
+            self.written = [(tensor, tensor.detach().clone(), None) for tensor in tensors.values()]
+
+    def put_back(self) -> None:
+        for part, attributes, parameters, buffers in self.parts:
+            vars(part).clear()
+            vars(part).update(attributes)
+            part._parameters.clear()
+            part._parameters.update(parameters)
+            part._buffers.clear()
+            part._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, content, copy in reversed(self.written):
+                # An inference tensor cannot have changed, nor be written to.
+                if not tensor.is_inference() or torch.is_inference_mode_enabled():
+                    tensor.copy_(content if copy is None else copy)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Bring what the module was given into the tensors that it had, and the old content into those given."""
+        for part, _, parameters, buffers in self.parts:
+            tables: list[tuple[dict[str, Any], dict[str, Any]]]
+            tables = [(part._parameters, parameters), (part._buffers, buffers)]
+            for own, old in tables:
+                for name, tensor in old.items():
+                    given = own.get(name)
+                    if tensor is None or given is None or given is tensor:
+                        continue
+                    if tensor.is_meta:  # which holds nothing: the module keeps what it was given
+                        given.data = given.data.to(tensor.dtype, copy=True)  # no part of the file
+                        continue
+                    fits = given.dtype == tensor.dtype and given.device == tensor.device and given.is_contiguous()
+                    # One tensor at a time is converted.
+                    given = given.detach() if fits else given.detach().to(tensor).contiguous()
+                    own[name] = tensor
+                    self._swap(tensor, given)
+
+    def _swap(self, tensor: Tensor, given: Tensor) -> None:
+        mine, theirs = tensor.detach(), given
+        for one, other in zip(
+            mine.view(-1).split(_PIECE) if mine.is_contiguous() else (mine,),
+            theirs.view(-1).split(_PIECE) if mine.is_contiguous() else (theirs,),
+            strict=True,
+        ):
+            self.written.append((one, other, one.clone()))
+            one.copy_(other)
+            other.copy_(self.written[-1][2])
+            self.written[-1] = one, other, None

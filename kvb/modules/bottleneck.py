@@ -361,11 +361,11 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         return Part(self.encode(inputs, mask=mask, dtype=dtype), mask)
 
     def extra_repr(self) -> str:
-        megabytes = self.values.numel() * self.values.element_size() / 1e6
+        table = getattr(self, "values", None)  # which users exchange, and may have deleted
+        values = "no values" if table is None else f"values {table.shape[-1]}-d ({table.nbytes / 1e6:.4g} MB)"
         state = "frozen" if self.keys_frozen else "learning"
         return (
             f"{self.num_codebooks} codebooks x {self.key_value_pairs_per_codebook} pairs, "
             f"keys {self.dim_keys}-d {state}{'' if self._initialised else ' (not initialised)'}, "
-            f"values {self.dim_values}-d ({megabytes:.4g} MB), topk={self.topk}, "
-            f"backend={ops.backend(self.values.device.type)}"
+            f"{values}, topk={self.topk}, backend={ops.backend(self._device.type)}"
         )

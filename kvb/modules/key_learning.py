@@ -346,7 +346,7 @@ def initialise(
         device = like.device if chance.shared is None else chance.shared.device
         found = torch.randn(like.shape, generator=chance.shared, device=device)
     if found is not None:
-        for part, start in zip(moving, (found, found, torch.ones(())), strict=True):
+        for part, start in zip(moving, (found, found, torch.ones((), device="cpu")), strict=True):
             part.copy_(start)
     packed = torch.ops.kvb.pack_keys(moving[0])
     for epoch in range(max(1, epochs)):

@@ -144,6 +144,6 @@ class LearnsKeys(Modes):
         """Make them the state of keys that are initialised."""
         for name, part in (("keys", keys), ("keys_avg", keys_avg), ("cluster_size", cluster_size)):
             self._write(name, part)
-        self._write("initted", torch.ones(1))
+        self._write("initted", torch.ones(1, device="cpu"))
         self._packed.forget()
         self._look()

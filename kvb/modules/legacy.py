@@ -28,6 +28,6 @@ def flags_and_mask(state: Tensor, shape: torch.Size) -> tuple[list[int], Tensor]
     """Whether keys learn and hits are counted, and the mask [C, K]."""
     _, _, learning, counting, masked = state[: _HEADER - 3].tolist()
     if not masked:
-        return [learning, counting], torch.ones(shape, dtype=torch.bool)
-    bits = (state[_HEADER:, None].cpu() >> torch.arange(8, dtype=torch.uint8)) & 1
+        return [learning, counting], torch.ones(shape, dtype=torch.bool, device="cpu")
+    bits = (state[_HEADER:, None].cpu() >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     return [learning, counting], bits.flatten()[: shape.numel()].view(shape).bool()

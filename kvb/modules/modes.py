@@ -65,7 +65,7 @@ class Modes(BottleneckState):
 
     def reset_cluster_size_counter(self: _Self) -> _Self:
         """Forget all counts, and count again."""
-        self._write("cluster_size_counter", torch.zeros((), dtype=torch.int64))
+        self._write("cluster_size_counter", torch.zeros((), dtype=torch.int64, device="cpu"))
         return self.activate_counts()
 
     # --- what was used ------------------------------------------------------------------------------------------------

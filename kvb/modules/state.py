@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import _torch, validation
-from kvb.checkpoints import FLAGS, MASK
+from kvb.checkpoints import FLAGS, MASK, all_or_nothing
 from kvb.modules import legacy
 from kvb.modules.packed_keys import PackedKeys, WatchedBuffers
 from kvb.modules.recomputation import Forwards
@@ -160,7 +160,7 @@ class BottleneckState(nn.Module):
         """Restrict the search to pairs where ``mask`` [C, K] (bool) is True; None lifts it. Saved with the module."""
         if mask is not None:
             validation.mask("mask_pairs", mask, self.num_codebooks, self.key_value_pairs_per_codebook)
-        self._write(MASK, torch.ones(()) if mask is None else self._part(mask))
+        self._write(MASK, torch.ones((), device="cpu") if mask is None else self._part(mask))
         self._look()
         return self
 
@@ -177,7 +177,8 @@ class BottleneckState(nn.Module):
         self._look()
 
     def _write_flags(self) -> None:
-        self._write(FLAGS, torch.tensor([VERSION, self._learning, self._counting], dtype=torch.float32))
+        flags = [VERSION, self._learning, self._counting]
+        self._write(FLAGS, torch.tensor(flags, dtype=torch.float32, device="cpu"))
 
     def _write(self, name: str, value: Tensor) -> None:
         """Write into the buffer, or replace it where PyTorch forbids writing."""
@@ -278,10 +279,10 @@ class BottleneckState(nn.Module):
         for name in ("initted", FLAGS, MASK):
             if self._taken_quietly(name).is_meta:
                 setattr(self, name, torch.empty_like(self._taken_quietly(name), device=device))
-        self._write("initted", torch.tensor([float(self._initialised)]))
+        self._write("initted", torch.tensor([float(self._initialised)], device="cpu"))
         self._write_flags()
         if not self._masked:
-            self._write(MASK, torch.ones(()))
+            self._write(MASK, torch.ones((), device="cpu"))
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: BottleneckState = super()._replicate_for_data_parallel()
@@ -304,8 +305,8 @@ class BottleneckState(nn.Module):
         own, mask = self.__dict__, self._buffers.pop("pair_mask", None)
         self._non_persistent_buffers_set.discard("pair_mask")
         self._learning, self._counting = own.pop("update_keys"), own.pop("count_cluster_size")
-        flags = torch.tensor([VERSION, self._learning, self._counting], dtype=torch.float32)
-        self.register_buffer(FLAGS, flags.to(self.keys.device))
+        flags = torch.tensor([VERSION, self._learning, self._counting], dtype=torch.float32, device=self.keys.device)
+        self.register_buffer(FLAGS, flags)
         self.register_buffer(MASK, torch.ones_like(self.cluster_size) if mask is None else mask.to(self.cluster_size))
         self.cluster_size_counter = self.cluster_size_counter.to(torch.int64)
 
@@ -320,7 +321,10 @@ class BottleneckState(nn.Module):
         """
         self._strict = strict
         try:
-            return super().load_state_dict(state_dict, strict, assign)
+            if not self._modules:  # whose checks come before anything is copied
+                return super().load_state_dict(state_dict, strict, assign)
+            with all_or_nothing(self, copies=not assign):
+                return super().load_state_dict(state_dict, strict, assign)
         finally:
             self._strict = False
 
@@ -385,7 +389,7 @@ def _admit(
         raise _Refused
     if isinstance(former, Tensor):
         flags, mask = legacy.flags_and_mask(former, module.cluster_size.shape)
-        state_dict[prefix + FLAGS] = torch.tensor([VERSION, *flags], dtype=torch.float32)
+        state_dict[prefix + FLAGS] = torch.tensor([VERSION, *flags], dtype=torch.float32, device="cpu")
         state_dict[prefix + MASK] = mask
     tensors = {**module._parameters, **module._buffers}
     names = tensors.keys() - module._non_persistent_buffers_set
@@ -431,9 +435,11 @@ def _problems(name: str, value: Any, current: Tensor) -> list[str]:
         ]
     if value.is_meta:
         return []
-    if name in ("keys", "keys_avg") and not (finite := value.to(current.dtype).isfinite().all(-1)).all():
+    if name in ("keys", "keys_avg") and not torch.stack(value.to(current.dtype).aminmax()).isfinite().all():
+        finite = value.to(current.dtype).isfinite().all(-1)
         return [f"{name} contains NaN or Inf in {int((~finite).sum())} of {finite.numel()} pairs as {current.dtype}"]
-    if name in ("cluster_size", "cluster_size_counter") and not ((value >= 0) & value.isfinite()).all():
+    most = 2.0**63 if name == "cluster_size_counter" else torch.inf  # where int64 ends
+    if name in ("cluster_size", "cluster_size_counter") and not ((value >= 0) & (value.double() < most)).all():
         return [f"{name} holds negative or NaN counts, or infinite ones"]
     if name == FLAGS:
         version, *flags = value.tolist()

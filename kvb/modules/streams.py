@@ -23,11 +23,6 @@ def cut(data: Tensor) -> tuple[Tensor, ...]:
     return data.split(max(1, BATCH // max(1, data[:1].numel()))) if data.dim() else (data,)
 
 
-def first(item: Any) -> Any:
-    """The inputs in one item of a loader: its first element, or itself."""
-    return item[0] if isinstance(item, (tuple, list)) else item
-
-
 class Part(NamedTuple):
     """What was made of one batch, and which of its positions count, [B, *shape]; None for all."""
 

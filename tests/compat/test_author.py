@@ -176,6 +176,7 @@ def test_values_grow_with_the_classes():
     assert "7-d" in repr(module)
 
     del module.values
+    assert "no values" in repr(module)
     module.values = more + 1  # no parameter: what a decoder of its own learns, say
     assert torch.equal(module(x)[0], after.detach() + 1)
     assert not list(module.parameters())

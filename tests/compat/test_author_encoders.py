@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,23 @@ def test_prepare_learns_keys_and_freezes():
     assert not module.bottleneck.update_keys
     assert not module.training
     assert not any(part.requires_grad for part in module.encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda x: x, lambda x: (x, 1), lambda x: [x], lambda x: {"image": x, "label": torch.zeros(8)}]
+)
+def test_keys_learn_from_items_of_every_kind(wrapped):
+    class Takes(nn.Module):
+        def forward(self, x=None, image=None):
+            return (image if x is None else x).flatten(1)
+
+    module = core.BottleneckedEncoder(Takes(), 12, 4, 16, 3, 6, splitting_mode="chunk")
+    other = copy.deepcopy(module)
+    batches = [torch.randn(8, 3, 4) for _ in range(3)]
+    module.initialize_keys([(x, None) for x in batches], progress=False)
+    other.initialize_keys(map(wrapped, batches), progress=False)
+    assert torch.equal(other.bottleneck.keys, module.bottleneck.keys)
+    assert (other.bottleneck.cluster_size != 1).any()
 
 
 def test_published_encoder_files_go_both_ways(tmp_path):

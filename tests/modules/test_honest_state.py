@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -285,6 +286,49 @@ def test_names_missing_or_left_over_in_a_subclass_change_nothing():
         assert all(torch.equal(value, before[name]) for name, value in own.items())
     with pytest.raises(RuntimeError, match='Unexpected key.s. in state_dict: "stranger.weight", "surplus"'):
         target.load_state_dict({**WithChild().state_dict(), "surplus": torch.ones(1), "stranger.weight": torch.ones(1)})
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("change", ["shape", "missing"])
+def test_a_child_that_does_not_fit_changes_nothing(change, strict, assign):
+    target, state = WithChild(), WithChild().freeze_keys().state_dict()
+    state["_extra_state"] = {"steps": 7}
+    before, tensors = copy.deepcopy(target.state_dict()), [*target.parameters(), *target.buffers()]
+    if change == "shape":
+        state["head.weight"], message = torch.zeros(3, 3), "size mismatch for head.weight"
+    else:
+        del state["head.weight"]
+        message = 'Missing key.s. in state_dict: "head.weight"'
+    with pytest.raises(RuntimeError, match=message) if strict or change == "shape" else contextlib.nullcontext():
+        target.load_state_dict(state, strict=strict, assign=assign)
+    if strict or change == "shape":
+        assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items() if name[0] != "_")
+        assert all(map(lambda a, b: a is b, tensors, [*target.parameters(), *target.buffers()]))
+        assert target.note == {"steps": 3}
+    assert target.keys_frozen == (change == "missing" and not strict)
+
+
+@pytest.mark.parametrize("masked", [0, 1])
+def test_a_default_device_does_not_matter_to_flags_and_masks(masked):
+    module, old = make(init_mode="kmeans"), make().state_dict()
+    for name in ("kvb_flags", "kvb_mask"):
+        del old[name]
+    old["kvb_state"] = torch.tensor([1, 1, 1, 0, masked, 0, 0, 0, *[255, 255, 3] * masked], dtype=torch.uint8)
+    data = torch.randn(90, 2, 3)
+    torch.set_default_device("meta")
+    try:
+        module.init_keys([data], method="sample")
+        module.freeze_keys().mask_pairs(torch.ones(2, 9, dtype=torch.bool, device="cpu")).mask_pairs(None)
+        module.reset_cluster_size_counter()
+        assert module.keys_frozen
+        assert module.keys_initialised
+        module.load_state_dict(old)
+    finally:
+        torch.set_default_device(None)
+    assert not module.keys_frozen
+    assert not module.count_cluster_size
+    assert module.pair_mask is None
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -122,6 +122,7 @@ def broken_states():
     yield state(keys_avg=keys), "keys_avg contains NaN or Inf in 1 of 18 pairs"
     yield state(cluster_size=-torch.ones(2, 9)), "cluster_size holds negative or NaN counts"
     yield state(cluster_size_counter=torch.full((2, 9), float("nan"))), "cluster_size_counter holds negative or NaN"
+    yield state(cluster_size_counter=torch.full((2, 9), 2.0**63)), "cluster_size_counter holds negative or NaN"
     yield state(values="no tensor"), 'While copying "values", expected torch.Tensor'
     yield state(kvb_state=newer), "kvb_state has version 9, but this kvb reads version 1: upgrade kvb"
     yield state(kvb_state=bent), "kvb_state is damaged"

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from kvb.compat.key_value_bottleneck import splitters
 from kvb.compat.key_value_bottleneck.bottleneck import KeyValueBottleneck
+from kvb.items import inputs_of
 from kvb.modules import encoders, streams
 from kvb.splitters import MODES
 
@@ -92,8 +93,10 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
         *,
         progress: bool = True,
     ) -> _Encoder:
-        """Let the keys learn for ``epochs`` passes over a loader of (inputs, ...) items; nothing at all for 0."""
-        extract = inputs_extractor or streams.first
+        """Let the keys learn for ``epochs`` passes over a loader; nothing at all for 0.
+
+        The inputs of an item are its first element, as published; of a mapping all but the labels, and a tensor itself.
+        """
         training = self.bottleneck.training
         self.bottleneck.train()
         try:
@@ -101,7 +104,7 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
                 title = f"keys: pass {epoch + 1} of {epochs}"
                 for item in tqdm(loader, desc=title, disable=not progress, leave=False, delay=streams.PATIENCE):
                     with torch.no_grad():
-                        self(self._moved(extract(item)))
+                        self(self._moved(inputs_of(item, inputs_extractor)))
         finally:
             self.bottleneck.train(training)
         return self

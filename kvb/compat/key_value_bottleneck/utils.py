@@ -45,8 +45,9 @@ def ema_inplace(moving_avg: Tensor, new: Tensor, decay: float) -> None:
 
 
 def laplace_smoothing(x: Tensor, n_categories: int, eps: float = 1e-5) -> Tensor:
-    """Shares (x + eps) / (sum + n_categories * eps) of counts x [J] or [C, J]."""
-    return (x + eps) / (x.sum(-1, keepdim=True) + n_categories * eps)
+    """Shares of counts x [J] or [C, J], as if ``eps`` more had been counted in each of ``n_categories``."""
+    counted = x.sum(-1, keepdim=True)
+    return x.add(eps).div(counted.add(eps * n_categories))
 
 
 def sample_vectors(samples: Tensor, num: int) -> Tensor:
@@ -58,7 +59,8 @@ def sample_vectors(samples: Tensor, num: int) -> Tensor:
 
 def batched_bincount(x: Tensor, dim: int, max_value: int) -> Tensor:
     """How often each of [0, max_value) stands in every row of x [C, N]: [C, max_value]."""
-    return x.new_zeros(x.shape[0], max_value).scatter_add_(dim, x, torch.ones_like(x))
+    counts = x.new_zeros(x.shape[0], max_value)
+    return counts.scatter_add_(dim, x, x.new_ones(()).expand_as(x))
 
 
 def kmeans(samples: Tensor, num_clusters: int, num_iters: int = 10) -> tuple[Tensor, Tensor]:
