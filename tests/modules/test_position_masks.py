@@ -284,6 +284,17 @@ def test_exported_for_any_number_of_samples_and_positions(topk):
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("pool", ["none", "mean"])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_a_transposed_mask_gives_contiguous_results(topk, pool):
+    module, (x, mask) = bottleneck(topk=topk).freeze_keys(), batch()
+    transposed = mask.T.contiguous().T
+    codes = module.encode(x, mask=transposed)
+    found = module(x, mask=transposed, pool=pool, return_values_only=False)
+    for got in (*found, module(x, mask=transposed, pool=pool), codes, module.decode(codes, pool, mask=transposed)):
+        assert got.is_contiguous()
+
+
 def test_an_empty_batch():
     module, x, mask = bottleneck(topk=2), torch.zeros(0, C, S, D), torch.zeros(0, S, dtype=torch.bool)
     assert module(x, mask=mask).shape == (0, C, 2, S, V)
