@@ -259,7 +259,7 @@ def _searched(
 ) -> Iterator[Tensor]:
     """The codes of each batch that has samples; its labels and mask go where those of all batches are kept."""
     for item, inputs, given in batches:
-        found = labels.find(item, inputs)
+        found = labels.find(item, inputs, given)
         codes, used = search(inputs, given)
         if len(codes) == 0:
             continue

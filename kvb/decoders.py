@@ -5,6 +5,8 @@ Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 4; the decoders o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -89,7 +91,7 @@ class CodebookVoting(nn.Module):
         if mask is None:
             return flat.mean(1)
         return flat.sum(1) / (
-            mask.reshape(len(mask), mask.shape[1:].numel()).sum(1, keepdim=True) * votes.shape[1]
+            mask.reshape(mask.shape[0], math.prod(mask.shape[1:])).sum(1, keepdim=True) * votes.shape[1]
         ).clamp(min=1)
 
     def extra_repr(self) -> str:
@@ -144,7 +146,7 @@ class MLP(nn.Module):
 
 def _flat(owner: str, values: Tensor, num_features: int) -> Tensor:
     validation.floating(owner, "values", values)
-    if values.dim() < 2 or values.shape[1:].numel() != num_features:
+    if values.dim() < 2 or math.prod(values.shape[1:]) != num_features:
         raise ValueError(
             f"expected values of shape (B, ...) with num_features = {num_features} numbers per sample, "
             f"got {tuple(values.shape)}"

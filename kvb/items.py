@@ -75,11 +75,11 @@ def inputs_of(item: Any, extractor: Callable[[Any], Any] | None = None) -> Any:
     return item[0] if isinstance(item, (tuple, list)) else item
 
 
-def labels_of(item: Any, inputs: Any, *, extracted: bool = False) -> Any:
-    """The labels in an item as they are, or None if it has none.
+def labels_of(item: Any, inputs: Any, mask: Any = None, *, extracted: bool = False) -> Any:
+    """The labels in an item as they are, or None if it has none. A mask is never the labels.
 
     Args:
-        inputs: what ``inputs_of`` found.
+        inputs: what ``inputs_of`` found. mask: what an extractor found, or None.
         extracted: an extractor found it, so that labels of a tuple are its only other element.
     Raises:
         ValueError: more than one element may hold the labels.
@@ -89,13 +89,18 @@ def labels_of(item: Any, inputs: Any, *, extracted: bool = False) -> Any:
         return None if name is None else item[name]
     if not isinstance(item, (tuple, list)) or len(item) < 2:
         return None
-    if not extracted:
-        return item[1]
-    others = [part for part in item if part is not inputs]
-    if len(others) == len(item):
-        others = [part for part in item if not _share_memory(part, inputs)]
-    if len(others) == 1:
-        return others[0]
+    parts = item if mask is None else _without(item, mask)
+    masked = len(parts) < len(item)
+    found = parts[1:2] if not extracted else _without(parts, inputs)
+    if masked and not found:
+        return None
+    if len(found) == 1:
+        if mask is not None and not masked and _shape(found[0]) == _shape(mask):
+            raise ValueError(
+                f"mask_extractor leaves open which element of an item holds the labels, got ({_described(item)}), "
+                f"where one has the shape of the mask; {_ADVICE}"
+            )
+        return found[0]
     raise ValueError(
         f"inputs_extractor leaves open which element of an item holds the labels, got ({_described(item)}); {_ADVICE}"
     )
@@ -152,13 +157,13 @@ class Labels:
         self.parts: list[Tensor] = []
         self.samples = 0
 
-    def find(self, item: Any, inputs: Any) -> Any:
+    def find(self, item: Any, inputs: Any, mask: Any = None) -> Any:
         """The labels of an item, or None."""
         if not self.wanted:
             return None
         if self.extractor is not None:
             return self.extractor(item)
-        return labels_of(item, inputs, extracted=self.inputs_extracted)
+        return labels_of(item, inputs, mask, extracted=self.inputs_extracted)
 
     def add(self, found: Any, samples: int) -> None:
         """Keep what ``find`` found in an item of ``samples`` samples.
@@ -192,10 +197,20 @@ def _name(item: Mapping[Any, Any]) -> str | None:
     return next((name for name in NAMES if name in item and item[name] is not None), None)
 
 
+def _without(parts: Sequence[Any], taken: Any) -> Sequence[Any]:
+    """All parts but the one that is what was taken, or that holds it."""
+    others = [part for part in parts if part is not taken]
+    return others if len(others) < len(parts) else [part for part in parts if not _share_memory(part, taken)]
+
+
 def _share_memory(part: Any, inputs: Any) -> bool:
     if not (isinstance(part, Tensor) and isinstance(inputs, Tensor)):
         return False
     return part.device == inputs.device and part.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
+
+
+def _shape(found: Any) -> Any:
+    return getattr(found, "shape", None)
 
 
 def _described(found: Any) -> str:
@@ -204,5 +219,5 @@ def _described(found: Any) -> str:
     if isinstance(found, (tuple, list)):
         inner = ", ".join(map(_described, found[:_SHOWN])) if found and not isinstance(found[0], (int, float)) else ""
         return f"{type(found).__name__} of {len(found)}{inner and f': {inner}'}"
-    shape = getattr(found, "shape", None)
+    shape = _shape(found)
     return f"{type(found).__name__}{'' if shape is None else f' {tuple(shape)}'}"

@@ -50,7 +50,7 @@ def hits(bottleneck: KeyValueBottleneck, data: Tensor | CodeDataset | Iterable[A
         data: codes [N, C, *shape] of any integer dtype or a ``CodeDataset`` of them; inputs [N, C, *shape, D]; or an
             iterable (a DataLoader, say) of either or of (either, labels, ...) items. Inputs are searched with the mask
             of the module; those with NaN or Inf are not counted, as in the module, nor positions that the mask of a
-            ``CodeDataset`` leaves out.
+            ``CodeDataset``, or of the batches of one, leaves out.
     Returns:
         [C, K] int64, on the module's device.
     Raises:
@@ -152,10 +152,20 @@ def _batches(owner: str, data: Any) -> Iterator[tuple[Any, Any, Tensor | None]]:
         yield from ((part, None, None) for part in cut(validation.tensor(owner, "data", data)))
     elif isinstance(data, Iterable):
         for item in data:
-            inputs = items.inputs_of(item)
-            yield inputs, items.labels_of(item, inputs), None
+            inputs, mask = items.inputs_of(item), _mask_in(item)
+            labels = items.labels_of(item, inputs)
+            yield inputs, None if labels is mask else labels, mask
     else:
         raise TypeError(f"data must be a Tensor, a CodeDataset or an iterable of batches, not {type(data).__name__}")
+
+
+def _mask_in(item: Any) -> Tensor | None:
+    """The mask in a batch of a ``CodeDataset``: after the codes, and the labels if there are any."""
+    if not isinstance(item, (tuple, list)) or not 2 <= len(item) <= 3:
+        return None
+    codes, mask = item[0], item[-1]
+    both = isinstance(codes, Tensor) and isinstance(mask, Tensor)
+    return mask if both and mask.dtype == torch.bool and not codes.is_floating_point() else None
 
 
 def _encoded(bottleneck: KeyValueBottleneck, x: Tensor) -> tuple[Tensor, Tensor]:

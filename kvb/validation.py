@@ -139,7 +139,7 @@ def positions(owner: str, value: Any, sizes: Sequence[int], letters: str = "B, *
         raise TypeError(
             f"{owner}(): mask must be torch.bool, True where a position counts; got {value.dtype}; pass mask != 0"
         )
-    if value.shape != torch.Size(sizes):
+    if tuple(value.shape) != tuple(sizes):  # a torch.Size would make an exported program of this one size
         raise ValueError(f"expected mask of shape ({letters}) = {tuple(sizes)}, got {tuple(value.shape)}")
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -227,7 +228,7 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         validation.same_device("indices", indices, "values", table)
         shape = indices.shape[2:]
         counted = None if mask is None else self._counted_codes(indices, mask)
-        flat = indices.reshape(*indices.shape[:2], shape.numel()).transpose(1, 2)
+        flat = indices.reshape(*indices.shape[:2], math.prod(shape)).transpose(1, 2)
         usable = self._search_mask()
         if self.topk > 1 and usable is not None and self._fewest < self.topk:
             out = self._decode_usable(flat, usable, counted)
@@ -242,7 +243,7 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         ranks = indices.shape[2] if self.topk > 1 and mask.dim() < indices.dim() - 1 else 1
         sizes = indices.shape[0], *indices.shape[2 + int(ranks > 1) :]
         positions.checked(type(self).__name__, mask, sizes, "indices", indices)
-        return positions.per_rank(mask.reshape(len(mask), mask.shape[1:].numel()), ranks)
+        return positions.per_rank(mask.reshape(mask.shape[0], math.prod(mask.shape[1:])), ranks)
 
     def _queries(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, C, *shape, D] as [B, S, C, D], without a copy for both seed layouts; NaN where ``mask`` is False."""
@@ -257,7 +258,7 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         if x.dim() == 3:
             flat = x.unsqueeze(1)
         else:
-            flat = x.reshape(*x.shape[:2], x.shape[2:-1].numel(), x.shape[-1]).transpose(1, 2)
+            flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:-1]), x.shape[-1]).transpose(1, 2)
         if mask is not None:
             flat = positions.hidden(flat, mask.reshape(flat.shape[:2]))
         return flat if flat.stride(-1) == 1 else flat.contiguous()

@@ -37,7 +37,8 @@ def cleared(part: Tensor, counted: Tensor | None, axis: int = 1) -> Tensor:
     if counted is None:
         return part
     B, S = counted.shape
-    return torch.where(counted.view(B, *(1,) * (axis - 1), S, *(1,) * (part.dim() - axis - 1)), part, 0)
+    rows = counted.contiguous().view(B, *(1,) * (axis - 1), S, *(1,) * (part.dim() - axis - 1))
+    return torch.where(rows, part, 0)  # takes over the strides of the condition
 
 
 def per_rank(counted: Tensor, ranks: int) -> Tensor:

@@ -90,3 +90,39 @@ def test_a_default_device_other_than_that_of_a_masked_module(tmp_path):
     assert torch.equal(found, want)
     assert torch.equal(cached.long(), want)
     assert torch.equal(values, twin.decode(want))
+
+
+def masked_parts():
+    x, mask, labels = torch.randn(6, 2, 7, 3), torch.rand(6, 7) < 0.5, torch.arange(6)
+    return KeyValueBottleneck(2, 5, 3, 4).freeze_keys(), x, mask, labels
+
+
+@pytest.mark.parametrize("order", ["x m", "x m y", "x y m"])
+@pytest.mark.parametrize("extracted", [False, True])
+def test_a_mask_is_never_the_labels(order, extracted):
+    module, x, mask, labels = masked_parts()
+    names = order.split()
+    parts = {"x": x, "m": mask, "y": labels}
+    items = [tuple(parts[name][begin : begin + 4] for name in names) for begin in (0, 4)]
+    take = {"mask_extractor": lambda item: item[names.index("m")]}
+    if extracted:
+        take["inputs_extractor"] = lambda item: item[0]
+    data = module.encode_dataset(items, **take, progress=False)
+    assert torch.equal(data.mask, mask)
+    assert data.labels is None if "y" not in names else torch.equal(data.labels, labels)
+
+
+def test_a_mask_made_of_an_element_is_not_taken_for_labels():
+    module, x, mask, labels = masked_parts()
+    attention = mask.long()
+    take = {"mask_extractor": lambda item: item[1] == 1, "progress": False}
+    for item in ((x, attention), (x, attention, labels)):
+        with pytest.raises(ValueError, match="mask_extractor leaves open .* labels_extractor"):
+            module.encode_dataset([item], **take)
+    data = module.encode_dataset([(x, attention, labels)], labels_extractor=lambda item: item[2], **take)
+    assert torch.equal(data.mask, mask)
+    assert torch.equal(data.labels, labels)
+    data = module.encode_dataset(
+        [(x, labels, attention)], mask_extractor=lambda item: item[2] == 1, progress=False
+    )  # labels of another shape than the mask
+    assert torch.equal(data.labels, labels)

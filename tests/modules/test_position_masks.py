@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kvb import CodeDataset, KeyValueBottleneck, load, save
+from kvb.decoders import CodebookVoting
 from kvb.modules.key_learning import spare_rows
 
 pytestmark = pytest.mark.fallback
@@ -255,6 +256,43 @@ def test_compiled_and_exported(topk):
     assert torch.equal(compiled(x, mask), want)
     exported = torch.export.export(Masked(module), (x, mask))
     assert torch.equal(exported.module()(x, mask), want)
+
+
+class Voting(nn.Module):
+    """Search, decode and vote: everything that looks at the shape of a mask."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.vote = module, CodebookVoting(V, topk=module.topk)
+
+    def forward(self, x, mask):
+        values = self.module(x, mask=mask)
+        codes = self.module.encode(x, mask=mask)
+        return self.vote(values, mask), self.module.decode(codes, mask=mask)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("topk", [1, 2])
+def test_exported_for_any_number_of_samples_and_positions(topk):
+    module, (x, mask) = Voting(bottleneck(topk=topk).freeze_keys()).eval(), batch()
+    any_number = torch.export.Dim.DYNAMIC
+    sizes = {0: any_number, 2: any_number}, {0: any_number, 1: any_number}
+    exported = torch.export.export(module, (x, mask), dynamic_shapes=sizes).module()
+    for samples, length in ((B, S), (3, 4), (2, 1), (1, 2)):
+        part = x[:samples, :, :length], mask[:samples, :length]
+        for got, want in zip(exported(*part), module(*part), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("pool", ["none", "mean"])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_a_transposed_mask_gives_contiguous_results(topk, pool):
+    module, (x, mask) = bottleneck(topk=topk).freeze_keys(), batch()
+    transposed = mask.T.contiguous().T
+    codes = module.encode(x, mask=transposed)
+    found = module(x, mask=transposed, pool=pool, return_values_only=False)
+    for got in (*found, module(x, mask=transposed, pool=pool), codes, module.decode(codes, pool, mask=transposed)):
+        assert got.is_contiguous()
 
 
 def test_an_empty_batch():

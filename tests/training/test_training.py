@@ -329,6 +329,21 @@ def test_positions_that_count_alone_vote_and_learn(dtype, max_norm):
     torch.testing.assert_close((same, *mine), (plain, *theirs))
 
 
+def test_a_mask_counts_for_all_ranks():
+    module = KeyValueBottleneck(4, 9, 3, 5, topk=2).freeze_keys()
+    mask, targets = torch.rand(6, 7) < 0.5, torch.randint(5, (6,))
+    data = module.encode_dataset(torch.randn(6, 4, 7, 3), mask=mask, progress=False)
+    got, want = (module.values.detach().clone() for _ in range(2))
+    steps = (
+        sgd_step(got, data.codes, targets, mask=data.mask),
+        sgd_step(want, data.codes, targets, mask=mask[:, None].expand(6, 2, 7)),
+    )
+    assert torch.equal(got, want)
+    assert all(map(torch.equal, *steps))
+    with pytest.raises(ValueError, match="expected mask of shape"):
+        sgd_step(got, data.codes, targets, mask=mask[:, :5])
+
+
 def test_a_mask_of_positions_that_does_not_fit_moves_nothing():
     values, codes, targets = torch.randn(2, 5, 3), torch.randint(5, (4, 2, 6)), torch.randint(3, (4,))
     before, mask = values.clone(), torch.ones(4, 6, dtype=torch.bool)

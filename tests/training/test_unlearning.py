@@ -347,3 +347,18 @@ def test_padding_is_no_hit(topk, shape):
     of_each = labels.view(-1, *[1] * len(shape)).expand(mask.shape)[mask]
     per_class = class_hits(module, data, 4)
     assert torch.equal(per_class, class_hits(module, [(alone, of_each)], 4))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_batches_of_a_data_set_say_what_counts(labelled):
+    module = KeyValueBottleneck(2, 5, 3, 4).freeze_keys()
+    mask, labels = torch.rand(6, 7) < 0.5, torch.arange(6) % 3
+    data = CodeDataset(torch.randint(5, (6, 2, 7)), labels if labelled else None, mask)
+    loader = DataLoader(data, batch_size=4)
+    assert torch.equal(hits(module, loader), hits(module, data))
+    assert torch.equal(hits(module, data.batches(4)), hits(module, data))
+    if labelled:
+        assert torch.equal(class_hits(module, loader, 3), class_hits(module, data, 3))
+    else:
+        with pytest.raises(ValueError, match="needs labels"):
+            class_hits(module, loader)
