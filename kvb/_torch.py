@@ -147,3 +147,10 @@ def saving_hooks() -> tuple[Any, Any] | None:
     """What packs and unpacks the tensors that autograd saves, where ``saved_tensors_hooks`` are active."""
     hooks: tuple[Any, Any] | None = _saving(False)
     return hooks
+
+
+def saveable(tensor: Tensor) -> Tensor:
+    """For autograd, which refuses what was made in inference_mode: the indices and masks of a frozen encoder, say."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
