@@ -27,11 +27,13 @@ def _serve(rank: int, tasks: Any, results: Any) -> None:
         world, store, function, arguments = task
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         limit = timedelta(seconds=TIMEOUT / 4)
-        if store is not None:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
         torch.manual_seed(rank)  # what is random differs, unless kvb sees to it
         faulthandler.dump_traceback_later(0.9 * TIMEOUT, file=sys.__stderr__)  # a process that hangs says where
         try:
+            if store is not None:
+                method = f"file://{store}"
+                dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world, timeout=limit)
+                dist.barrier()  # whoever leaves early closes connections that others are still making
             results.put((rank, function(*arguments), None))
         except Exception:
             results.put((rank, None, traceback.format_exc()))
@@ -56,15 +58,13 @@ class Pool:
             process.start()
 
     def run(self, world: int, store: str | None, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+        """What each process found: rank, result, and the error if there was one."""
         for tasks in self.tasks[:world]:
             tasks.put((world, store, function, arguments))
         found = [self.results.get(timeout=TIMEOUT) for _ in range(world)]
         for tasks in self.tasks[:world]:
             tasks.put("done")
-        failed = [f"process {rank}:\n{error}" for rank, _, error in found if error]
-        if failed:
-            pytest.fail("\n".join(failed))
-        return [result for _, result, _ in sorted(found, key=lambda each: each[0])]
+        return sorted(found, key=lambda each: each[0])
 
     def stop(self) -> None:
         for process in self.processes:
@@ -92,9 +92,13 @@ def processes(_pools, tmp_path):
             _pools.append(Pool())
         try:
             store = str(tmp_path / f"store{next(number)}") if grouped else None
-            return _pools[0].run(world, store, function, arguments)
+            found = _pools[0].run(world, store, function, arguments)
+            failed = [f"process {rank}:\n{error}" for rank, _, error in found if error]
         except queue.Empty:
-            _pools.pop().stop()
-            pytest.fail(f"{function.__name__}: {world} processes did not end within {TIMEOUT:.0f} s")
+            failed = [f"{function.__name__}: {world} processes did not end within {TIMEOUT:.0f} s"]
+        if failed:
+            _pools.pop().stop()  # what failed in them must not spoil the next test
+            pytest.fail("\n".join(failed))
+        return [result for _, result, _ in found]
 
     return run
