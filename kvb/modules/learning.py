@@ -139,11 +139,3 @@ class LearnsKeys(Modes):
         )
         self._commit(*moving)
         return report
-
-    def _commit(self, keys: Tensor, keys_avg: Tensor, cluster_size: Tensor) -> None:
-        """Make them the state of keys that are initialised."""
-        for name, part in (("keys", keys), ("keys_avg", keys_avg), ("cluster_size", cluster_size)):
-            self._write(name, part)
-        self._write("initted", torch.ones(1, device="cpu"))
-        self._packed.forget()
-        self._look()

@@ -27,6 +27,7 @@ FLOORS = {
     "unlearning": 7,
     "modules.wrapping": 7,
     "modules.bottleneck": 6,
+    "modules.tables": 5,
     "modules.datasets": 5,
     "modules.learning": 5,
     "modules.modes": 4,
