@@ -53,7 +53,8 @@ class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
         kmeans_iters: Lloyd iterations of the k-means modes.
         decay: g of the moving averages, in [0, 1).
         eps: of the Laplace smoothing, > 0.
-        threshold_ema_dead_code: pairs whose moving hit count falls below it are replaced by queries of the batch.
+        threshold_ema_dead_code: pairs whose moving hit count falls below it are replaced by queries of the batch;
+            ``kvb.dead_code_threshold`` makes one of the sizes.
         sample_codebook_temperature: > 0 draws ``topk`` keys from softmax(-distance / temperature), without replacement,
             instead of the nearest.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.

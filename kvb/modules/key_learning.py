@@ -10,6 +10,7 @@ Learning (arXiv:1711.00937), appendix A.1, for the moving averages.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from kvb import (
     collectives,
     ops,  # noqa: F401  (importing ops registers the operators)
+    validation,
 )
 from kvb.collectives import Chance, Group
 from kvb.modules.samples import Reservoir, draw, fill, rows_of, spread_out
@@ -25,6 +27,8 @@ from kvb.modules.streams import BATCH, Stream
 
 ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
 SEEDS_PER_KEY = 8  # k-means++ chooses K seeds from a sample of 8*K rows
+FEW_PAIRS, FEW_ROWS_PER_KEY = 8, 4  # below that, that few pairs are in use means nothing
+NEAR_ONE, MOST_DEAD = 2.0, 0.9  # a perplexity below, or a larger share of dead codes, is worth a warning
 Method = Literal["random", "sample", "kmeans", "kmeans++"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -41,7 +45,8 @@ class KeyReport(NamedTuple):
     """What ``init_keys`` did, measured on its last pass over the data.
 
     rows: queries per codebook in that pass; skipped: (query, codebook) pairs with NaN or Inf;
-    inertia: mean squared distance of a finite query to its key; dead_codes: pairs that no query hit, of C*K.
+    inertia: mean squared distance of a finite query to its key; dead_codes: pairs that no query hit, of C*K;
+    perplexity: exp(entropy) of the hits of a codebook, the number of pairs in effective use, mean over codebooks.
     """
 
     method: str
@@ -50,12 +55,47 @@ class KeyReport(NamedTuple):
     inertia: float
     dead_codes: int
     pairs: int
+    perplexity: float = math.nan
 
     def __str__(self) -> str:
         return (
             f"{self.method}: {self.rows} rows per codebook ({self.skipped} skipped), inertia {self.inertia:.6g}, "
             f"{self.dead_codes} of {self.pairs} codes dead"
         )
+
+
+def concern(report: KeyReport, K: int) -> str | None:
+    """What is wrong with keys of which hardly any is in use, and what to do; None where nothing can be said."""
+    many = K >= FEW_PAIRS and report.rows - report.skipped * K // report.pairs >= FEW_ROWS_PER_KEY * K
+    if not many or (report.perplexity >= NEAR_ONE and report.dead_codes <= MOST_DEAD * report.pairs):
+        return None
+    remedy = (
+        "random keys lie around the origin at unit scale: features do not, or are few and alike; call "
+        'init_keys(..., "kmeans++"), or center and scale the features'
+        if report.method == "random"
+        else "the queries are nearly all alike: look at the features, and at what the splitter makes of them"
+    )
+    return (
+        f"hardly any key is in use, so that values cannot tell inputs apart: perplexity {report.perplexity:.3g} of {K} "
+        f"pairs, {report.dead_codes} of {report.pairs} codes dead; {remedy}"
+    )
+
+
+def dead_code_threshold(pairs: int, batch_size: int, positions: int = 1, factor: float = 0.1) -> float:
+    """A ``threshold_ema_dead_code``: a pair is dead when it gets less than ``factor`` of an equal share of the hits.
+
+    Equivalent to ``factor * batch_size * positions / pairs``: a batch hits a codebook ``batch_size * positions`` times,
+    in all processes that learn together, and ``cluster_size`` is the moving average of a pair's part of that.
+
+    Args:
+        pairs: K. batch_size: samples of a batch. positions: of a sample, the product of ``*shape``.
+        factor: >= 0, usually below 1; 0 replaces none, 1 every pair with fewer hits than the mean.
+    Raises:
+        TypeError, ValueError: sizes that are no positive integers; a factor below 0.
+    """
+    hits = validation.positive_int("batch_size", batch_size) * validation.positive_int("positions", positions)
+    share = validation.number("factor", factor, 0.0, math.inf)
+    return share * hits / validation.positive_int("pairs", pairs)
 
 
 # --- per batch: no host synchronisation -------------------------------------------------------------------------------
@@ -387,6 +427,8 @@ class Meter:
         counts = collectives.total((self.hits, self.finite, queries), group)
         hits, finite, seen = counts[0], int(counts[1]), int(counts[2])
         (inertia,) = collectives.total((self.inertia,), group)
+        usage = hits / hits.sum(-1, keepdim=True).clamp(min=1).double()
+        perplexity = (usage.sum(-1) > 0) * torch.special.entr(usage).sum(-1).exp()
         return KeyReport(
             method,
             rows=seen // C,
@@ -394,4 +436,5 @@ class Meter:
             inertia=float(inertia) / max(1, finite),
             dead_codes=int((hits == 0).sum()),
             pairs=C * K,
+            perplexity=float(perplexity.mean()),
         )

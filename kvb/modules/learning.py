@@ -6,6 +6,7 @@ process would have on all their batches, up to the rounding of sums.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class LearnsKeys(Modes):
     init_keys: Any
     _present: Any
     _members = Members()
+    _warned_of_keys = False
     _agreed: int | None = None  # what all processes did when that was last looked at
 
     # --- with whom ----------------------------------------------------------------------------------------------------
@@ -139,3 +141,10 @@ class LearnsKeys(Modes):
         )
         self._commit(*moving)
         return report
+
+    def _warn_of(self, report: key_learning.KeyReport) -> None:
+        """Say once that keys are of no use; called by ``init_keys``."""
+        message = key_learning.concern(report, self.key_value_pairs_per_codebook)
+        if message is not None and not self._warned_of_keys:
+            self._warned_of_keys = True
+            warnings.warn(message, stacklevel=3)

@@ -23,6 +23,7 @@ FLOORS = {
     "modules.encoders": 8,
     "optim": 8,
     "optim_audit": 7,
+    "optim_growth": 7,
     "training": 7,
     "unlearning": 7,
     "modules.wrapping": 7,
