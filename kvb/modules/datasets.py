@@ -85,7 +85,7 @@ class ReadsData:
             sync: with the processes of ``process_group``, each of which calls this with its own part of the data, also
                 if that is empty; False for this process alone.
         Returns:
-            a ``KeyReport`` (inertia, dead codes, perplexity), measured on the last pass. Where hardly any key is in
+            a ``KeyReport`` (inertia, dead codes), measured on the last pass. Where hardly any key is in
             use, a ``UserWarning`` says what to do, once for each bottleneck.
         Raises:
             RuntimeError: the keys are frozen; another process failed, or did not call this in time. ValueError: no

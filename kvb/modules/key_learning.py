@@ -28,7 +28,7 @@ from kvb.modules.streams import BATCH, Stream
 ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
 SEEDS_PER_KEY = 8  # k-means++ chooses K seeds from a sample of 8*K rows
 FEW_PAIRS, FEW_ROWS_PER_KEY = 8, 4  # below that, that few pairs are in use means nothing
-NEAR_ONE, MOST_DEAD = 2.0, 0.9  # a perplexity below, or a larger share of dead codes, is worth a warning
+NEAR_ONE, FEW_HIT = 2.0, 0.2  # a perplexity up to that, or so small a share of pairs hit, is worth a warning
 Method = Literal["random", "sample", "kmeans", "kmeans++"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -45,8 +45,7 @@ class KeyReport(NamedTuple):
     """What ``init_keys`` did, measured on its last pass over the data.
 
     rows: queries per codebook in that pass; skipped: (query, codebook) pairs with NaN or Inf;
-    inertia: mean squared distance of a finite query to its key; dead_codes: pairs that no query hit, of C*K;
-    perplexity: exp(entropy) of the hits of a codebook, the number of pairs in effective use, mean over codebooks.
+    inertia: mean squared distance of a finite query to its key; dead_codes: pairs that no query hit, of C*K.
     """
 
     method: str
@@ -55,7 +54,6 @@ class KeyReport(NamedTuple):
     inertia: float
     dead_codes: int
     pairs: int
-    perplexity: float = math.nan
 
     def __str__(self) -> str:
         return (
@@ -64,20 +62,30 @@ class KeyReport(NamedTuple):
         )
 
 
-def concern(report: KeyReport, K: int) -> str | None:
-    """What is wrong with keys of which hardly any is in use, and what to do; None where nothing can be said."""
-    many = K >= FEW_PAIRS and report.rows - report.skipped * K // report.pairs >= FEW_ROWS_PER_KEY * K
-    if not many or (report.perplexity >= NEAR_ONE and report.dead_codes <= MOST_DEAD * report.pairs):
+def concern(report: KeyReport, cluster_size: Tensor) -> str | None:
+    """What is wrong with keys of which hardly any is in use, and what to do; None where nothing can be said.
+
+    Args:
+        cluster_size: [C, K] as the report's passes left it; all ones if nothing moved.
+    """
+    C, K = cluster_size.shape
+    finite = report.rows - report.skipped // C
+    if K < FEW_PAIRS or finite < FEW_ROWS_PER_KEY * K:
+        return None
+    hit = (report.pairs - report.dead_codes) / C
+    usage = cluster_size.double() / cluster_size.double().sum(-1, keepdim=True).clamp(min=1e-30)
+    perplexity = float(torch.special.entr(usage).sum(-1).exp().mean())
+    if hit > max(NEAR_ONE, FEW_HIT * K) and perplexity > NEAR_ONE:
         return None
     remedy = (
-        "random keys lie around the origin at unit scale: features do not, or are few and alike; call "
+        "random keys lie around the origin at unit scale, and these features elsewhere, or close together: call "
         'init_keys(..., "kmeans++"), or center and scale the features'
         if report.method == "random"
         else "the queries are nearly all alike: look at the features, and at what the splitter makes of them"
     )
     return (
-        f"hardly any key is in use, so that values cannot tell inputs apart: perplexity {report.perplexity:.3g} of {K} "
-        f"pairs, {report.dead_codes} of {report.pairs} codes dead; {remedy}"
+        f"hardly any key is in use, so that values cannot tell inputs apart: of {K} pairs of a codebook {hit:.3g} were "
+        f"hit, perplexity {min(perplexity, hit):.3g}; {remedy}"
     )
 
 
@@ -427,8 +435,6 @@ class Meter:
         counts = collectives.total((self.hits, self.finite, queries), group)
         hits, finite, seen = counts[0], int(counts[1]), int(counts[2])
         (inertia,) = collectives.total((self.inertia,), group)
-        usage = hits / hits.sum(-1, keepdim=True).clamp(min=1).double()
-        perplexity = (usage.sum(-1) > 0) * torch.special.entr(usage).sum(-1).exp()
         return KeyReport(
             method,
             rows=seen // C,
@@ -436,5 +442,4 @@ class Meter:
             inertia=float(inertia) / max(1, finite),
             dead_codes=int((hits == 0).sum()),
             pairs=C * K,
-            perplexity=float(perplexity.mean()),
         )

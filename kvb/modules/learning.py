@@ -144,7 +144,7 @@ class LearnsKeys(Modes):
 
     def _warn_of(self, report: key_learning.KeyReport) -> None:
         """Say once that keys are of no use; called by ``init_keys``."""
-        message = key_learning.concern(report, self.key_value_pairs_per_codebook)
+        message = key_learning.concern(report, self._taken_quietly("cluster_size"))
         if message is not None and not self._warned_of_keys:
             self._warned_of_keys = True
             warnings.warn(message, stacklevel=3)
