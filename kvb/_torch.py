@@ -216,3 +216,10 @@ def has_lone_joins(model: Any) -> bool:
 def ignored_in_ddp(module: Any) -> set[str]:
     """The names that ``ignore_in_ddp`` was told of a module."""
     return set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+
+
+def saveable(tensor: Tensor) -> Tensor:
+    """For autograd, which refuses what was made in inference_mode: the indices and masks of a frozen encoder, say."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvb import validation
+from kvb._torch import saveable
 
 
 class CodebookVoting(nn.Module):
@@ -84,7 +85,7 @@ class CodebookVoting(nn.Module):
         if mask is not None:
             validation.positions("CodebookVoting", mask, (votes.shape[0], *votes.shape[2:-1]))
             validation.same_device("mask", mask, "values", values)
-            votes = torch.where(mask[:, None, ..., None], votes, 0)
+            votes = torch.where(saveable(mask)[:, None, ..., None], votes, 0)
         flat = votes.flatten(1, -2)
         if self.training and self.dropout:
             flat = nn.functional.dropout1d(flat, self.dropout)

@@ -52,8 +52,7 @@ def sgd_step(
         values: [C, K, V], such as ``bottleneck.values``: contiguous float16, bfloat16, float32 or float64; V classes.
         codes: [B, C, *shape] of any integer dtype, from ``encode`` or a ``CodeDataset``; same device.
         targets: [B] int64 in [0, V).
-        mask: bool [B, *shape], True where a position votes; a sample without any teaches nothing. Of codes with a topk
-            axis, with or without that axis.
+        mask: bool [B, *shape], True where a position votes, on all ranks of topk; a sample without any teaches nothing.
         lr: the learning rate, >= 0.
         max_norm: the largest norm of the gradient, > 0; None does not clip.
         label_smoothing: in [0, 1].
@@ -74,9 +73,7 @@ def sgd_step(
     validation.integer("sgd_step", "targets", targets)
     validation.shape("targets", targets, "B", (codes.shape[0],))
     if mask is not None:
-        ranked = codes.dim() - validation.tensor("sgd_step", "mask", mask).dim() > 1  # a topk axis after C
-        validation.positions("sgd_step", mask, (codes.shape[0], *codes.shape[2 + ranked :]))
-        mask = mask[:, None].expand(-1, *codes.shape[2:]) if ranked else mask
+        mask = _of_ranks(mask, codes)
     for name, tensor in (("codes", codes), ("targets", targets), ("mask", codes if mask is None else mask)):
         validation.same_device(name, tensor, "values", values)
     validation.number("lr", lr, 0.0, math.inf)
@@ -102,6 +99,13 @@ def _of_all(
     begin = sum(map(len, found[1][: collectives.rank(group)]))
     all_codes, all_targets, *masks = map(torch.cat, found)
     return all_codes, all_targets, masks[0] if masks else None, slice(begin, begin + len(targets))
+
+
+def _of_ranks(mask: Tensor, codes: Tensor) -> Tensor:
+    """The mask [B, *shape] of codes [B, C, (T), *shape], for every rank if there are any."""
+    ranked = codes.dim() - validation.tensor("sgd_step", "mask", mask).dim() > 1
+    validation.positions("sgd_step", mask, (codes.shape[0], *codes.shape[2 + ranked :]))
+    return mask[:, None].expand(-1, *codes.shape[2:]) if ranked else mask
 
 
 def _step(

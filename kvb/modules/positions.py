@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvb import validation
+from kvb._torch import saveable
 
 
 def checked(owner: str, mask: Any, sizes: Sequence[int], like_name: str, like: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def checked(owner: str, mask: Any, sizes: Sequence[int], like_name: str, like: T
 
 def hidden(queries: Tensor, counted: Tensor) -> Tensor:
     """Queries [B, S, C, D], NaN where ``counted`` [B, S] is False."""
-    return torch.where(counted[..., None, None], queries, torch.nan)
+    return torch.where(saveable(counted)[..., None, None], queries, torch.nan)
 
 
 def cleared(part: Tensor, counted: Tensor | None, axis: int = 1) -> Tensor:
@@ -37,7 +38,7 @@ def cleared(part: Tensor, counted: Tensor | None, axis: int = 1) -> Tensor:
     if counted is None:
         return part
     B, S = counted.shape
-    rows = counted.contiguous().view(B, *(1,) * (axis - 1), S, *(1,) * (part.dim() - axis - 1))
+    rows = saveable(counted).contiguous().view(B, *(1,) * (axis - 1), S, *(1,) * (part.dim() - axis - 1))
     return torch.where(rows, part, 0)  # takes over the strides of the condition
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kvb._torch import saveable
 from kvb.collectives import Group
 from kvb.functional import Pool
 from kvb.modules import key_learning, positions
@@ -88,7 +89,7 @@ class BottleneckWrapper(ReadsData, nn.Module):
         features = self.forward_encoder(x, **encoder_options)
         mask = self._mask_of(x, mask, encoder_options, features)
         # In place of whatever an encoder makes of padding: NaN would spoil the gradient of a learned projection.
-        return Part(features if mask is None else torch.where(mask[..., None], features, 0), mask)
+        return Part(features if mask is None else torch.where(saveable(mask)[..., None], features, 0), mask)
 
     def _mask_of(
         self, x: Any, mask: Tensor | None, encoder_options: Mapping[str, Any], features: Tensor

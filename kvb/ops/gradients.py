@@ -18,6 +18,7 @@ from kvb._torch import (
     derivatives_on,
     is_mapped,
     record_of,
+    saveable,
     single_level_autograd,
     tangents_possible,
     transforms_active,
@@ -48,11 +49,6 @@ def _save(ctx: Any, *tensors: Tensor) -> None:
     ctx.save_for_backward(*tensors)
     if tangents_possible():
         ctx.save_for_forward(*tensors)
-
-
-def _saveable(indices: Tensor) -> Tensor:
-    """Indices from inference_mode (of a frozen encoder, say) may be trained on later."""
-    return indices.clone() if indices.is_inference() else indices
 
 
 def _require_no_tangents(operator: str, *tensors: Tensor) -> None:
@@ -137,7 +133,7 @@ class _Gather(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         values, indices, ctx.pool, ctx.layout = inputs
         ctx.shape = values.shape
-        _save(ctx, _saveable(indices))
+        _save(ctx, saveable(indices))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -227,7 +223,7 @@ class _GatherBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.K, ctx.pool = inputs[2:]
-        _save(ctx, _saveable(inputs[1]))
+        _save(ctx, saveable(inputs[1]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -280,7 +276,7 @@ class _Accumulate(torch.autograd.Function):
         ctx.dtype = queries.dtype
         ctx.mark_non_differentiable(output[0])
         ctx.set_materialize_grads(False)
-        _save(ctx, _saveable(indices), queries.isfinite().all(-1, keepdim=True))
+        _save(ctx, saveable(indices), queries.isfinite().all(-1, keepdim=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -295,6 +295,18 @@ def test_a_transposed_mask_gives_contiguous_results(topk, pool):
         assert got.is_contiguous()
 
 
+def test_a_mask_made_in_inference_mode_can_be_trained_with():
+    module, (x, mask) = bottleneck().freeze_keys(), batch()
+    with torch.inference_mode():
+        frozen = mask.clone()
+    codes, vote = module.encode(x, mask=mask), CodebookVoting(V)
+    grads = []
+    for one in (mask, frozen):
+        out = vote(module.decode(codes, mask=one), one) + vote(module(x, mask=one), one)
+        grads.append(torch.autograd.grad(out.sum(), module.values)[0])
+    assert torch.equal(*grads)
+
+
 def test_an_empty_batch():
     module, x, mask = bottleneck(topk=2), torch.zeros(0, C, S, D), torch.zeros(0, S, dtype=torch.bool)
     assert module(x, mask=mask).shape == (0, C, 2, S, V)

@@ -331,3 +331,14 @@ def test_a_version_without_dispatch_of_split_tensors_is_told_by_name(monkeypatch
     monkeypatch.delattr(DTensor, "_op_dispatcher")
     with pytest.raises(ImportError, match=r"kvb needs torch.distributed.tensor.DTensor._op_dispatcher, which torch"):
         _torch.tell_calls_apart(torch.ops.kvb.count.default, 2)
+
+
+def test_what_inference_mode_made_can_be_saved():
+    with torch.inference_mode():
+        made = torch.tensor([2.0])
+    kept = _torch.saveable(made)
+    assert not kept.is_inference()
+    assert _torch.saveable(kept) is kept
+    weight = torch.ones(1, requires_grad=True)
+    (weight * kept).sum().backward()
+    assert weight.grad.tolist() == [2]
