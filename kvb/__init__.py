@@ -8,7 +8,7 @@ from kvb.data import CodeDataset
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
 from kvb.modules.encoders import BottleneckedEncoder
-from kvb.modules.key_learning import KeyReport
+from kvb.modules.key_learning import KeyReport, dead_code_threshold
 from kvb.modules.pretrained import (
     CLIPBottleneckedEncoder,
     ConvMixerBottleneckedEncoder,
@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "compat",
     "counting",
+    "dead_code_threshold",
     "decoders",
     "functional",
     "info",

@@ -18,7 +18,7 @@ class CodebookVoting(nn.Module):
     """Each codebook and position votes with its value; the mean vote is the logits. Has no parameters.
 
     Equivalent to ``values.flatten(1, -2).mean(1)``; with ``topk`` to ``(values * weights).sum(2)`` over the T fetched
-    values before it.
+    values before it. Let the values start at zero, ``init_values="zeros"``: random ones outvote what is learned.
 
     Args:
         num_classes: must equal the value dim V.

@@ -17,8 +17,18 @@ from torch import Tensor, nn
 
 from kvb import _torch, validation
 from kvb.optim_audit import Finding, audit, value_tables
+from kvb.optim_growth import grow
 
-__all__ = ["Finding", "RowwiseAdagrad", "RowwiseAdam", "RowwiseSGD", "audit", "clip_grad_norm_", "param_groups"]
+__all__ = [
+    "Finding",
+    "RowwiseAdagrad",
+    "RowwiseAdam",
+    "RowwiseSGD",
+    "audit",
+    "clip_grad_norm_",
+    "grow",
+    "param_groups",
+]
 
 
 # --- gradients as rows ------------------------------------------------------------------------------------------------

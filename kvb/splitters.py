@@ -56,6 +56,12 @@ def _check_features(owner: str, x: Tensor, channels: int) -> None:
         raise ValueError(f"expected x of shape (B, *shape, channels) = (B, *shape, {channels}), got {tuple(x.shape)}")
 
 
+def _added_heads(wanted: int, now: int) -> int:
+    if validation.positive_int("num_codebooks", wanted) < now:
+        raise ValueError(f"expand(): splitters only grow, expected num_codebooks >= {now}, got {wanted}")
+    return wanted - now
+
+
 class Chunk(nn.Module):
     """Cut the channels into C consecutive heads of D.
 
@@ -109,11 +115,15 @@ class RandomProjection(nn.Module):
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
         with torch.inference_mode(False):  # autograd refuses tensors created in inference mode
-            self.register_buffer("rand_proj", nn.functional.normalize(self._draw(generator), dim=1))
+            self.register_buffer("rand_proj", self._unit(num_codebooks, generator))
 
-    def _draw(self, generator: torch.Generator | None) -> Tensor:
-        """A matrix [C, channels, D]; its columns are scaled to unit norm afterwards."""
-        shape = self.num_codebooks, self.num_channels, self.dim_keys
+    def _unit(self, heads: int, generator: torch.Generator | None) -> Tensor:
+        """A matrix for so many heads, with unit columns."""
+        return nn.functional.normalize(self._draw(heads, generator), dim=1)
+
+    def _draw(self, heads: int, generator: torch.Generator | None) -> Tensor:
+        """A matrix [heads, channels, D]; its columns are scaled to unit norm afterwards."""
+        shape = heads, self.num_channels, self.dim_keys
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,6 +132,17 @@ class RandomProjection(nn.Module):
         validation.same_device("x", x, "the projections", self.rand_proj)
         heads = _product(x, self.rand_proj.transpose(0, 1).flatten(1))
         return heads.unflatten(-1, (self.num_codebooks, self.dim_keys)).movedim(-2, 1)
+
+    def expand(self, num_codebooks: int, *, generator: torch.Generator | None = None) -> None:
+        """Make heads for so many codebooks: the old ones as before, the others with matrices of their own.
+
+        Raises:
+            TypeError, ValueError: no positive integer, or less than now.
+        """
+        added = _added_heads(num_codebooks, self.num_codebooks)
+        with torch.inference_mode(False), torch.no_grad():
+            self.rand_proj = torch.cat([self.rand_proj, self._unit(added, generator).to(self.rand_proj)])
+        self.num_codebooks = num_codebooks
 
     def extra_repr(self) -> str:
         return f"{self.num_channels} channels -> {self.num_codebooks} heads of {self.dim_keys}"
@@ -137,8 +158,8 @@ class SparseProjection(RandomProjection):
     "sparse_projection" is a name without code.
     """
 
-    def _draw(self, generator: torch.Generator | None) -> Tensor:
-        shape = (self.num_codebooks, self.num_channels, self.dim_keys)
+    def _draw(self, heads: int, generator: torch.Generator | None) -> Tensor:
+        shape = (heads, self.num_channels, self.dim_keys)
         entries = max(1, round(self.num_channels**0.5))
         places = torch.rand(shape, generator=generator, dtype=torch.float32).topk(entries, dim=1).indices
         signs = torch.randint(2, places.shape, generator=generator).mul_(2).sub_(1).to(torch.float32)
@@ -174,6 +195,22 @@ class LearnedProjection(nn.Module):
         validation.same_device("x", x, "the projections", self.proj.weight)
         heads = _product(x, self.proj.weight.mT)
         return heads.unflatten(-1, (self.dim_keys, self.num_codebooks)).movedim(-1, 1)
+
+    def expand(self, num_codebooks: int, *, generator: torch.Generator | None = None) -> None:
+        """Make heads for so many codebooks: the old ones as before, the others drawn as a new module draws them.
+
+        ``proj.weight`` becomes another parameter.
+
+        Raises:
+            TypeError, ValueError: no positive integer, or less than now.
+        """
+        added = _added_heads(num_codebooks, self.num_codebooks)
+        old, bound = self.proj.weight, self.num_channels**-0.5
+        with torch.inference_mode(False), torch.no_grad():
+            new = old.new_empty(self.dim_keys, added, self.num_channels).uniform_(-bound, bound, generator=generator)
+            both = torch.cat([old.detach().unflatten(0, (self.dim_keys, self.num_codebooks)), new], 1).flatten(0, 1)
+        self.proj.weight = nn.Parameter(both, requires_grad=old.requires_grad)
+        self.proj.out_features, self.num_codebooks = len(both), num_codebooks
 
     def extra_repr(self) -> str:
         return f"{self.num_channels} channels -> {self.num_codebooks} heads of {self.dim_keys}"

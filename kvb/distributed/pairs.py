@@ -181,8 +181,12 @@ class ByPairs(Sharded):
 
     def usage(self) -> Tensor:
         """As there, of this process's pairs [C, k]; every process calls it."""
-        total = self._total(self.cluster_size_counter.sum(-1, keepdim=True))
-        return self.cluster_size_counter / total.clamp(min=1)
+        hits = self._hits_so_far()
+        total = self._total(hits.sum(-1, keepdim=True))
+        return hits / total.masked_fill(total == 0, 1)
+
+    def _any_counted(self, counts: Tensor) -> Tensor:
+        return self._total((counts > 0).sum()) > 0
 
 
 def _picked(mask: Tensor, place: Tensor) -> Tensor:

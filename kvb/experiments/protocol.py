@@ -34,7 +34,7 @@ from kvb.experiments.class_incremental import (
 from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, CountingHead, Head, NearestPairsHead
 from kvb.experiments.seeding import seeded
 from kvb.modules.bottleneck import KeyValueBottleneck
-from kvb.modules.key_learning import KeyReport, Method
+from kvb.modules.key_learning import KeyReport, Method, dead_code_threshold
 from kvb.splitters import RandomProjection
 
 ON_CLASSIFIER: dict[str, type[CountingHead] | type[NearestPairsHead]] = {  # on the codes of ``KeyValueClassifier``
@@ -175,7 +175,9 @@ def learn_keys(recipe: Recipe, features: Tensor, num_classes: int, seed: int, *,
             num_classes,
             init_mode=recipe.key_init,
             decay=recipe.decay,
-            threshold_ema_dead_code=recipe.dead * recipe.batch_size / K,
+            threshold_ema_dead_code=dead_code_threshold(K, recipe.batch_size, factor=recipe.dead)
+            if recipe.dead
+            else 0.0,
         )
         batches = _Shuffled(features, splitter, recipe.batch_size)
         epochs = -(-recipe.key_steps // len(batches))

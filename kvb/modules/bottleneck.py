@@ -17,6 +17,7 @@ from kvb.modules import key_learning, positions, recomputation
 from kvb.modules.datasets import ReadsData
 from kvb.modules.learning import LearnsKeys
 from kvb.modules.streams import Part
+from kvb.modules.tables import VALUES_STARTS, Tables, ValuesStart, start_
 
 
 class BottleneckOutput(NamedTuple):
@@ -32,7 +33,7 @@ class BottleneckOutput(NamedTuple):
 register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
 
 
-class KeyValueBottleneck(ReadsData, LearnsKeys):
+class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
     """C codebooks of K key-value pairs: every head of the input fetches the value of its nearest key.
 
     Equivalent to, per codebook c: ``i = ((x[:, c, ..., None, :] - keys[c])**2).sum(-1).argmin(-1); values[c, i]``,
@@ -52,11 +53,14 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         kmeans_iters: Lloyd iterations of the k-means modes.
         decay: g of the moving averages, in [0, 1).
         eps: of the Laplace smoothing, > 0.
-        threshold_ema_dead_code: pairs whose moving hit count falls below it are replaced by queries of the batch.
+        threshold_ema_dead_code: pairs whose moving hit count falls below it are replaced by queries of the batch;
+            ``kvb.dead_code_threshold`` makes one of the sizes.
         sample_codebook_temperature: > 0 draws ``topk`` keys from softmax(-distance / temperature), without replacement,
             instead of the nearest.
         return_values_only: return a tensor, or else a ``BottleneckOutput``.
         topk: how many nearest pairs to fetch; > 1 adds an axis after C.
+        init_values: "random" (standard normal, as published) or "zeros". Take "zeros" where values are votes for
+            classes: random ones outvote what few examples teach.
         sparse_grad: give ``values`` a sparse gradient: the rows fetched, merged, never a dense [C, K, V]. For the
             optimizers and ``clip_grad_norm_`` of ``kvb.optim``, ``torch.optim.SGD`` and ``SparseAdam``; one graph break
             under ``torch.compile``.
@@ -94,6 +98,7 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         return_values_only: bool = True,
         topk: int = 1,
         *,
+        init_values: ValuesStart = "random",
         sparse_grad: bool = False,
         check_finite: bool = False,
         process_group: Group = None,
@@ -106,7 +111,8 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
         validation.choice("init_mode", init_mode, key_learning.METHODS)
         with torch.inference_mode(False):  # tensors created in inference mode cannot learn
             super().__init__(C, K, D, initialised=init_mode == "random")
-            self.values = nn.Parameter(torch.randn(C, K, V))
+            self.init_values = validation.choice("init_values", init_values, VALUES_STARTS)
+            self.values = nn.Parameter(start_(torch.empty(C, K, V), self.init_values))
         self.init_mode = init_mode
         self.kmeans_iters = validation.positive_int("kmeans_iters", kmeans_iters)
         self.decay = validation.number("decay", decay, 0.0, 1.0)

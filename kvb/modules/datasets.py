@@ -85,7 +85,8 @@ class ReadsData:
             sync: with the processes of ``process_group``, each of which calls this with its own part of the data, also
                 if that is empty; False for this process alone.
         Returns:
-            a ``KeyReport`` (inertia, dead codes), measured on the last pass.
+            a ``KeyReport`` (inertia, dead codes), measured on the last pass. Where hardly any key is in
+            use, a ``UserWarning`` says what to do, once for each bottleneck.
         Raises:
             RuntimeError: the keys are frozen; another process failed, or did not call this in time. ValueError: no
             rows, none finite, or a one-shot iterator where several passes are needed. And as ``forward``.
@@ -101,6 +102,7 @@ class ReadsData:
         )
         stream = self._stream(*taken, passes, progress, bottleneck._processes() if sync else False)
         report: key_learning.KeyReport = bottleneck._initialise(stream, method, epochs, generator)
+        bottleneck._warn_of(report)
         return report
 
     def _stream(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from kvb._torch import register_namedtuple
 from kvb.functional import Pool
 from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.tables import ValuesStart
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
+
+_Self = TypeVar("_Self", bound="DiscreteKeyValueBottleneck")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class DiscreteKeyValueBottleneckConfig:
     threshold_ema_dead_code: float = 0.0
     sample_codebook_temperature: float = 0.0
     topk: int = 1
+    init_values: ValuesStart = "random"
     sparse_grad: bool = False
     check_finite: bool = False
 
@@ -171,6 +175,16 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
 
     def _pool(self, pool: Pool | None) -> Pool:
         return pool or ("mean" if self.average_pool_memories else "none")
+
+    def _resized(self: _Self) -> _Self:
+        own = self.bottleneck
+        self.config = dataclasses.replace(
+            self.config,
+            num_memory_codebooks=own.num_codebooks,
+            num_memories=own.key_value_pairs_per_codebook,
+            dim_memory=own.dim_values,
+        )
+        return self
 
     def forward_encoder(self, x: Any, **encoder_arguments: Any) -> Tensor:
         """x itself, or what the encoder makes of it: [B, *shape, dim_embed]."""

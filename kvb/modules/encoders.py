@@ -15,6 +15,7 @@ from kvb._torch import constant_when_compiled
 from kvb.functional import Pool
 from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.tables import ValuesStart
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
 _OF_THE_BOTTLENECK = (  # arguments that go to it unchanged
@@ -94,6 +95,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         topk: int = 1,
         *,
         outputs_extractor: Callable[..., Tensor] | None = None,
+        init_values: ValuesStart = "random",
         sparse_grad: bool = False,
         check_finite: bool = False,
     ) -> None:
@@ -116,6 +118,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         self.sample_codebook_temperature = sample_codebook_temperature
         self.return_values_only = return_values_only
         self.topk = topk
+        self.init_values = init_values
         self.sparse_grad = sparse_grad
         self.check_finite = check_finite
         self.outputs_extractor = outputs_extractor
@@ -230,6 +233,11 @@ class BottleneckedEncoder(BottleneckWrapper):
         """The last axis after B, C (if there is one) and T, where channels come first."""
         place = 1 + int(books) + int(self.bottleneck.topk > 1)
         return (fetched if self.encoder_is_channel_last else fetched.movedim(-1, place)).contiguous()
+
+    def _resized(self: _Self) -> _Self:
+        for name in ("num_codebooks", "key_value_pairs_per_codebook", "dim_values"):
+            setattr(self, name, getattr(self.bottleneck, name))
+        return self
 
     # --- preparation; each returns self -------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ process would have on all their batches, up to the rounding of sums.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class LearnsKeys(Modes):
     init_keys: Any
     _present: Any
     _members = Members()
+    _warned_of_keys = False
     _agreed: int | None = None  # what all processes did when that was last looked at
 
     # --- with whom ----------------------------------------------------------------------------------------------------
@@ -140,10 +142,9 @@ class LearnsKeys(Modes):
         self._commit(*moving)
         return report
 
-    def _commit(self, keys: Tensor, keys_avg: Tensor, cluster_size: Tensor) -> None:
-        """Make them the state of keys that are initialised."""
-        for name, part in (("keys", keys), ("keys_avg", keys_avg), ("cluster_size", cluster_size)):
-            self._write(name, part)
-        self._write("initted", torch.ones(1, device="cpu"))
-        self._packed.forget()
-        self._look()
+    def _warn_of(self, report: key_learning.KeyReport) -> None:
+        """Say once that keys are of no use; called by ``init_keys``."""
+        message = key_learning.concern(report, self._taken_quietly("cluster_size"))
+        if message is not None and not self._warned_of_keys:
+            self._warned_of_keys = True
+            warnings.warn(message, stacklevel=3)

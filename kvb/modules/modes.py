@@ -75,12 +75,33 @@ class Modes(BottleneckState):
         return (self.cluster_size_counter == 0).sum() / self.cluster_size_counter.numel()
 
     def usage(self) -> Tensor:
-        """The share [C, K] of a codebook's counted hits that each pair got; zeros for a codebook without counts."""
-        total = self.cluster_size_counter.sum(-1, keepdim=True)
-        return self.cluster_size_counter / total.clamp(min=1)
+        """The share [C, K] of a codebook's hits that each pair got; zeros for a codebook without any.
+
+        Hits are those counted with frozen keys (``cluster_size_counter``). While keys learn and none was counted, they
+        are the moving averages ``cluster_size``, which start at 1 for every pair: with ``decay`` g, the last
+        1 / (1 - g) batches or so. Zeros while keys wait for data.
+        """
+        hits = self._hits_so_far()
+        total = hits.sum(-1, keepdim=True)
+        return hits / total.masked_fill(total == 0, 1)
+
+    def _hits_so_far(self) -> Tensor:
+        """What ``usage`` gives shares of, [C, K]."""
+        self._look()
+        counted: Tensor = self.cluster_size_counter
+        if not (self._learning and self._initialised):
+            return counted
+        return torch.where(self._any_counted(counted), counted, self.cluster_size)
+
+    def _any_counted(self, counts: Tensor) -> Tensor:
+        return (counts > 0).any()
 
     def perplexity(self) -> Tensor:
-        """exp(entropy of ``usage``) [C]: the number of pairs in effective use, 1 to K; 0 without counts."""
+        """exp(entropy of ``usage``) [C]: the number of pairs in effective use, 1 to K; 0 without hits.
+
+        While keys learn it starts at K, with ``cluster_size``, and comes down to the truth within 1 / (1 - decay)
+        batches or so.
+        """
         usage = self.usage()
         entropy = -torch.special.xlogy(usage, usage).sum(-1)
         return torch.where(usage.sum(-1) > 0, entropy.exp(), 0)

@@ -83,18 +83,6 @@ class BottleneckState(nn.Module):
         """What is here of a tensor [C, K, ...]."""
         return whole
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Begin anew, in place, as a new module does: also what ``to_empty`` gave memory to after the meta device."""
-        keys, random = self._taken_quietly("keys"), self.init_mode == "random"
-        self._table().normal_(generator=generator)
-        keys.normal_(generator=generator) if random else keys.zero_()
-        starts = {"keys_avg": keys, "cluster_size": torch.ones(()), "cluster_size_counter": torch.zeros(())}
-        for name, start in {**starts, "initted": torch.tensor(float(random)), MASK: torch.ones(())}.items():
-            self._write(name, start)
-        self._set_flags(learning=True, counting=True)
-        self._packed.forget()
-
     # --- sizes: those of the tensors, which may be replaced -----------------------------------------------------------
 
     @property
@@ -189,6 +177,14 @@ class BottleneckState(nn.Module):
             with torch.no_grad():
                 buffer.copy_(value)
             self._held = True  # by the caller, until the next look
+
+    def _commit(self, keys: Tensor, keys_avg: Tensor, cluster_size: Tensor) -> None:
+        """Make them the state of keys that are initialised."""
+        for name, part in (("keys", keys), ("keys_avg", keys_avg), ("cluster_size", cluster_size)):
+            self._write(name, part)
+        self._write("initted", torch.ones(1, device="cpu"))
+        self._packed.forget()
+        self._look()
 
     def _taken_quietly(self, name: str) -> Any:
         """A buffer, without the look at the keys that follows whenever somebody takes them."""

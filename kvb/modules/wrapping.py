@@ -15,6 +15,7 @@ from kvb.modules import key_learning, positions
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.datasets import ReadsData
 from kvb.modules.streams import Part, cut
+from kvb.modules.tables import ValuesStart
 
 BATCH = 256  # samples of one batch cut from a tensor for an encoder
 _Self = TypeVar("_Self", bound="BottleneckWrapper")
@@ -23,6 +24,7 @@ _Self = TypeVar("_Self", bound="BottleneckWrapper")
 class KvbOptions(TypedDict, total=False):
     """Options of ``KeyValueBottleneck`` that the published classes do not have."""
 
+    init_values: ValuesStart
     sparse_grad: bool
     check_finite: bool
 
@@ -244,6 +246,10 @@ class BottleneckWrapper(ReadsData, nn.Module):
         self.bottleneck.refresh_keys()
         return self
 
+    def set_keys(self: _Self, keys: Tensor) -> _Self:
+        self.bottleneck.set_keys(keys)
+        return self
+
     def fraction_of_unused_keys(self) -> Tensor:
         return self.bottleneck.fraction_of_unused_keys()
 
@@ -252,3 +258,37 @@ class BottleneckWrapper(ReadsData, nn.Module):
 
     def perplexity(self) -> Tensor:
         return self.bottleneck.perplexity()
+
+    # --- growing ------------------------------------------------------------------------------------------------------
+
+    def expand_values(self: _Self, V: int, *, generator: torch.Generator | None = None) -> _Self:
+        self.bottleneck.expand_values(V, generator=generator)
+        return self._resized()
+
+    def expand_pairs(
+        self: _Self, K: int, keys: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> _Self:
+        self.bottleneck.expand_pairs(K, keys, generator=generator)
+        return self._resized()
+
+    def expand_codebooks(
+        self: _Self, C: int, keys: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> _Self:
+        """As there; the splitter makes heads for the new codebooks by its method ``expand``, and keeps the old ones.
+
+        Raises:
+            TypeError: a splitter without that method, ``Chunk`` say, which has no channels left for more heads.
+        """
+        expand = getattr(self.splitter, "expand", None)
+        if expand is None:
+            raise TypeError(
+                f"expand_codebooks(): the splitter {type(self.splitter).__name__} has no method expand(num_codebooks) "
+                "that makes more heads of the features; a projection of kvb.splitters has"
+            )
+        self.bottleneck.expand_codebooks(C, keys, generator=generator)
+        expand(C, generator=generator)
+        return self._resized()
+
+    def _resized(self: _Self) -> _Self:
+        """After the bottleneck grew: what this module says about its sizes follows."""
+        return self

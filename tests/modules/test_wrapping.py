@@ -23,6 +23,7 @@ SHARED = (
     *("forward", "encode", "encode_dataset", "decode", "init_keys", "freeze_keys", "unfreeze_keys", "mask_pairs"),
     *("activate_counts", "deactivate_counts", "reset_cluster_size_counter", "refresh_keys", "fraction_of_unused_keys"),
     *("usage", "perplexity", "enable_update_keys", "disable_update_keys"),
+    *("set_keys", "expand_values", "expand_pairs", "expand_codebooks"),
 )
 ATTRIBUTES = ("values", "keys", "keys_initialised", "keys_frozen", "pair_mask")
 EVERY_OPTION = {
@@ -34,6 +35,7 @@ EVERY_OPTION = {
     "sample_codebook_temperature": 0.0,
     "return_values_only": False,
     "topk": 2,
+    "init_values": "zeros",
     "sparse_grad": True,
     "check_finite": True,
 }
@@ -230,7 +232,7 @@ def test_every_class_lists_the_options_alike():
 def test_the_published_classes_take_every_option():
     given = {**EVERY_OPTION, "bugs": ("learns_in_eval",)}
     order = ("kmeans", 3, 0.5, 1e-3, 0.25, 0.0, False, 2)
-    options = {name: given[name] for name in ("sparse_grad", "check_finite", "bugs")}
+    options = {name: given[name] for name in ("init_values", "sparse_grad", "check_finite", "bugs")}
     for module in (
         core.KeyValueBottleneck(C, K, D, V, *order, **options),
         core.KeyValueBottleneck(C, K, D, V, **given),
