@@ -13,7 +13,7 @@ from kvb import collectives, functional, ops, validation
 from kvb._torch import register_namedtuple
 from kvb.collectives import Group
 from kvb.functional import Pool
-from kvb.modules import key_learning, positions, recomputation
+from kvb.modules import fully_sharded, key_learning, positions, recomputation
 from kvb.modules.datasets import ReadsData
 from kvb.modules.learning import LearnsKeys
 from kvb.modules.streams import Part
@@ -213,10 +213,14 @@ class KeyValueBottleneck(ReadsData, LearnsKeys):
             mask: bool [B, *shape], as ``encode`` got it: where it is False the value is zero, without a gradient.
         Raises:
             TypeError: not integers, or a mask that is not bool. ValueError: shape or pool. IndexError: an index outside
-            [0, K).
+            [0, K). RuntimeError: ``fully_shard`` has split the values together with a module around.
         """
         validation.integer("decode", "indices", indices)
         table = self._table()
+        if fully_sharded.is_split(table):
+            if fully_sharded.registered(self, "decode"):
+                return self.decode(indices, pool, mask=mask)
+            raise RuntimeError(fully_sharded.SPLIT.format(name="decode"))
         validation.codes(indices, table.shape[0])
         validation.choice("pool", pool, functional.POOLS)
         validation.same_device("indices", indices, "values", table)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvb import collectives
 from kvb.collectives import Group, Members
-from kvb.modules import key_learning, recomputation
+from kvb.modules import fully_sharded, key_learning, recomputation
 from kvb.modules.modes import Modes
 from kvb.modules.streams import Stream
 
@@ -133,6 +133,14 @@ class LearnsKeys(Modes):
 
     def _rates(self) -> key_learning.Rates:
         return key_learning.Rates(self.decay, self.eps, self.threshold_ema_dead_code)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """As there. Where ``fully_shard`` has split the values every process calls it, and all get the same keys."""
+        if fully_sharded.is_split(self._table()):
+            seed = collectives.shared_seed(self._processes(), generator, self._device)
+            generator = torch.Generator(self._device).manual_seed(seed)
+        super().reset_parameters(generator)
 
     # --- from data ----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvb import _torch, validation
 from kvb.checkpoints import FLAGS, MASK, all_or_nothing
-from kvb.modules import legacy
+from kvb.modules import fully_sharded, legacy
 from kvb.modules.packed_keys import PackedKeys, WatchedBuffers
 from kvb.modules.recomputation import Forwards
 
@@ -87,7 +87,7 @@ class BottleneckState(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Begin anew, in place, as a new module does: also what ``to_empty`` gave memory to after the meta device."""
         keys, random = self._taken_quietly("keys"), self.init_mode == "random"
-        self._table().normal_(generator=generator)
+        fully_sharded.draw(self._table(), generator)
         keys.normal_(generator=generator) if random else keys.zero_()
         starts = {"keys_avg": keys, "cluster_size": torch.ones(()), "cluster_size_counter": torch.zeros(())}
         for name, start in {**starts, "initted": torch.tensor(float(random)), MASK: torch.ones(())}.items():

@@ -43,6 +43,7 @@ FLOORS = {
     "about": 2,
     "modules.packed_keys": 2,
     "modules.positions": 1,
+    "modules.fully_sharded": 0,
     "testing.__main__": 6,
     "testing": 5,
     "testing.runner": 4,
