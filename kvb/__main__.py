@@ -141,9 +141,9 @@ def _protocol(chosen: argparse.Namespace) -> None:
         scenarios = (chosen.scenario,) if chosen.scenario else report.SCENARIOS
         plan = report.Plan(chosen.seeds, scenarios, chosen.epochs, chosen.patience, chosen.quick, chosen.labels)
         if chosen.full:
-            from kvb.experiments import full
+            from kvb.experiments import full, shares
 
-            full.main(data.SOURCE, plan, chosen.out)
+            shares.results((data.SOURCE,), lambda source: full.main(source, plan, chosen.out))
         elif chosen.ablate:
             report.ablate(data.SOURCE, chosen.ablate, plan, chosen.out)
         else:

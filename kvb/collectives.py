@@ -73,15 +73,16 @@ def gathered(tensor: Tensor, group: Group = None) -> list[Tensor]:
     return [part.view(tensor.dtype).view(tensor.shape) for part in parts]
 
 
-def parts(tensors: Sequence[Tensor], group: Group = None) -> list[list[Tensor]]:
+def parts(tensors: Sequence[Tensor], group: Group = None, sizes: Sequence[int] | None = None) -> list[list[Tensor]]:
     """Of each tensor [n, ...], what every process has, in the order of their ranks; n may differ among processes.
 
-    Two collectives: sizes, then the rows of all tensors. The host waits for the sizes.
+    Two collectives: sizes, then the rows of all tensors. The host waits for the sizes, unless all processes know them.
     """
     if world(group) == 1:
         return [[tensor] for tensor in tensors]
     n = len(tensors[0])
-    sizes = [int(size) for size in gathered(torch.tensor([n], device=tensors[0].device), group)]
+    if sizes is None:
+        sizes = [int(size) for size in gathered(torch.tensor([n], device=tensors[0].device), group)]
     raw = [tensor.contiguous().view(n, tensor.shape[1:].numel()).view(torch.uint8) for tensor in tensors]
     padded = raw[0].new_zeros((max(sizes), sum(part.shape[1] for part in raw)))
     padded[:n] = torch.cat(raw, 1)
@@ -99,6 +100,11 @@ def joined(rows: Tensor, group: Group = None) -> Tensor:
     Equivalent to ``torch.cat`` over the processes.
     """
     return rows if world(group) == 1 else torch.cat(parts((rows,), group)[0])
+
+
+def same(first: Group, second: Group) -> bool:
+    """Whether two groups, neither of which is False, are one: None is the default group."""
+    return (first or dist.group.WORLD) is (second or dist.group.WORLD)
 
 
 def as_codes(indices: Tensor, K: int) -> Tensor:

@@ -108,7 +108,14 @@ class ByPairs(Sharded):
     def _values_at(self, indices: Tensor, pool: Pool, allowed: Tensor | None, counted: Tensor | None) -> Tensor:
         return self._rows(exchange.local_rows(self.values, self._layout.data), indices, pool, allowed, counted)
 
-    def _fetch_values(self, indices: Tensor, shape: torch.Size, pool: Pool, counted: Tensor | None) -> Tensor:
+    def _fetch_values(
+        self,
+        indices: Tensor,
+        shape: torch.Size,
+        pool: Pool,
+        counted: Tensor | None,
+        sent: list[Tensor] | None,
+    ) -> Tensor:
         """As there. A masked pair is found where no other is left: its value is zero."""
         B, S, C, T = indices.shape
         flat = indices.permute(0, 3, 1, 2).reshape(B, T * S, C)
@@ -116,7 +123,14 @@ class ByPairs(Sharded):
         fetched = self._values_at(flat, pool, self._usable, counted)
         return fetched.view(B, *((C,) if pool == "none" else ()), *self._ranks(), *shape, self.dim_values)
 
-    def _gather(self, table: Tensor, indices: Tensor, pool: Pool, counted: Tensor | None = None) -> Tensor:
+    def _gather(
+        self,
+        table: Tensor,
+        indices: Tensor,
+        pool: Pool,
+        counted: Tensor | None = None,
+        sent: list[Tensor] | None = None,
+    ) -> Tensor:
         return self._rows(table.reshape(1, -1, table.shape[-1]), indices, pool, counted=counted)
 
     def decode(self, indices: Tensor, pool: Pool = "none", *, mask: Tensor | None = None) -> Tensor:
@@ -136,6 +150,9 @@ class ByPairs(Sharded):
         return int(self._total(here).min()) < self.topk
 
     # --- counting and learning ----------------------------------------------------------------------------------------
+
+    def _codes_of_all(self, queries: Tensor, indices: Tensor, counted: Tensor | None) -> None:
+        """None: hits of this process's pairs alone are sent."""
 
     def _hits(self, queries: Tensor, indices: Tensor) -> Tensor:
         """How often every pair here [C, k] was fetched by finite queries, in all data-parallel processes."""

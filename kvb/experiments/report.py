@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from kvb.experiments import plots, protocol
+from kvb.experiments import plots, protocol, shares
 from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import SCENARIOS
 from kvb.experiments.protocol import Data, Recipe, Run, Spread
@@ -115,18 +115,25 @@ def _differences(source: Source, recipe: Recipe) -> list[str]:
 
 @without_shortage_warning()
 def compare(source: Source, plan: Plan, out: Path, say: Callable[[str], None] = _print) -> tuple[Recipe, list[Run]]:
-    """All heads, scenarios and seeds; writes ``protocol-NAME.json``, ``.md`` and ``.png`` into the folder ``out``."""
-    begun, recipe, runs = time.perf_counter(), plan.recipe(source), []
-    for seed in range(plan.seeds):
+    """All heads, scenarios and seeds; writes ``protocol-NAME.json``, ``.md`` and ``.png`` into the folder ``out``.
+
+    Under torchrun each process takes its share of the seeds, and the first writes; no runs are returned in the others.
+    """
+    begun, recipe = time.perf_counter(), plan.recipe(source)
+
+    def one(seed: int) -> Run:
         data = source.data(seed, out)
         if plan.labels is not None:
             data = protocol.with_few_labels(data, plan.labels, seed)
         if seed == 0:
             for line in header(source, recipe, data):
                 say(line)
-        runs.append(
-            protocol.run(recipe, data, seed, num_classes=len(source.study.classes), scenarios=plan.scenarios, say=say)
-        )
+        classes = len(source.study.classes)
+        return protocol.run(recipe, data, seed, num_classes=classes, scenarios=plan.scenarios, say=say)
+
+    runs = shares.results(range(plan.seeds), one)
+    if runs is None:
+        return recipe, []
     table = markdown(runs)
     say(f"\n{source.study.title.partition(',')[0]}, mean ± sd of {_seeds(plan.seeds)}\n\n{table}")
     path = out / f"protocol-{source.study.name}{'' if plan.labels is None else f'-{plan.labels}-labels'}"
@@ -169,28 +176,34 @@ def markdown(runs: Sequence[Run]) -> str:
 def ablate(
     source: Source, axis: str, plan: Plan, out: Path, say: Callable[[str], None] = _print
 ) -> dict[str, list[Run]]:
-    """The bottleneck with other numbers or key data; writes ``ablation-NAME-AXIS.json``, ``.md`` and ``.png``."""
+    """The bottleneck with other numbers or key data; writes ``ablation-NAME-AXIS.json``, ``.md`` and ``.png``.
+
+    Under torchrun as ``compare``.
+    """
     begun, recipe = time.perf_counter(), plan.recipe(source)
     recipes = dict.fromkeys(source.key_choices, recipe) if axis == KEY_DATA else protocol.variants(recipe, axis)
     if plan.quick:
         recipes = dict(list(recipes.items())[:QUICK_VALUES])
     scenarios = [name for name in plan.scenarios if name != "task-incremental"] or list(plan.scenarios)
-    found: dict[str, list[Run]] = {name: [] for name in recipes}
-    for name, each in recipes.items():
-        say(f"{axis} {name}")
-        for seed in range(plan.seeds):
-            data = source.data(seed, out, name if axis == KEY_DATA else "set aside")
-            found[name].append(
-                protocol.run(
-                    each,
-                    data,
-                    seed,
-                    num_classes=len(source.study.classes),
-                    scenarios=scenarios,
-                    heads=("bottleneck",),
-                    say=say,
-                )
-            )
+
+    def one(job: tuple[str, int]) -> Run:
+        name, seed = job
+        if seed == 0:
+            say(f"{axis} {name}")
+        return protocol.run(
+            recipes[name],
+            source.data(seed, out, name if axis == KEY_DATA else "set aside"),
+            seed,
+            num_classes=len(source.study.classes),
+            scenarios=scenarios,
+            heads=("bottleneck",),
+            say=say,
+        )
+
+    runs = shares.results([(name, seed) for name in recipes for seed in range(plan.seeds)], one)
+    if runs is None:
+        return {}
+    found = {name: runs[each * plan.seeds : (each + 1) * plan.seeds] for each, name in enumerate(recipes)}
     results = {
         scenario: {
             name: protocol.summary(runs, scenario, "bottleneck")["final_accuracy"] for name, runs in found.items()

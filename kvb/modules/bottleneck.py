@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from kvb import collectives, functional, ops, validation
 from kvb._torch import register_namedtuple
-from kvb.collectives import Group, Members
+from kvb.collectives import Group
 from kvb.functional import Pool
-from kvb.modules import key_learning, positions, recomputation
+from kvb.modules import fully_sharded, key_learning, positions, recomputation
 from kvb.modules.datasets import ReadsData
 from kvb.modules.learning import LearnsKeys
 from kvb.modules.streams import Part
@@ -81,8 +81,6 @@ class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
-    _shares_values: Members | None = None  # with whom ``kvb.distributed.sync_values`` shares the values' gradient
-
     def __init__(
         self,
         num_codebooks: int,
@@ -127,11 +125,6 @@ class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
         self.sparse_grad = sparse_grad
         self.check_finite = check_finite
         self.process_group = process_group
-
-    @property
-    def shares_values(self) -> bool:
-        """Whether the gradient of the values is that of all processes, by ``kvb.distributed.sync_values``."""
-        return self._shares_values is not None and collectives.world(self._shares_values.group) > 1
 
     @property
     def dim_values(self) -> int:
@@ -185,12 +178,13 @@ class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
         del packed
         indices = positions.cleared(indices, counted)
         output: Tensor | BottleneckOutput
-        output = values = self._fetch_values(indices, shape, pool, counted)
+        sent = self._codes_of_all(queries, indices, counted)
+        output = values = self._fetch_values(indices, shape, pool, counted, sent)
         if not values_only:
             fetched = self._fetch(keys, indices, shape, counted=counted)
             output = BottleneckOutput(values, fetched, self._unfold(indices, shape), self._unfold(distances, shape))
         if self.training:
-            self._observe(queries, indices, counted)
+            self._observe(queries, indices, counted, sent)
         return output
 
     def encode(
@@ -225,10 +219,14 @@ class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
             mask: bool [B, *shape], as ``encode`` got it: where it is False the value is zero, without a gradient.
         Raises:
             TypeError: not integers, or a mask that is not bool. ValueError: shape or pool. IndexError: an index outside
-            [0, K).
+            [0, K). RuntimeError: ``fully_shard`` has split the values together with a module around.
         """
         validation.integer("decode", "indices", indices)
         table = self._table()
+        if fully_sharded.is_split(table):
+            if fully_sharded.registered(self, "decode"):
+                return self.decode(indices, pool, mask=mask)
+            raise RuntimeError(fully_sharded.SPLIT.format(name="decode"))
         validation.codes(indices, table.shape[0])
         validation.choice("pool", pool, functional.POOLS)
         validation.same_device("indices", indices, "values", table)
@@ -302,24 +300,44 @@ class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
             return None
         return torch.arange(self.topk, device=self._usable.device) < self._usable.sum(-1, keepdim=True)
 
-    def _gather(self, table: Tensor, indices: Tensor, pool: Pool, counted: Tensor | None = None) -> Tensor:
+    def _gather(
+        self,
+        table: Tensor,
+        indices: Tensor,
+        pool: Pool,
+        counted: Tensor | None = None,
+        sent: list[Tensor] | None = None,
+    ) -> Tensor:
         """Rows of table [C, K, *] at indices [B, M, C], as [B, C, M, *], or pooled over C; zero where not counted."""
         if self._shares_values is not None and self.shares_values:
             group = self._shares_values.group
-            fetched = ops.gather_together(table, indices, pool, "bcsv", self.sparse_grad, group, counted)
+            sent = sent if sent is not None and collectives.same(group, self._processes()) else None
+            fetched = ops.gather_together(table, indices, pool, "bcsv", self.sparse_grad, group, counted, sent)
         elif self.sparse_grad:
             fetched = ops.gather_row_grad(table, indices, pool, "bcsv", counted)
         else:
             fetched = torch.ops.kvb.gather(table, indices, pool, "bcsv")
         return positions.cleared(fetched, counted, axis=2 if pool == "none" else 1)
 
-    def _fetch_values(self, indices: Tensor, shape: torch.Size, pool: Pool, counted: Tensor | None) -> Tensor:
-        """Values at indices [B, S, C, T], as [B, C, (T), *shape, V], or pooled over C."""
+    def _fetch_values(
+        self,
+        indices: Tensor,
+        shape: torch.Size,
+        pool: Pool,
+        counted: Tensor | None,
+        sent: list[Tensor] | None,
+    ) -> Tensor:
+        """Values at indices [B, S, C, T], as [B, C, (T), *shape, V], or pooled over C.
+
+        Args:
+            sent: the codes of all processes, where they know them already.
+        """
         present = self._present()
         if present is None:
-            return self._fetch(self._table(), indices, shape, pool, counted)
+            return self._fetch(self._table(), indices, shape, pool, counted, sent)
         # The first rank in place of one that found nothing: no masked row is read, and none gets a gradient.
-        fetched = self._fetch(self._table(), torch.where(present, indices, indices[..., :1]), shape, counted=counted)
+        some = torch.where(present, indices, indices[..., :1])
+        fetched = self._fetch(self._table(), some, shape, "none", counted, sent)
         fetched = torch.where(self._unfold(present.expand_as(indices), shape)[..., None], fetched, 0)
         return fetched if pool == "none" else getattr(fetched, pool)(1)
 
@@ -337,11 +355,12 @@ class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
         shape: Iterable[int],
         pool: Pool = "none",
         counted: Tensor | None = None,
+        sent: list[Tensor] | None = None,
     ) -> Tensor:
         """Rows of table [C, K, *] at indices [B, S, C, T], as [B, C, (T), *shape, *], or pooled over C."""
         B, S, C, T = indices.shape
         flat = indices.permute(0, 3, 1, 2).reshape(B, T * S, C)
-        fetched = self._gather(table, flat, pool, None if counted is None else positions.per_rank(counted, T))
+        fetched = self._gather(table, flat, pool, None if counted is None else positions.per_rank(counted, T), sent)
         books = (C,) if pool == "none" else ()
         return fetched.view(B, *books, *self._ranks(), *shape, table.shape[-1])
 

@@ -22,6 +22,7 @@ from kvb import (
     validation,
 )
 from kvb.collectives import Chance, Group
+from kvb.modules import positions
 from kvb.modules.samples import Reservoir, draw, fill, rows_of, spread_out
 from kvb.modules.streams import BATCH, Stream
 
@@ -109,21 +110,31 @@ def dead_code_threshold(pairs: int, batch_size: int, positions: int = 1, factor:
 # --- per batch: no host synchronisation -------------------------------------------------------------------------------
 
 
-def hits_of_all(queries: Tensor, indices: Tensor, present: Tensor | None, K: int, group: Group) -> Tensor:
-    """How often finite queries of all processes fetched every pair: int64 [C, K].
+def codes_of_all(
+    queries: Tensor, indices: Tensor, present: Tensor | None, K: int, counted: Tensor | None, group: Group
+) -> list[Tensor]:
+    """What every process fetched, codes [M, C] in the order of ``gather``: ``~code`` where that is no hit.
 
-    Their codes are sent, in two collectives, where [C, K] counts would be far more. The host waits for their number.
+    Two collectives; the host waits for the sizes.
 
     Args:
-        queries: [B, S, C, D]. indices: [B, S, C, T]. present: [C, T], ranks of a search that found a pair.
+        queries: [B, S, C, D]. indices: [B, S, C, T]. present: [C, T], ranks of a search that found a pair; the others
+            fetch that of the first. counted: [B, S], positions that fetch something; None for all.
     """
-    C = queries.shape[2]
-    counted = queries.isfinite().all(-1)[..., None]
-    counted = counted if present is None else counted & present
-    codes = collectives.as_codes(torch.where(counted, indices, -1).flatten(0, 1), K)
-    codes = collectives.joined(codes, group).to(torch.int64)
-    books = torch.arange(C, device=codes.device)[:, None] * K
-    return torch.where(codes < 0, C * K, codes + books).flatten().bincount(minlength=C * K + 1)[:-1].view(C, K)
+    hit = queries.isfinite().all(-1)[..., None]
+    if present is not None:
+        hit, indices = hit & present, torch.where(present, indices, indices[..., :1])
+    codes = torch.where(hit, indices, ~indices).permute(0, 3, 1, 2).flatten(0, 2)
+    if counted is not None:
+        codes = codes[positions.per_rank(counted, indices.shape[-1]).flatten()]
+    return collectives.parts((collectives.as_codes(codes, K),), group)[0]
+
+
+def hits_of(codes: Tensor, K: int) -> Tensor:
+    """How often every pair was hit: int64 [C, K], of codes [M, C], of which the negative are no hits."""
+    C = codes.shape[1]
+    places = codes.to(torch.int64) + torch.arange(C, device=codes.device) * K
+    return torch.where(codes < 0, C * K, places).flatten().bincount(minlength=C * K + 1)[:-1].view(C, K)
 
 
 def spare_rows(

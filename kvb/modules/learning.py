@@ -18,7 +18,7 @@ from kvb.modules import key_learning, recomputation
 from kvb.modules.modes import Modes
 from kvb.modules.streams import Stream
 
-_MODES = {0: "keys wait for data", 1: "keys learn", 2: "hits are counted", 3: "hits are counted, with sparse_grad"}
+_MODES = {0: "keys wait for data", 1: "keys learn", 2: "hits are counted", 3: "hits are counted by codes"}
 
 
 class LearnsKeys(Modes):
@@ -33,6 +33,7 @@ class LearnsKeys(Modes):
     _present: Any
     _members = Members()
     _warned_of_keys = False
+    _shares_values: Members | None = None  # with whom ``kvb.distributed.sync_values`` shares the values' gradient
     _agreed: int | None = None  # what all processes did when that was last looked at
 
     # --- with whom ----------------------------------------------------------------------------------------------------
@@ -45,6 +46,11 @@ class LearnsKeys(Modes):
     @process_group.setter
     def process_group(self, group: Group) -> None:
         self._members, self._agreed = Members(group), None
+
+    @property
+    def shares_values(self) -> bool:
+        """Whether the gradient of the values is that of all processes, by ``kvb.distributed.sync_values``."""
+        return self._shares_values is not None and collectives.world(self._shares_values.group) > 1
 
     def _processes(self) -> Group:
         """The group that this call learns with; False where there is no other process."""
@@ -60,21 +66,44 @@ class LearnsKeys(Modes):
         group = self._processes()
         if group is False:
             return
-        mode = int(self._initialised) if self._learning else 2 + int(self.sparse_grad)
+        mode = int(self._initialised) if self._learning else 2 + int(self._counts_codes)
         rows, device = queries.shape[0] * queries.shape[1], queries.device
         collectives.agree(_MODES, mode, rows, group, device, wait=device.type == "cpu" or mode != self._agreed)
         self._agreed = mode
 
     # --- batch by batch -----------------------------------------------------------------------------------------------
 
-    def _observe(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
-        """Learn the keys or count the hits of one batch in training mode; indices [B, S, C, T], counted [B, S]."""
+    @property
+    def _counts_codes(self) -> bool:
+        """Whether processes send codes instead of hits [C, K]: where the table is large, or codes are needed anyway."""
+        return self.sparse_grad or self.shares_values
+
+    def _codes_of_all(self, queries: Tensor, indices: Tensor, counted: Tensor | None) -> list[Tensor] | None:
+        """What every process fetched in a forward that counts hits, if they send codes; None otherwise."""
+        counts = self.training and self._counting and not self._learning and not recomputation.in_backward()
+        group = self._processes() if counts and self._counts_codes else False
+        if group is False:
+            return None
+        K = self.key_value_pairs_per_codebook
+        return key_learning.codes_of_all(queries.detach(), indices, self._present(), K, counted, group)
+
+    def _observe(
+        self, queries: Tensor, indices: Tensor, counted: Tensor | None = None, sent: list[Tensor] | None = None
+    ) -> None:
+        """Learn the keys or count the hits of one batch in training mode.
+
+        Args:
+            indices: [B, S, C, T]. counted: [B, S]. sent: ``_codes_of_all``, if it has been called.
+        """
         if recomputation.in_backward():
             return  # the forward that runs again has been observed
         if self._learning:
             self._learn(queries.detach(), indices[..., 0], counted)
         elif self._counting:
-            self._taken_quietly("cluster_size_counter").add_(self._hits(queries.detach(), indices))
+            sent = self._codes_of_all(queries, indices, counted) if sent is None else sent
+            K = self.key_value_pairs_per_codebook
+            hits = self._hits(queries.detach(), indices) if sent is None else key_learning.hits_of(torch.cat(sent), K)
+            self._taken_quietly("cluster_size_counter").add_(hits)
 
     def _learn(self, queries: Tensor, indices: Tensor, counted: Tensor | None = None) -> None:
         """One step of the moving averages, taken by every process, also by one with an empty batch."""
@@ -93,8 +122,6 @@ class LearnsKeys(Modes):
     def _hits(self, queries: Tensor, indices: Tensor) -> Tensor:
         """How often every pair [C, K] was fetched by finite queries, in all processes."""
         group, present, K = self._processes(), self._present(), self.key_value_pairs_per_codebook
-        if group is not False and self.sparse_grad:
-            return key_learning.hits_of_all(queries, indices, present, K, group)
         hits = [torch.ops.kvb.count(queries, each, K) for each in indices.unbind(-1)]
         if present is not None:
             hits = [each * present[:, t, None] for t, each in enumerate(hits)]

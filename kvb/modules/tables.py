@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from kvb import validation
+from kvb import collectives, validation
 from kvb.checkpoints import MASK
+from kvb.modules import fully_sharded
 from kvb.modules.modes import Modes
 
 ValuesStart = Literal["random", "zeros"]
@@ -19,19 +20,26 @@ _Self = TypeVar("_Self", bound="Tables")
 
 def start_(values: Tensor, how: ValuesStart, generator: torch.Generator | None = None) -> Tensor:
     """Fill a table in place, as ``init_values`` says."""
-    return values.zero_() if how == "zeros" else values.normal_(generator=generator)
+    return values.zero_() if how == "zeros" else fully_sharded.draw(values, generator)
 
 
 class Tables(Modes):
     """The part of a ``KeyValueBottleneck`` that fills and grows its tables."""
 
     init_values: ValuesStart = "random"  # also of a module pickled before there was a choice
+    _processes: Any
 
     # --- filling ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Begin anew, in place, as a new module does: also what ``to_empty`` gave memory to after the meta device."""
+        """Start again, in place, as a new module does: also what ``to_empty`` gave memory to after the meta device.
+
+        Where ``fully_shard`` has split the values every process calls it, and all get the same keys.
+        """
+        if fully_sharded.is_split(self._table()):
+            seed = collectives.shared_seed(self._processes(), generator, self._device)
+            generator = torch.Generator(self._device).manual_seed(seed)
         keys, random = self._taken_quietly("keys"), self.init_mode == "random"
         start_(self._table(), self.init_values, generator)
         keys.normal_(generator=generator) if random else keys.zero_()

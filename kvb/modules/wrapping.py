@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kvb._torch import saveable
 from kvb.collectives import Group
 from kvb.functional import Pool
-from kvb.modules import key_learning, positions
+from kvb.modules import fully_sharded, key_learning, positions
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.datasets import ReadsData
 from kvb.modules.streams import Part, cut
@@ -146,6 +146,8 @@ class BottleneckWrapper(ReadsData, nn.Module):
         Raises:
             as ``KeyValueBottleneck.decode``.
         """
+        if fully_sharded.is_split(self.values) and fully_sharded.registered(self, "decode"):
+            return self.decode(indices, pool, mask=mask)
         return self._arranged(self.bottleneck.decode(indices, self._pool(pool), mask=mask), self._pool(pool))
 
     def _target(self) -> KeyValueBottleneck:

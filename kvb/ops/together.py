@@ -17,14 +17,21 @@ class _GatherTogether(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        values: Tensor, indices: Tensor, pool: str, layout: str, sparse: bool, group: Group, counted: Tensor | None
+        values: Tensor,
+        indices: Tensor,
+        pool: str,
+        layout: str,
+        sparse: bool,
+        group: Group,
+        counted: Tensor | None,
+        sent: list[Tensor] | None,
     ) -> Tensor:
         return _Gather.forward(values, indices, pool, layout)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _Gather.setup_context(ctx, inputs[:4], output)
-        ctx.sparse, ctx.group, ctx.counted = inputs[4:]
+        ctx.sparse, ctx.group, ctx.counted, ctx.sent = inputs[4:]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -32,10 +39,15 @@ class _GatherTogether(torch.autograd.Function):
         """The mean over processes, as ``DistributedDataParallel`` has it."""
         (indices,), grad, K = ctx.saved_tensors, _in_order(ctx, grads[0]), ctx.shape[1]
         places = slice(None) if ctx.counted is None else ctx.counted.flatten()
-        sent = collectives.as_codes(indices.flatten(0, 1)[places], K), grad.flatten(0, 1)[places]
-        codes, grad = (torch.cat(parts)[None] for parts in collectives.parts(sent, ctx.group))
-        grad = grad / collectives.world(ctx.group)
-        none = (None,) * 6
+        grad, sent = grad.flatten(0, 1)[places], ctx.sent
+        if sent is None:
+            codes = collectives.as_codes(indices.flatten(0, 1)[places], K)
+            sent, parts = collectives.parts((codes, grad), ctx.group)
+        else:
+            (parts,) = collectives.parts((grad,), ctx.group, [len(part) for part in sent])
+        codes, grad = torch.cat(sent)[None], torch.cat(parts)[None] / collectives.world(ctx.group)
+        codes = torch.where(codes < 0, ~codes, codes)
+        none = (None,) * 7
         if ctx.sparse:
             return sparse_rows(grad, codes, ctx.shape, ctx.pool), *none
         return torch.ops.kvb.gather_backward(grad, codes, K, ctx.pool), *none
@@ -49,18 +61,20 @@ def gather_together(
     sparse: bool,
     group: Group,
     counted: Tensor | None = None,
+    sent: list[Tensor] | None = None,
 ) -> Tensor:
     """``torch.ops.kvb.gather``, whose gradient for ``values`` is the mean over the processes of a group.
 
-    Every process runs the backward pass, with whatever batch; two collectives. Under ``torch.compile`` this breaks the
-    graph once.
+    Every process runs the backward pass, with whatever batch; two collectives, or one where codes were sent before.
+    Under ``torch.compile`` this breaks the graph once.
 
     Args:
         sparse: the gradient is a coalesced sparse tensor, C and K its sparse axes.
         counted: bool [B, S]; elsewhere the gradient is zero, and nothing is sent. None where all positions count.
+        sent: codes [M, C] of those positions of each process, or ``~code``, that all of them know; None for unknown.
     """
     if not _learns(values):
         return torch.ops.kvb.gather(values, indices, pool, layout)
     apply = _GatherTogether.apply
     apply = torch.compiler.disable(apply) if torch.compiler.is_compiling() else apply
-    return apply(values, indices, pool, layout, sparse, group, counted)
+    return apply(values, indices, pool, layout, sparse, group, counted, sent)

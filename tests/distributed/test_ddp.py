@@ -215,7 +215,7 @@ def test_one_frozen_process_is_an_error_in_all(processes):
     for message in processes(2, _disagreeing, "frozen"):
         assert "do different things: keys learn in 1, hits are counted in 1" in message
     for message in processes(2, _disagreeing, "sparse"):
-        assert "hits are counted in 1, hits are counted, with sparse_grad in 1" in message
+        assert "hits are counted in 1, hits are counted by codes in 1" in message
 
 
 def _absent():

@@ -295,10 +295,31 @@ def test_bytes_of_a_training_step(processes, sizes, world):
     ring, header, size = 2 * (world - 1) / world, 16 * (world - 1), 8 * (world - 1)
     assert found["dense"] == (pytest.approx(ring * (table + counts) + header), 3)
     assert found["codes"] == (pytest.approx((world - 1) * fetched + size), 2)
-    assert found["rows"] == (pytest.approx((world - 1) * (fetched + B * 2 * C) + 2 * size + header), 5)
-    print(f"\n{sizes}, {world} processes: {found}; codes: 1/{found['dense'][0] / found['codes'][0]:.0f}")
+    assert found["rows"] == (pytest.approx((world - 1) * fetched + size + header), 4), "codes once"
+    print(f"\n{sizes}, {world} processes: {found}")
     if K == 4096:
-        assert found["codes"][0] <= found["dense"][0] / 100
+        for kind in ("rows", "codes"):
+            assert found[kind][0] <= found["dense"][0] / 100
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("own_group", [False, True])
+def test_codes_are_sent_once_where_hits_are_counted(processes, sparse, own_group):
+    """Also with dense gradients; and twice where those who count are others than those who share values."""
+    calls = {False: 4, True: 5}[own_group]
+    found = processes(2, _counting, sparse, own_group)
+    assert {each for _, each in found} == {calls}
+    scenarios.same([state for state, _ in found])
+
+
+def _counting(sparse, own_group):
+    torch.manual_seed(2)
+    bottleneck = kvb.KeyValueBottleneck(C, K, D, V, sparse_grad=sparse, topk=2).freeze_keys()
+    sync_values(bottleneck, dist.new_group([0, 1]) if own_group else None)
+    with counting.counted() as sent:
+        bottleneck(data(0, dist.get_rank(), 5 + dist.get_rank()), pool="mean").sum().backward()
+    grad = bottleneck.values.grad
+    return {"grad": grad.to_dense(), **scenarios.state(bottleneck)}, sent.calls
 
 
 def _sent(kind):

@@ -137,3 +137,70 @@ def test_an_unusable_folder_is_refused_before_the_run(tmp_path):
     pytest.importorskip("kvb.experiments.report", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
     with pytest.raises(SystemExit, match="--out must be a folder"):
         __main__.main(["protocol", "--out", str(taken)])
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kvb"]
+
+
+@pytest.mark.parametrize("options", [["--seeds", "3"], ["--seeds", "1", "--ablate", "pairs"]])
+def test_processes_of_torchrun_share_the_seeds(command, tmp_path, options):
+    """The results of one process, written once."""
+    options = [*options, "--scenario", "iid"]
+    one, name = command(*options), "ablation-digits-pairs" if "--ablate" in options else "protocol-digits"
+    together = [*TORCHRUN, "protocol", "--quick", "--out", str(tmp_path / "shared"), *options]
+    done = subprocess.run(together, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Written: ") == 1
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == [
+        f"{name}.{end}" for end in ("json", "md", "png")
+    ]
+    want, found = (json.loads((folder / f"{name}.json").read_text()) for folder in (one, tmp_path / "shared"))
+    assert without_times(found) == without_times(want)
+
+
+def without_times(record):
+    if isinstance(record, dict):
+        return {name: without_times(part) for name, part in record.items() if name not in ("seconds", "versions")}
+    return [without_times(part) for part in record] if isinstance(record, list) else record
+
+
+def test_more_processes_than_seeds(monkeypatch):
+    """A single process takes all; otherwise one that has nothing to do waits for the others."""
+    from kvb.experiments import shares
+
+    assert shares.results(range(3), lambda seed: seed * seed) == [0, 1, 4]
+    given = {}
+    for rank in (2, 1, 0):
+        monkeypatch.setattr(shares, "_launched", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(shares.dist, "init_process_group", lambda *_, **__: None)
+        monkeypatch.setattr(shares.dist, "destroy_process_group", lambda: None)
+
+        def gather(own, found, rank=rank):
+            given[rank] = own
+            if found is not None:
+                found[:] = [given[number] for number in range(3)]
+
+        monkeypatch.setattr(shares.dist, "gather_object", gather)
+        assert shares.results((5, 6), lambda seed: seed + 1) == (None if rank else [6, 7])
+    assert given == {2: [], 1: [7], 0: [6]}
+
+
+def test_kept_features_are_never_seen_half_written(tmp_path, monkeypatch):
+    from kvb.experiments.data import packages
+
+    def computed():
+        return {"features": torch.ones(3)}
+
+    save = torch.save
+
+    def interrupted(state, file):
+        save(state, file)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            packages.cached(tmp_path, "some", computed)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(packages.cached(tmp_path, "some", computed)["features"], torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["some.pt"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvb import files
 from kvb.checkpoints import CheckpointError, read_state
 
 PINS = (
@@ -56,7 +57,8 @@ def cached(folder: Path | None, name: str, compute: Callable[[], dict[str, Tenso
         try:
             return read_state(path)
         except CheckpointError:
-            path.unlink()
+            path.unlink(missing_ok=True)  # by another process, perhaps
     state = compute()
-    torch.save(state, path)
+    with files.replacing(path) as file:  # which others may be about to read
+        torch.save(state, file)
     return state
