@@ -46,5 +46,6 @@ def sync_values(module: _Module, process_group: Group = None) -> _Module:
         own = {**dict(bottleneck.named_buffers(recurse=False)), "values": bottleneck.values}
         collectives.of_the_first([tensor.data for tensor in own.values()], process_group)
         ignored |= {f"{name}.{tensor}" for tensor in own} | {f"{name}.{tensor}".lstrip(".") for tensor in own}
-    _torch.ignore_in_ddp(module, ignored)
+    # ``torch.compile`` hands what is noted here on to its wrapper, in which all names begin so.
+    _torch.ignore_in_ddp(module, ignored | {f"_orig_mod.{name}" for name in ignored})
     return module

@@ -290,7 +290,7 @@ def test_nothing_dangerous_and_nothing_silent(path):
             assert node.type.id not in ("Exception", "BaseException"), f"{path.name}:{node.lineno}"
     for banned in ("pickle.load", "urllib", "requests."):
         assert banned not in source, f"{path.name}: {banned}"
-    assert "os.environ" not in source or path.name == "backends.py"
+    assert "os.environ" not in source or path.name in ("backends.py", "shares.py")  # of users, and of torchrun
 
 
 def test_each_kind_of_line_lives_in_its_room():
