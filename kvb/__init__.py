@@ -8,7 +8,7 @@ from kvb.data import CodeDataset
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
 from kvb.modules.encoders import BottleneckedEncoder
-from kvb.modules.key_learning import KeyReport, dead_code_threshold
+from kvb.modules.key_report import KeyReport, dead_code_threshold
 from kvb.modules.pretrained import (
     CLIPBottleneckedEncoder,
     ConvMixerBottleneckedEncoder,

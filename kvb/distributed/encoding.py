@@ -223,7 +223,7 @@ class _Work:
             work.done = torch.tensor([work._is_done(block) for block in range(plan.blocks)], dtype=torch.uint8)
             return work
         if known:
-            warnings.warn(f"{str(target)!r} is encoded anew: what was begun has other keys or data", stacklevel=4)
+            warnings.warn(f"{str(target)!r} is encoded again: what was begun has other keys or data", stacklevel=4)
         for file, size in ((numbers, plan.size), (progress, records)):
             file.truncate(0)
             file.truncate(size)

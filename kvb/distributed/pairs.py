@@ -11,7 +11,7 @@ from kvb.distributed.sharding import Sharded
 from kvb.functional import Pool
 from kvb.modules import positions
 from kvb.modules.bottleneck import KeyValueBottleneck
-from kvb.modules.key_learning import KeyReport
+from kvb.modules.key_report import KeyReport
 from kvb.modules.streams import Stream
 from kvb.reference.search import lowest_unused
 

@@ -94,7 +94,7 @@ class Sharded(KeyValueBottleneck):
         """The sum of a number over the parts of the table."""
         return collectives.total((number,), self._layout.shards)[0]
 
-    # --- beginning anew -----------------------------------------------------------------------------------------------
+    # --- a new start --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

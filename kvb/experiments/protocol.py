@@ -34,7 +34,8 @@ from kvb.experiments.class_incremental import (
 from kvb.experiments.heads import BottleneckHead, Budget, CodesHead, CountingHead, Head, NearestPairsHead
 from kvb.experiments.seeding import seeded
 from kvb.modules.bottleneck import KeyValueBottleneck
-from kvb.modules.key_learning import KeyReport, Method, dead_code_threshold
+from kvb.modules.key_learning import Method
+from kvb.modules.key_report import KeyReport, dead_code_threshold
 from kvb.splitters import RandomProjection
 
 ON_CLASSIFIER: dict[str, type[CountingHead] | type[NearestPairsHead]] = {  # on the codes of ``KeyValueClassifier``

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvb import collectives, items, validation
 from kvb.data import CodeDataset, encode
 from kvb.modules import key_learning
+from kvb.modules.key_report import KeyReport
 from kvb.modules.streams import Part, Stream, cut
 
 
@@ -63,7 +64,7 @@ class ReadsData:
         generator: torch.Generator | None = None,
         progress: bool = True,
         sync: bool = True,
-    ) -> key_learning.KeyReport:
+    ) -> KeyReport:
         """Initialise the keys from unlabelled data, then let them learn for ``epochs`` passes of moving averages.
 
         "random" keeps the keys (standard normal, if there are none yet); "sample" takes random rows; "kmeans" and
@@ -101,7 +102,7 @@ class ReadsData:
             data, cut=self._cut, inputs_extractor=inputs_extractor, mask=mask, mask_extractor=mask_extractor
         )
         stream = self._stream(*taken, passes, progress, bottleneck._processes() if sync else False)
-        report: key_learning.KeyReport = bottleneck._initialise(stream, method, epochs, generator)
+        report: KeyReport = bottleneck._initialise(stream, method, epochs, generator)
         bottleneck._warn_of(report)
         return report
 

@@ -15,6 +15,7 @@ from kvb._torch import constant_when_compiled
 from kvb.functional import Pool
 from kvb.modules import key_learning
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.key_report import KeyReport
 from kvb.modules.tables import ValuesStart
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
@@ -125,7 +126,7 @@ class BottleneckedEncoder(BottleneckWrapper):
         self.transforms: Callable[[Any], Any] | None = None  # what makes the encoder's input of an image
         self.activate_pre_transform = False  # whether forward applies it
         self.frozen_encoder = self.frozen_splitter = False
-        self.key_report: key_learning.KeyReport | None = None  # of the last ``initialize_keys``
+        self.key_report: KeyReport | None = None  # of the last ``initialize_keys``
         self.encoder = encoder.eval()
         self.splitter = self._init_splitter()
         self.bottleneck = self._init_bottleneck()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvb import collectives
 from kvb.collectives import Group, Members
-from kvb.modules import key_learning, recomputation
+from kvb.modules import key_learning, key_report, recomputation
+from kvb.modules.key_report import KeyReport
 from kvb.modules.modes import Modes
 from kvb.modules.streams import Stream
 
@@ -151,7 +152,7 @@ class LearnsKeys(Modes):
     @torch.no_grad()
     def _initialise(
         self, stream: Stream, method: key_learning.Method, epochs: int, generator: torch.Generator | None
-    ) -> key_learning.KeyReport:
+    ) -> KeyReport:
         """``init_keys`` on copies, which become the state when all went well."""
         keys, keys_avg, cluster_size = (part.clone() for part in self._moving())
         moving = keys, keys_avg, cluster_size
@@ -169,9 +170,9 @@ class LearnsKeys(Modes):
         self._commit(*moving)
         return report
 
-    def _warn_of(self, report: key_learning.KeyReport) -> None:
+    def _warn_of(self, report: KeyReport) -> None:
         """Say once that keys are of no use; called by ``init_keys``."""
-        message = key_learning.concern(report, self._taken_quietly("cluster_size"))
+        message = key_report.concern(report, self._taken_quietly("cluster_size"))
         if message is not None and not self._warned_of_keys:
             self._warned_of_keys = True
             warnings.warn(message, stacklevel=3)

@@ -92,11 +92,11 @@ def test_a_run_that_failed_goes_on(processes, tmp_path, world):
 
 
 def test_what_does_not_belong_together_is_not_mixed(processes, tmp_path):
-    """Other keys, other batches, damaged numbers: read anew, all of it or that block."""
+    """Other keys, other batches, damaged numbers: read again, all of it or that block."""
     path = tmp_path / "codes.npy"
     one = by_one(tmp_path / "one.npy")
     processes(2, _encoded, path, "data set", 49, True, 7, 0.0)
-    with pytest.warns(UserWarning, match="encoded anew: what was begun has other keys or data"):
+    with pytest.warns(UserWarning, match="encoded again: what was begun has other keys or data"):
         encode_dataset(bottleneck(), Samples(), path, batch_size=7, progress=False)
     assert path.read_bytes() == one
     path.unlink()

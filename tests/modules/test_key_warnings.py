@@ -99,4 +99,4 @@ def test_a_pair_with_an_equal_share_lives_and_one_with_a_tenth_of_it_dies():
     module(torch.tensor([-1.0] * 10 + [1.0] * 10).view(20, 1, 1))
     assert module.cluster_size.tolist() == [[10, 10]]
     module(torch.tensor([-1.0] * 19 + [1.0]).view(20, 1, 1))
-    assert module.cluster_size.tolist() == [[19, 5]]  # the second began anew, at the threshold
+    assert module.cluster_size.tolist() == [[19, 5]]  # the second began again, at the threshold

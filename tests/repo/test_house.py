@@ -67,6 +67,7 @@ FLOORS = {
     "modules.recomputation": 0,
     "modules.streams": 1,
     "modules.samples": 1,
+    "modules.key_report": 1,
     "validation": 0,
     "reference": 0,
     "reference.search": -1,
