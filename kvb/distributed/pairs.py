@@ -14,6 +14,7 @@ from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.key_report import KeyReport
 from kvb.modules.streams import Stream
 from kvb.reference.search import lowest_unused
+from kvb.reference.statistics import moved_keys, pair_step
 
 AT_ONCE = 1024  # candidates that are compared with one another
 
@@ -176,12 +177,21 @@ class ByPairs(Sharded):
         hits, sums = (part[:, :k] for part in torch.ops.kvb.accumulate(queries, bins, k + 1))
         keys, keys_avg, cluster_size = self._moving()
         hits, sums = collectives.total((hits.to(keys.dtype), sums.to(keys.dtype)), self._layout.data)
-        keep = hits.new_full((), self.decay).masked_fill_(self._total(hits.sum()) == 0, 1.0)
-        cluster_size.copy_(torch.lerp(hits, cluster_size, keep))
-        keys_avg.copy_(torch.lerp(sums, keys_avg, keep))
-        total = self._total(cluster_size.sum(-1, keepdim=True))
-        smoothed = (cluster_size + self.eps) / (total + self.key_value_pairs_per_codebook * self.eps) * total
-        keys.copy_(torch.where((hits > 0)[..., None], keys_avg / smoothed[..., None], keys))
+        step = pair_step(
+            cluster_size,
+            hits,
+            spare=None,
+            usable=None,
+            decay=self.decay,
+            eps=self.eps,
+            threshold=0.0,
+            start=1.0,
+            rescale_all=False,
+            whole=self._total,
+        )
+        moved, average = moved_keys(step, keys, keys_avg, sums)
+        for part, new in ((keys, moved), (keys_avg, average), (cluster_size, step.size)):
+            part.copy_(new)
         self._packed.forget()
 
     def _initialise(self, stream: Stream, method: str, epochs: int, generator: torch.Generator | None) -> KeyReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -75,13 +76,18 @@ def pair_step(
     threshold: float,
     start: float,
     rescale_all: bool,
+    whole: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> PairStep:
-    """The part of ``update_keys_`` without the keys: arguments as there, cluster sizes in the dtype of the hits."""
-    keep = hits.new_full((), decay).masked_fill_(~hits.any(), 1.0)
+    """The part of ``update_keys_`` without the keys: arguments as there, cluster sizes in the dtype of the hits.
+
+    Where these are a part of the pairs of each codebook, ``whole`` adds up sums over the parts.
+    """
+    hit = whole(hits.sum()) > 0
+    keep = hits.new_full((), decay).masked_fill_(~hit, 1.0)
     size = torch.lerp(hits, cluster_size, keep)
-    total = size.sum(-1, keepdim=True)
-    smoothed = (size + eps) / (total + size.shape[-1] * eps) * total
-    moving = hits.any().expand_as(hits) if rescale_all else hits > 0
+    total = whole(size.sum(-1, keepdim=True))
+    smoothed = (size + eps) / (total + whole(hits.new_tensor(size.shape[-1])) * eps) * total
+    moving = hit.expand_as(hits) if rescale_all else hits > 0
     places = None
     if spare is not None and usable is not None:
         dead = (size < threshold) & (usable > 0)[:, None]
@@ -89,6 +95,12 @@ def pair_step(
         places = torch.where(dead, taken, -1)
         size = torch.where(dead, start, size)
     return PairStep(keep, size, smoothed, moving, places)
+
+
+def moved_keys(step: PairStep, keys: Tensor, keys_avg: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and the averages [C, K, D] after a step, dead pairs aside."""
+    average = torch.lerp(sums, keys_avg, step.keep)
+    return torch.where(step.moving[..., None], average / step.smoothed[..., None], keys), average
 
 
 def update_keys_(
@@ -117,8 +129,7 @@ def update_keys_(
     """
     exact = require_statistics(keys, keys_avg, cluster_size, hits, sums, spare, usable)
     step = pair_step(cluster_size.to(exact), hits, spare, usable, decay, eps, threshold, start, rescale_all)
-    average = torch.lerp(sums, keys_avg.to(exact), step.keep)
-    moved = torch.where(step.moving[..., None], average / step.smoothed[..., None], keys.to(exact))
+    moved, average = moved_keys(step, keys.to(exact), keys_avg.to(exact), sums)
     if spare is not None and step.places is not None:
         dead = (step.places >= 0)[..., None]
         fresh = spare.gather(1, step.places.clamp(min=0)[..., None].expand_as(keys)).to(exact)

@@ -64,15 +64,15 @@ SELECTION = [
     ("nearest", Case("norms in one row", B=20, S=1, C=1, K=300, D=8, data="outliers")),
     ("nearest", Case("scan", B=4, S=1, K=60, D=14, T=3, dtype=torch.float16, data="duplicates")),
     ("nearest", Case("scan of float64", B=4, S=1, K=40, D=6, dtype=torch.float64)),
-    ("nearest", Case("merge", B=1, S=1, C=1, K=2100, D=10, data="bad keys")),
+    ("nearest", Case("merge", B=1, S=1, C=1, K=2100, D=10, data="broken_keys")),
     ("gather", Case("gather", B=7, V=20, codes=torch.int16, memory="codebooks_second")),
     ("gather_backward", Case("two slices of one-hot products", B=24, V=20, memory="expanded")),
     ("gather_backward", Case("large", B=9, K=300, V=5)),
     ("gather_backward_rows", Case("rows", B=9, K=300, V=20)),
     ("sgd_step_", Case("step", B=9, K=300, V=20)),
     ("update_keys_", Case("update", B=9, K=70, D=14)),
-    ("accumulate", Case("accumulate", B=9, K=70, D=14, data="bad queries")),
-    ("count", Case("count", B=9, K=70, D=14, data="bad queries")),
+    ("accumulate", Case("accumulate", B=9, K=70, D=14, data="broken_queries")),
+    ("count", Case("count", B=9, K=70, D=14, data="broken_queries")),
     ("lookup", Case("lookup of few", B=1, S=2, K=40, V=70)),
 ]
 
