@@ -9,17 +9,12 @@ import zipfile
 
 import pytest
 import torch
+from saved_models import FORMATS, safetensors, with_safetensors
 from torch import nn
 
 import kvb
 from kvb import CheckpointError, checkpoints
 
-try:
-    import safetensors.torch as safetensors
-except ModuleNotFoundError:
-    safetensors = None
-with_safetensors = pytest.mark.skipif(safetensors is None, reason="safetensors is not installed")
-FORMATS = ["file.pt", pytest.param("file.safetensors", marks=with_safetensors)]
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64]
 DTYPES += [torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32]
 DTYPES += [torch.float64, torch.complex64]

@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 import torch
+from saved_models import safetensors, snapshot, with_safetensors
 from torch import nn
 
 import kvb
@@ -17,11 +18,6 @@ from kvb import CheckpointError, CodeDataset, KeyValueBottleneck
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about what it finds
 
-try:
-    import safetensors.torch as safetensors
-except ModuleNotFoundError:
-    safetensors = None
-with_safetensors = pytest.mark.skipif(safetensors is None, reason="safetensors is not installed")
 KINDS = ["kvb.pt", "plain.pt", *(pytest.param(f"{k}.safetensors", marks=with_safetensors) for k in ("kvb", "plain"))]
 ROUNDS = [300, pytest.param(10_000, marks=pytest.mark.slow)]
 
@@ -71,10 +67,6 @@ BENDS = (cut, longer, flipped, flipped, noisy, swapped, moved)
 
 def make():
     return nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), KeyValueBottleneck(2, 9, 3, 4))
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def same(state, other):
