@@ -316,7 +316,7 @@ class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
         elif self.sparse_grad:
             fetched = ops.gather_row_grad(table, indices, pool, "bcsv", counted)
         else:
-            fetched = torch.ops.kvb.gather(table, indices, pool, "bcsv")
+            fetched = ops.gather(table, indices, pool, "bcsv")
         return positions.cleared(fetched, counted, axis=2 if pool == "none" else 1)
 
     def _fetch_values(

@@ -22,7 +22,7 @@ Shapes:
 
 from kvb.ops import batching, gradients
 from kvb.ops.backends import CPU_CAPABILITIES, absent, backend
-from kvb.ops.gradients import gather_row_grad, lookup
+from kvb.ops.gradients import gather, gather_row_grad, lookup
 from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, operators
 from kvb.ops.together import gather_together
 
@@ -34,6 +34,7 @@ __all__ = [
     "absent",
     "backend",
     "batching",
+    "gather",
     "gather_row_grad",
     "gather_together",
     "gradients",

@@ -5,6 +5,7 @@ Values learn; queries learn through the distance to the key that was chosen; key
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -322,16 +323,6 @@ class _Lookup(torch.autograd.Function):
             return torch.ops.kvb.gather(tangents[3], *ctx.saved_tensors, ctx.pool, "bscv"), None
 
 
-def lookup(
-    queries: Tensor, keys: Tensor, packed: Tensor, values: Tensor, mask: Tensor | None, pool: str
-) -> tuple[Tensor, Tensor]:
-    """``torch.ops.kvb.lookup``, past the Python at its Autograd key where no value learns: a sixth of a small call."""
-    arguments = queries, keys, packed, values, mask, pool
-    if torch.compiler.is_compiling() or _learns(values) or tangents_possible():
-        return torch.ops.kvb.lookup.default(*arguments)
-    return _below_autograd(torch.ops.kvb.lookup.default, *arguments)
-
-
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +350,23 @@ _differentiate("gather_backward", _GatherBackward, learns=0)
 _differentiate("gather_backward_rows", _GatherBackwardRows, learns=0)
 _differentiate("accumulate", _Accumulate, learns=0)
 _differentiate("lookup", _Lookup, learns=3)
+
+
+def _directly(name: str, function: type[torch.autograd.Function], learns: int) -> Callable[..., Any]:
+    """``torch.ops.kvb.<name>``, past the way to the Python at its Autograd key: a sixth of a small call."""
+    operator = getattr(torch.ops.kvb, name).default
+    record = record_of(function)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or tangents_possible():
+            return operator(*args)
+        return record(*args) if _learns(args[learns]) else _below_autograd(operator, *args)
+
+    return call
+
+
+gather = _directly("gather", _Gather, learns=0)
+lookup = _directly("lookup", _Lookup, learns=3)
 
 
 def _keep_books(name: str, written: int) -> None:
