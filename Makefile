@@ -51,6 +51,8 @@ ON_TRITON := TRITON_INTERPRET=1 KVB_CPU_CAPABILITY=triton KVB_EXPECT_BACKEND=tri
 ON_LINUX := $(filter Linux,$(shell uname -s))
 PYTEST_ON_TRITON := $(if $(ON_LINUX),$(ON_TRITON) $(BIN)/pytest -q,echo "No Triton here; not run:")
 
+OF_KERNELS := tests/kernels tests/emulator
+
 # The kernels run next to the rest: their interpreter keeps one core busy for minutes.
 test: lint ## run the linters, the tests, and those of the contract once more on plain PyTorch and on the GPU kernels
 	@$(PYTEST_ON_TRITON) -p no:cacheprovider -m "contract and not slow" & triton=$$!; \
@@ -58,10 +60,13 @@ test: lint ## run the linters, the tests, and those of the contract once more on
 		&& $(ON_TORCH) $(BIN)/pytest -q -m "(contract or fallback) and not slow"; status=$$?; \
 	wait $$triton || status=1; exit $$status
 
+# The kernels' slow tests run next to the rest: each keeps one core busy for an hour.
 test-all: test data-mnist sanitize triton-versions ## the same, then sanitizers, other versions of Triton and the slow tests
-	@$(ON_CPP) $(BIN)/pytest -q -m slow -s
-	@$(ON_TORCH) $(BIN)/pytest -q -m slow -s
-	@$(PYTEST_ON_TRITON) -m "contract and slow" -s
+	@$(ON_CPP) $(BIN)/pytest -q -p no:cacheprovider -m slow -s $(OF_KERNELS) & kernels=$$!; \
+	$(ON_CPP) $(BIN)/pytest -q -m slow -s $(addprefix --ignore=,$(OF_KERNELS)) \
+		&& $(ON_TORCH) $(BIN)/pytest -q -m "(contract or fallback) and slow" -s \
+		&& $(PYTEST_ON_TRITON) -m "contract and slow" -s; status=$$?; \
+	wait $$kernels || status=1; exit $$status
 
 # $(call sanitized,KVB_SANITIZE,folder,libraries to load first,settings,tests): a build of its own, tested.
 define sanitized
@@ -81,10 +86,10 @@ define on_triton
 	@echo "Installing triton $1 in build/triton-$1"
 	@rm -rf build/triton-$1
 	@$(PIP) install -q --no-deps --target build/triton-$1 'triton==$1' $2
-	@PYTHONPATH=$(abspath build/triton-$1) $(ON_TRITON) \
-		$(BIN)/pytest -q -p no:cacheprovider -m "interpreted and not slow"
-	@PYTHONPATH=$(abspath build/triton-$1) $(ON_CPP) \
-		$(BIN)/pytest -q -p no:cacheprovider -m "compiled and not slow"
+	@export PYTHONPATH=$(abspath build/triton-$1); \
+	$(ON_TRITON) $(BIN)/pytest -q -p no:cacheprovider -m "interpreted and not slow" & interpreted=$$!; \
+	$(ON_CPP) $(BIN)/pytest -q -p no:cacheprovider -m "compiled and not slow"; status=$$?; \
+	wait $$interpreted || status=1; exit $$status
 endef
 
 # The interpreter of 3.6.0 takes arrays for integers, which NumPy 2.4 refuses.
