@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvb demo``, ``protocol``, ``unlearn``, ``bench``, ``check`` and ``info``."""
+"""The command line: ``kvb demo``, ``protocol``, ``unlearn``, ``bench``, ``check``, ``info``; or ``python -m kvb``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def _add_protocol(commands: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kvb", description=kvb.__doc__)
+    called = "python -m kvb" if Path(sys.argv[0]).name == "__main__.py" else "kvb"
+    parser = argparse.ArgumentParser(prog=called, description=kvb.__doc__)
+    parser.add_argument("--version", action="version", version=f"kvb {kvb.__version__}")
     names = "{demo,protocol,unlearn,bench,check,info}"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     demo = commands.add_parser(

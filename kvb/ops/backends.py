@@ -16,6 +16,7 @@ from torch import Tensor
 from kvb import reference
 from kvb._torch import has_kernel
 
+_CHOSEN = "KVB_CPU_CAPABILITY=torch"
 CPU_CAPABILITIES = ("torch", "triton", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
 
 
@@ -38,7 +39,7 @@ def _find_on_cpu() -> tuple[str, str]:
     if wish is not None and wish not in CPU_CAPABILITIES:
         raise ValueError(f"KVB_CPU_CAPABILITY={wish!r}: allowed values are {', '.join(CPU_CAPABILITIES)}")
     if wish == "torch":
-        return "torch", "KVB_CPU_CAPABILITY=torch"
+        return "torch", _CHOSEN
     if wish == "triton":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("KVB_CPU_CAPABILITY=triton runs the GPU's kernels interpreted: set TRITON_INTERPRET=1 too")
@@ -52,7 +53,6 @@ def _find_on_cpu() -> tuple[str, str]:
             "the C++ extension was not built: pip install --no-build-isolation . in an environment with g++ and torch"
         )
     except ImportError as error:
-        warnings.warn(f"the C++ extension of kvb cannot be loaded, plain PyTorch runs instead: {error}", stacklevel=2)
         return "torch", f"the C++ extension cannot be loaded: {error}"
     return "cpp", ""
 
@@ -69,6 +69,13 @@ def _find_on_cuda() -> tuple[str, str]:
 _backends = {"cpu": _find_on_cpu(), "cuda": _find_on_cuda()}
 # Why a device type has no fast backend; empty where it has one.
 absent = {device: why for device, (_, why) in _backends.items()}
+
+
+@functools.cache
+def warn_where_slow(device: str) -> None:
+    """Say once what a device type lacks for a fast backend; not to those who chose plain PyTorch."""
+    if (why := absent.get(device, "")) and why != _CHOSEN:
+        warnings.warn(f"kvb runs in plain PyTorch on {device}, many times slower than it can: {why}", stacklevel=2)
 
 
 def backend(device: str) -> str:

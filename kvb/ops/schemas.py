@@ -23,6 +23,7 @@ def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(operator)
     def run(first: Tensor, *rest: Any) -> Any:
+        backends.warn_where_slow(first.device.type)
         if not torch.is_autocast_enabled(first.device.type):
             return operator(first, *rest)
         with torch.autocast(first.device.type, enabled=False):

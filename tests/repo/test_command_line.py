@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import kvb
 from kvb import __main__ as command_line
 
 
@@ -41,6 +42,20 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(command_line, "_info", stopping(FileNotFoundError(errno.ENOENT, "No such file")))
     with pytest.raises(FileNotFoundError):
         command_line.main(["info"])
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["--version"])
+    assert capsys.readouterr().out == f"kvb {kvb.__version__}\n"
+
+
+@pytest.mark.parametrize(("called", "name"), [("/bin/kvb", "kvb"), ("/site/kvb/__main__.py", "python -m kvb")])
+def test_usage_names_the_command_as_it_was_called(called, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [called])
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["no-such-command"])
+    assert f"usage: {name} " in capsys.readouterr().err
 
 
 def run(stdout):

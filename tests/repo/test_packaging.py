@@ -1,5 +1,6 @@
 """The package as users get it: the contents of a wheel, the switches of a build, the kernels."""
 
+import email
 import os
 import re
 import shutil
@@ -35,9 +36,9 @@ def tracked_files():
 def tree(tmp_path_factory):
     """A copy of what a build reads, without C++ sources, and with one module among the kernels."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"):
         shutil.copy(ROOT / name, tree)
-    for name in ("kvb", "kernels"):
+    for name in ("kvb", "kernels", "docs", "examples"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
     (tree / "kernels" / "probe.py").touch()
@@ -266,6 +267,8 @@ def test_sdist_holds_the_kernels_and_the_sources(sources, tmp_path):
         names = {name.partition("/")[2] for name in tar.getnames()}
     assert {"kvb/kernels/README.md", "kvb/kernels/probe.py"} <= names
     assert {"csrc/library.cpp", "csrc/common.h", "csrc/search/search.cpp", "csrc/search/impl.inc"} <= names
+    assert {"docs/guide.md", "Makefile", "CHANGELOG.md"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
 @pytest.fixture
@@ -314,6 +317,17 @@ def test_a_checkout_without_symbolic_links_says_what_to_do(without_link):
     (without_link / "kvb" / "kernels").unlink()
     shutil.copytree(without_link / "kernels", without_link / "kvb" / "kernels")
     assert run(sys.executable, "-c", alone, cwd=without_link, **environ).returncode == 0
+
+
+def test_metadata(wheel):
+    """What a package index shows, and the command that an installation brings."""
+    contents = zipfile.ZipFile(wheel)
+    info = next(name.partition("/")[0] for name in contents.namelist() if ".dist-info/" in name)
+    facts = email.message_from_bytes(contents.read(f"{info}/METADATA"))
+    assert facts["Author"] == "kvb contributors"
+    assert "Typing :: Typed" in facts.get_all("Classifier")
+    assert {link.partition(",")[0] for link in facts.get_all("Project-URL")} >= {"Source", "Issues", "Changelog"}
+    assert "kvb = kvb.__main__:main" in contents.read(f"{info}/entry_points.txt").decode()
 
 
 def test_version_stands_in_one_file(wheel):
