@@ -2,9 +2,10 @@
 
 from kvb import compat, counting, decoders, functional, optim, splitters, training, unlearning
 from kvb.about import __version__, info
-from kvb.checkpoints import CheckpointError, load, save
+from kvb.checkpoints import CheckpointError, save
 from kvb.classifier import KeyValueClassifier
 from kvb.data import CodeDataset
+from kvb.loading import load
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
 from kvb.modules.encoders import BottleneckedEncoder

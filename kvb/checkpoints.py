@@ -83,23 +83,14 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
-    """Load a file into the module, all or nothing; returns the module.
-
-    Reads files of ``save`` and plain state_dicts of others, in both formats, whatever the file's name. Never runs code
-    in a file. Names and shapes must match the module's (as ``strict=True``); the tensors take its dtypes and
-    devices.
-
-    Raises:
-        CheckpointError: the file is damaged, is no checkpoint, is of another version, or does not fit the module; the
-        module is as it was. TypeError: no module. OSError: the file cannot be read.
-    """
+    """``kvb.load`` of a file into a module; its documentation is there."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"load(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")
     state, own = read_state(path), module.state_dict()
     if problems := _misfits(own, state):
         shown = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
         raise CheckpointError(f"{path} does not fit {type(module).__name__}:\n\t" + "\n\t".join(shown))
-    adopts = _adopts(module)
+    adopts = can_adopt(module)
     try:
         with all_or_nothing(module, copies=not adopts) as former:
             state = _apart(state, own, copies=not adopts)
@@ -347,7 +338,7 @@ def _apart(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, copies: bo
     return apart
 
 
-def _adopts(module: nn.Module) -> bool:
+def can_adopt(module: nn.Module) -> bool:
     """Whether nothing but code of PyTorch and kvb loads this module, and leaves its tensors alone with ``assign``."""
 
     def foreign(part: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from kvb.collectives import Group
 from kvb.functional import Pool
 from kvb.modules import fully_sharded, key_learning, positions, recomputation
 from kvb.modules.datasets import ReadsData
+from kvb.modules.hub import OnHub
 from kvb.modules.learning import LearnsKeys
 from kvb.modules.streams import Part
 from kvb.modules.tables import VALUES_STARTS, Tables, ValuesStart, start_
@@ -33,7 +34,7 @@ class BottleneckOutput(NamedTuple):
 register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
 
 
-class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
+class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
     """C codebooks of K key-value pairs: every head of the input fetches the value of its nearest key.
 
     Equivalent to, per codebook c: ``i = ((x[:, c, ..., None, :] - keys[c])**2).sum(-1).argmin(-1); values[c, i]``,
@@ -130,6 +131,19 @@ class KeyValueBottleneck(ReadsData, LearnsKeys, Tables):
     def dim_values(self) -> int:
         """V: the size of the tensor, which may be replaced."""
         return self.values.shape[2]
+
+    def _facts(self) -> dict[str, str]:
+        sizes = f"{self.num_codebooks} codebooks of {self.key_value_pairs_per_codebook} pairs"
+        facts = {"sizes": f"{sizes}, keys of {self.dim_keys} and values of {self.dim_values} numbers"}
+        if not self.keys_initialised:
+            return facts | {"keys": "wait for data"}
+        perplexity = self.perplexity()
+        used = (self.usage() > 0).float().mean()
+        return facts | {
+            "keys": "frozen" if self.keys_frozen else "learning",
+            "pairs in use": f"{used:.1%}",
+            "perplexity of a codebook": f"{perplexity.mean():.1f} ({perplexity.min():.1f} to {perplexity.max():.1f})",
+        }
 
     # --- lookup -------------------------------------------------------------------------------------------------------
 

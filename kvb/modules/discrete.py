@@ -127,6 +127,9 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
         self.bottleneck = KeyValueBottleneck(C, config.num_memories, D, V, **config.bottleneck_options())
         self.train()
 
+    def _arguments(self) -> dict[str, Any]:
+        return {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+
     @property
     def rand_proj(self) -> Tensor:
         """[C, dim_embed, D], ``splitter.rand_proj``."""

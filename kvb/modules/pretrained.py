@@ -46,6 +46,7 @@ class PretrainedEncoder(BottleneckedEncoder):
     """
 
     BACKBONES: ClassVar[Mapping[str, backbones.Backbone]]
+    _more_options = KvbOptions.__optional_keys__
 
     def __init__(
         self,

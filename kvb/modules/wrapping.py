@@ -14,6 +14,7 @@ from kvb.functional import Pool
 from kvb.modules import fully_sharded, key_learning, positions
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.datasets import ReadsData
+from kvb.modules.hub import OnHub
 from kvb.modules.streams import Part, cut
 from kvb.modules.tables import ValuesStart
 
@@ -42,7 +43,7 @@ class BottleneckOptions(KvbOptions, total=False):
     topk: int
 
 
-class BottleneckWrapper(ReadsData, nn.Module):
+class BottleneckWrapper(OnHub, ReadsData, nn.Module):
     """An encoder (or None), a splitter and a bottleneck. A subclass says how they are built, and what goes in and out.
 
     Its inputs are whatever the encoder takes, the features themselves where there is none. Everything that is not
@@ -260,6 +261,9 @@ class BottleneckWrapper(ReadsData, nn.Module):
 
     def perplexity(self) -> Tensor:
         return self.bottleneck.perplexity()
+
+    def _facts(self) -> dict[str, str]:
+        return self.bottleneck._facts()
 
     # --- growing ------------------------------------------------------------------------------------------------------
 
