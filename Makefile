@@ -21,7 +21,7 @@ SETUP := $(VENV)/.kvb-$(shell echo '$(TORCH) $(TORCH_INDEX) $(KVB_BUILD_EXT)' | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo protocol bench data-mnist data-20ng test test-all sanitize triton-versions lint clean
+.PHONY: help demo protocol bench data-mnist data-20ng test test-all sanitize triton-versions integrations lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -61,7 +61,7 @@ test: lint ## run the linters, the tests, and those of the contract once more on
 	wait $$triton || status=1; exit $$status
 
 # The kernels' slow tests run next to the rest: each keeps one core busy for an hour.
-test-all: test data-mnist sanitize triton-versions ## the same, then sanitizers, other versions of Triton and the slow tests
+test-all: test data-mnist sanitize triton-versions integrations ## the same, then sanitizers, other versions and packages, and the slow tests
 	@$(ON_CPP) $(BIN)/pytest -q -p no:cacheprovider -m slow -s $(OF_KERNELS) & kernels=$$!; \
 	$(ON_CPP) $(BIN)/pytest -q -m slow -s $(addprefix --ignore=,$(OF_KERNELS)) \
 		&& $(ON_TORCH) $(BIN)/pytest -q -m "(contract or fallback) and slow" -s \
@@ -97,6 +97,9 @@ triton-versions: $(VENV)/.kvb-test ## test the kernels on the oldest and the new
 	$(call on_triton,3.6.0,'numpy<2.4')
 	$(call on_triton,3.9.0)
 
+integrations: $(VENV)/.kvb-integrations ## test kvb with the packages that its users use it with
+	@$(ON_CPP) $(BIN)/pytest -q -rs -m integrations tests/integrations
+
 lint: $(VENV)/.kvb-test ## check style, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -128,6 +131,11 @@ $(SETUP):
 $(VENV)/.kvb-bench: $(VENV)/.kvb-test
 	@echo "Installing kvb[bench]"
 	@KVB_BUILD_EXT=$(EXT_test) $(PIP) install -q --no-build-isolation -e '.[bench]'
+	@touch $@
+
+$(VENV)/.kvb-integrations: $(VENV)/.kvb-test
+	@echo "Installing kvb[integrations]"
+	@KVB_BUILD_EXT=$(EXT_test) $(PIP) install -q --no-build-isolation -e '.[integrations]'
 	@touch $@
 
 # Both share one kvb: installing for the demo, with or without an extension, means installing again for the tests.

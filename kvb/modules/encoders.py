@@ -14,6 +14,7 @@ from kvb import checkpoints, splitters, validation
 from kvb._torch import constant_when_compiled
 from kvb.functional import Pool
 from kvb.modules import key_learning
+from kvb.modules.adapters import FromLibraries
 from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
 from kvb.modules.key_report import KeyReport
 from kvb.modules.tables import ValuesStart
@@ -26,7 +27,7 @@ _OF_THE_BOTTLENECK = (  # arguments that go to it unchanged
 _Self = TypeVar("_Self", bound="BottleneckedEncoder")
 
 
-class BottleneckedEncoder(BottleneckWrapper):
+class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
     """An encoder whose features are split over C codebooks and replaced by the values of their nearest keys.
 
     Equivalent to ``bottleneck(splitter(encoder(x)))``, with channels moved last before the splitter, and back at the
@@ -146,7 +147,7 @@ class BottleneckedEncoder(BottleneckWrapper):
 
     def forward(
         self,
-        x: Any,
+        x: Any = None,
         *,
         mask: Tensor | None = None,
         pool: Pool | None = None,
@@ -156,7 +157,8 @@ class BottleneckedEncoder(BottleneckWrapper):
         """x, as the encoder wants it, -> values, or a ``BottleneckOutput``; shapes as above, contiguous.
 
         Args:
-            x: the encoder's first argument; a mapping (of a tokenizer, say) is given as its keyword arguments.
+            x: the encoder's first argument; a mapping (of a tokenizer, say) is given as its keyword arguments, and so
+                is ``**batch``.
             mask: bool [B, *spatial], True where a position counts; see ``KeyValueBottleneck.forward``. By default the
                 ``attention_mask`` of x or of encoder_options, unless the features are one embedding [B, d] per sample.
             pool: "mean" or "sum" over codebooks: values [B, *spatial, V], channel-first [B, V, *spatial].
@@ -167,6 +169,8 @@ class BottleneckedEncoder(BottleneckWrapper):
             shape does not fit, or that of a mask does not fit theirs. RuntimeError: keys that still wait for data in
             eval mode.
         """
+        if x is None:
+            x, encoder_options = encoder_options, {}
         own = self.bottleneck
         values_only = own.return_values_only if return_values_only is None else return_values_only
         with torch.set_grad_enabled(torch.is_grad_enabled() and not values_only):

@@ -44,6 +44,7 @@ FLOORS = {
     "functional": 3,
     "modules.state": 3,
     "modules.hub": 3,
+    "modules.adapters": 1,
     "about": 2,
     "modules.packed_keys": 2,
     "modules.positions": 1,
