@@ -1,4 +1,4 @@
-"""Models of timm around a bottleneck: transformers and convolutional networks, pooled and not; nothing is downloaded."""
+"""Models of timm around a bottleneck: transformers and convolutional networks, pooled and not."""
 
 import pytest
 import torch
