@@ -18,6 +18,7 @@ FLOORS = {
     "compat": 10,
     "distributed": 10,
     "loading": 10,
+    "integrations": 10,
     "modules.pretrained": 9,
     "distributed.steps": 3,
     "modules.discrete": 8,
