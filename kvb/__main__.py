@@ -1,4 +1,4 @@
-"""The command line: ``kvb demo``, ``protocol``, ``unlearn``, ``bench``, ``check``, ``info``; or ``python -m kvb``."""
+"""The command line: ``kvb demo``, ``protocol``, ``unlearn``, ``report``, ``bench``, ``check`` and ``info``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     called = "python -m kvb" if Path(sys.argv[0]).name == "__main__.py" else "kvb"
     parser = argparse.ArgumentParser(prog=called, description=kvb.__doc__)
     parser.add_argument("--version", action="version", version=f"kvb {kvb.__version__}")
-    names = "{demo,protocol,unlearn,bench,check,info}"
+    names = "{demo,protocol,unlearn,report,bench,check,info}"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     demo = commands.add_parser(
         "demo", help="learn real data a few classes at a time: the bottleneck against a linear and an MLP head"
@@ -91,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
     unlearn.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
+    report = commands.add_parser("report", help="write a page about the bottleneck in a file: sizes, usage, pictures")
+    report.add_argument("file", type=Path, help="of kvb.save, or a folder of save_pretrained")
+    report.add_argument("--data", type=Path, metavar="CODES", help="count these codes, a .npy of encode_dataset")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="HTML", help="the page (%(default)s)")
     _add_bench(commands.add_parser("bench", help="how fast kvb is on this machine, against what you might use instead"))
     check = commands.add_parser("check", help="hold every operator of every backend of this machine to the contract")
     check.add_argument("--device", metavar="D", help="cpu or cuda (both, where there are both)")
@@ -186,6 +190,24 @@ def _check(device: str | None, **options: Any) -> int:
     return 0 if testing.run([there[device]] if device else list(there.values()), **options) else 1
 
 
+def _report(source: Path, out: Path, data: Path | None) -> int:
+    try:
+        from kvb import report
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        sys.exit("The report command needs matplotlib, which is not installed. Install it with: pip install matplotlib")
+    try:
+        print(report.write(source, out, data))
+    except FileNotFoundError as error:
+        sys.exit(f"There is no file {error.filename}.")
+    except kvb.CheckpointError as error:
+        sys.exit(str(error))
+    except ValueError as error:
+        sys.exit(str(error))
+    return 0
+
+
 def _info() -> None:
     facts = kvb.info()
     width = max(map(len, facts))
@@ -199,6 +221,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _check(chosen.device, processes=chosen.processes, seconds=chosen.seconds, json_lines=chosen.json)
     if chosen.command == "bench":
         return _bench(chosen.full, chosen.peers, chosen.json, chosen.plot)
+    if chosen.command == "report":
+        return _report(chosen.file, chosen.out, chosen.data)
     if chosen.command == "demo":
         _demo(chosen)
     elif chosen.command == "protocol":

@@ -18,6 +18,8 @@ FLOORS = {
     "compat": 10,
     "distributed": 10,
     "loading": 10,
+    "report": 10,
+    "plots": 7,
     "integrations": 10,
     "modules.pretrained": 9,
     "distributed.steps": 3,

@@ -1,0 +1,166 @@
+"""Pictures of a bottleneck: which keys are used, where they lie, what their values say, what classes share.
+
+Every function draws into ``axes``, or into those of a new figure, and returns them. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kvb import validation
+from kvb.modules.bottleneck import KeyValueBottleneck
+
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#767676"  # of Okabe and Ito's palette
+_NAMED = 30  # classes whose names fit along an axis
+
+
+def usage(bottleneck: Any, axes: Axes | None = None) -> Axes:
+    """How often pairs are fetched: a histogram of ``usage() * K`` over all pairs, where 1 is an equal share.
+
+    Args:
+        bottleneck: a ``KeyValueBottleneck``, or a module around one.
+    """
+    shares = _shares(bottleneck)
+    axes = _axes(axes)
+    K = shares.shape[1]
+    relative = (shares * K).flatten()
+    axes.hist(relative.tolist(), bins=40, color=_BLUE)
+    axes.axvline(1, color=_GREY, linewidth=1, linestyle="--")
+    axes.set_yscale("log")
+    axes.set_xlabel("hits of a pair, over an equal share")
+    axes.set_ylabel("pairs")
+    axes.set_title(f"{(relative == 0).float().mean():.1%} of all pairs without a hit")
+    return axes
+
+
+def lorenz(bottleneck: Any, axes: Axes | None = None) -> Axes:
+    """The Lorenz curve of hits: the share of hits that the least used pairs get, a line per codebook and their mean.
+
+    The straight line stands for equal use; the title names the mean Gini coefficient, 0 for equal use.
+    """
+    shares = _shares(bottleneck).sort(-1).values.cumsum(-1)
+    curves = torch.nn.functional.pad(shares, (1, 0))
+    axes = _axes(axes)
+    places = torch.linspace(0, 1, curves.shape[1])
+    for curve in curves[:64]:
+        axes.plot(places.tolist(), curve.tolist(), color=_BLUE, alpha=0.2, linewidth=0.8)
+    axes.plot(places.tolist(), curves.mean(0).tolist(), color=_BLUE, linewidth=2)
+    axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle="--")
+    axes.set_xlabel("share of pairs, least used first")
+    axes.set_ylabel("share of hits")
+    axes.set_title(f"Gini coefficient {1 - 2 * torch.trapezoid(curves, places).mean():.2f}")
+    return axes
+
+
+def key_map(bottleneck: Any, codebook: int = 0, axes: Axes | None = None) -> Axes:
+    """The keys of a codebook on the plane of their largest spread; the area of a point is its share of hits."""
+    own, shares = _inner(bottleneck), _shares(bottleneck)
+    keys = own.keys[_codebook(own, codebook)].detach().float().cpu()
+    centred = keys - keys.mean(0)
+    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+    places = torch.nn.functional.pad(centred @ directions.T, (0, 2 - len(directions)))
+    size = shares[codebook] * len(keys) * 30
+    axes = _axes(axes)
+    unused = size == 0
+    x, y = places[~unused].T.tolist()
+    axes.scatter(x, y, size[~unused].tolist(), _BLUE, alpha=0.6, linewidths=0)
+    x, y = places[unused].T.tolist()
+    axes.scatter(x, y, 12, _ORANGE, marker="x", linewidths=0.8, label="without hits")
+    if bool(unused.any()):
+        axes.legend()
+    axes.set_title(f"keys of codebook {codebook}")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return axes
+
+
+def values(bottleneck: Any, codebook: int = 0, axes: Axes | None = None, names: Sequence[str] | None = None) -> Axes:
+    """The values of a codebook [K, V] as a heat map, pairs in the order of their largest value: of their class.
+
+    Args:
+        names: of the V entries, where they are classes.
+    """
+    own = _inner(bottleneck)
+    table = own.values[_codebook(own, codebook)].detach().float().cpu()
+    K, V = table.shape
+    _require_names(names, V)
+    winner = table.argmax(-1)
+    order = (winner * 2.0 - torch.nn.functional.softmax(table, -1).amax(-1)).argsort()
+    limit = table.abs().max().item() or 1.0
+    axes = _axes(axes)
+    image = axes.imshow(table[order].tolist(), aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axes.figure.colorbar(image, ax=axes)
+    axes.set_xlabel("entry of the value" if names is None else "class")
+    axes.set_ylabel("pairs, by their largest entry")
+    axes.set_yticks([])
+    if names is not None and V <= _NAMED:
+        axes.set_xticks(range(V), names, rotation=90)
+    axes.set_title(f"values of codebook {codebook}: {K} x {V}")
+    return axes
+
+
+def overlap(shared: Tensor, axes: Axes | None = None, names: Sequence[str] | None = None) -> Axes:
+    """What classes share, from ``kvb.unlearning.overlap`` [L, L]: 1 for equal use of pairs, 0 for none in common."""
+    return _matrix(shared, "shared", "share of fetched pairs in common", axes, names)
+
+
+def accuracies(matrix: Tensor, axes: Axes | None = None, names: Sequence[str] | None = None) -> Axes:
+    """An accuracy matrix [T, T]: row i after learning task i, column j of task j; NaN stays white."""
+    axes = _matrix(matrix, "matrix", "test accuracy", axes, names)
+    axes.set_xlabel("tested on task")
+    axes.set_ylabel("after learning task")
+    return axes
+
+
+def _matrix(matrix: Tensor, name: str, title: str, axes: Axes | None, names: Sequence[str] | None) -> Axes:
+    validation.tensor("plots", name, matrix)
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"expected {name} of shape (L, L), got {tuple(matrix.shape)}")
+    _require_names(names, len(matrix))
+    axes = _axes(axes)
+    image = axes.imshow(matrix.detach().float().cpu().tolist(), cmap="viridis", vmin=0, vmax=1)
+    axes.figure.colorbar(image, ax=axes)
+    axes.set_title(title)
+    if names is not None and len(names) <= _NAMED:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    return axes
+
+
+def _axes(axes: Axes | None) -> Axes:
+    return Figure(figsize=(5, 4), layout="constrained").subplots() if axes is None else axes
+
+
+def _inner(bottleneck: Any) -> KeyValueBottleneck:
+    inner = getattr(bottleneck, "bottleneck", bottleneck)
+    if not isinstance(inner, KeyValueBottleneck):
+        raise TypeError(f"expected a KeyValueBottleneck or a module around one, got {type(bottleneck).__name__}")
+    return inner
+
+
+def _shares(bottleneck: Any) -> Tensor:
+    """``usage()`` [C, K], in the host's memory."""
+    own = _inner(bottleneck)
+    shares = own.usage().detach().float().cpu()
+    if not bool(shares.any()):
+        raise ValueError(
+            "nothing was counted yet: run batches in training mode with frozen keys, or load a module that has counts"
+        )
+    return shares
+
+
+def _codebook(own: KeyValueBottleneck, codebook: int) -> int:
+    if not 0 <= codebook < own.num_codebooks:
+        raise ValueError(f"codebook must be in [0, {own.num_codebooks}), got {codebook}")
+    return codebook
+
+
+def _require_names(names: Sequence[str] | None, count: int) -> None:
+    if names is not None and len(names) != count:
+        raise ValueError(f"expected {count} names, got {len(names)}")

@@ -1,0 +1,125 @@
+"""A page about a bottleneck in a file: sizes, usage, pictures. One HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvb import checkpoints, files, plots, unlearning
+from kvb.about import __version__
+from kvb.data import CodeDataset
+from kvb.modules.bottleneck import KeyValueBottleneck
+from kvb.modules.hub import WEIGHTS
+
+_MOST_CLASSES = 100  # whose overlap is drawn
+_Path = str | os.PathLike[str]
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; }}
+td {{ border-bottom: 1px solid #ddd; padding: .25rem 1rem .25rem 0; }}
+.pictures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; }}
+figure {{ margin: 0; }}
+img {{ width: 100%; }}
+figcaption {{ color: #666; }}
+footer {{ color: #666; margin-top: 2rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<table>
+{rows}
+</table>
+<div class="pictures">
+{pictures}
+</div>
+<footer>kvb {version}</footer>
+</body>
+</html>
+"""
+
+
+def write(source: _Path, out: _Path, data: _Path | None = None) -> Path:
+    """Write the page of the bottleneck in a file, or in a folder of ``save_pretrained``.
+
+    Args:
+        source: a file of ``kvb.save``, or any state_dict with one bottleneck in it; or a folder.
+        out: the page, ``report.html`` say; replaced as a whole.
+        data: a ``.npy`` of ``encode_dataset``: its codes are counted, in place of the hits in the file, and where it
+            has labels, what classes share is drawn.
+    Returns:
+        ``out``.
+    Raises:
+        CheckpointError: the file is damaged or no checkpoint. ValueError: no bottleneck in it, several, or codes of
+        another one. OSError: a file cannot be read or written.
+    """
+    path = Path(source)
+    path = path / WEIGHTS if path.is_dir() else path
+    bottleneck = bottleneck_of(checkpoints.read_state(path), path)
+    facts, pictures = dict(bottleneck._facts()), {}
+    if data is not None:
+        codes = CodeDataset.open(data)
+        hits = unlearning.hits(bottleneck, codes)
+        bottleneck.freeze_keys().cluster_size_counter.copy_(hits)
+        facts = {**bottleneck._facts(), "samples": f"{len(codes)}, of {Path(data).name}"}
+        if codes.labels is not None:
+            per_class = unlearning.class_hits(bottleneck, codes)
+            if 1 < len(per_class) <= _MOST_CLASSES:
+                pictures["What classes share"] = _drawn(plots.overlap, unlearning.overlap(per_class))
+    if bool(bottleneck.usage().any()):
+        pictures |= {
+            "How often pairs are fetched": _drawn(plots.usage, bottleneck),
+            "How evenly": _drawn(plots.lorenz, bottleneck),
+            "Where keys lie: the plane of their largest spread": _drawn(plots.key_map, bottleneck),
+        }
+    pictures["What values say"] = _drawn(plots.values, bottleneck)
+    with files.replacing(out) as file:
+        file.write(_page(path.name if path.name != WEIGHTS else path.parent.name, facts, pictures).encode())
+    return Path(out)
+
+
+def bottleneck_of(state: Mapping[str, Tensor], source: Any) -> KeyValueBottleneck:
+    """The one bottleneck in a state_dict, whatever is around it."""
+    needed = {"keys", "values", "cluster_size"}
+    prefixes = [name.removesuffix("keys_avg") for name in state if name.rpartition(".")[2] == "keys_avg"]
+    found = [prefix for prefix in prefixes if all(prefix + name in state for name in needed)]
+    if len(found) != 1:
+        raise ValueError(f"expected one bottleneck in {source}, found {len(found)}: {', '.join(found)[:200]}")
+    own = {name.removeprefix(found[0]): value for name, value in state.items() if name.startswith(found[0])}
+    C, K, D = own["keys"].shape
+    with torch.device("meta"):  # the file's tensors become the module's
+        bottleneck = KeyValueBottleneck(C, K, D, own["values"].shape[-1])
+    known = bottleneck.state_dict().keys()
+    bottleneck.load_state_dict({name: value for name, value in own.items() if name in known}, assign=True)
+    return bottleneck.eval()
+
+
+def _drawn(draw: Callable[..., Any], what: Any) -> bytes:
+    picture = io.BytesIO()
+    draw(what).figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()
+
+
+def _page(title: str, facts: Mapping[str, str], pictures: Mapping[str, bytes]) -> str:
+    rows = "\n".join(
+        f"<tr><td>{html.escape(fact)}</td><td>{html.escape(text)}</td></tr>" for fact, text in facts.items()
+    )
+    shown = "\n".join(
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, picture in pictures.items()
+    )
+    return _PAGE.format(title=html.escape(title), rows=rows, pictures=shown, version=__version__)
