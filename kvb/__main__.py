@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import kvb
+from kvb.checkpoints import CheckpointError
 
 FEATURES = {"digits": "data.digits", "mnist": "data.mnist", "20ng": "data.newsgroups"}  # modules of kvb.experiments
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # there is no room for what is to be written
@@ -201,7 +202,7 @@ def _report(source: Path, out: Path, data: Path | None) -> int:
         print(report.write(source, out, data))
     except FileNotFoundError as error:
         sys.exit(f"There is no file {error.filename}.")
-    except kvb.CheckpointError as error:
+    except CheckpointError as error:
         sys.exit(str(error))
     except ValueError as error:
         sys.exit(str(error))
