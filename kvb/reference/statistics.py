@@ -82,7 +82,7 @@ def pair_step(
 
     Where these are a part of the pairs of each codebook, ``whole`` adds up sums over the parts.
     """
-    hit = whole(hits.sum()) > 0
+    hit = whole((hits > 0).sum()) > 0
     keep = hits.new_full((), decay).masked_fill_(~hit, 1.0)
     size = torch.lerp(hits, cluster_size, keep)
     total = whole(size.sum(-1, keepdim=True))
