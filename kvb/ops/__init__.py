@@ -15,6 +15,7 @@ Shapes:
     ``nearest`` and ``lookup`` take int64 [1] or [0] for ``packed`` as well, which stands for packed keys: ``ops.kept``.
     ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
     ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].
+    ``move_rows_`` writes values [R, V]; it takes rows int64 [M], ascending, and grads [M, V], and returns nothing.
     ``tally_`` writes counts [C, K, V], int32, int64, float32 or float64; it takes targets int64 [B] and weights
     [B, S, C] of the counts' dtype, and returns the lowest counter that it left, [].
     ``update_keys_`` writes keys, keys_avg [C, K, D] and cluster_size [C, K], all of one dtype; it takes hits [C, K] and

@@ -152,6 +152,11 @@ def sgd_step_(
     return loss, norm, values.new_empty(shape, dtype=dtype)
 
 
+@_operator("(Tensor(a!) values, Tensor rows, Tensor grads, float step) -> ()")
+def move_rows_(values: Tensor, rows: Tensor, grads: Tensor, step: float) -> None:
+    return None
+
+
 @_operator("(Tensor(a!) counts, Tensor indices, Tensor targets, Tensor? weights, bool remove) -> Tensor")
 def tally_(counts: Tensor, indices: Tensor, targets: Tensor, weights: Tensor | None, remove: bool) -> Tensor:
     return counts.new_empty(())
