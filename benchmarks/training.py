@@ -118,6 +118,15 @@ def row_sgd(quick: bool) -> Measured:
     return _against(ours, dense, "dense gradient, torch.optim.SGD", quick)
 
 
+def autograd_over_fused(quick: bool) -> Measured:
+    """Autograd with row gradients, clipping and RowwiseSGD, in fused steps."""
+    batches = _batches()
+    ours = SPARSE(batches, lambda params: kvb.optim.RowwiseSGD(params, lr=0.3), check=True)
+    result = race({"autograd": ours, "fused": _fused(batches)}, effort(quick))
+    seconds = [result.seconds(who) for who in ("autograd", "fused")]
+    return Measured(*seconds, "s", "fused step", result.ratio("autograd", "fused"))
+
+
 def row_adam(quick: bool) -> Measured:
     """RowwiseAdam on row gradients against torch.optim.Adam, which moves all rows: the results differ on purpose."""
     batches = _batches()
@@ -135,6 +144,7 @@ def training_memory(quick: bool) -> Measured:
 ROWS = (
     Row("step:fused", fused, 10),
     Row("step:row-sgd", row_sgd),
+    Row("step:autograd", autograd_over_fused, 2.3, at_most=True),
     Row("step:row-adam", row_adam),
     Row("memory:training", training_memory, 1.0, at_most=True),
 )

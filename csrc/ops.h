@@ -27,6 +27,9 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indi
 std::tuple<Tensor, Tensor, Tensor> sgd_step_(
     Tensor values, Tensor indices, Tensor targets, double lr, double max_norm, double label_smoothing);
 
+// table/descent.cpp
+void move_rows_(Tensor values, Tensor rows, Tensor grads, double step);
+
 // table/tally.cpp
 Tensor tally_(Tensor counts, Tensor indices, Tensor targets, std::optional<Tensor> weights, bool remove);
 

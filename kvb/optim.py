@@ -162,11 +162,17 @@ class _Rowwise(torch.optim.Optimizer):
         if not param.is_contiguous():
             raise ValueError(f"expected a contiguous table of values, got strides {param.stride()}; call contiguous()")
         rows, grads = _touched_rows(param, grad, self._zeros_move(group))
-        tables = [param.view(-1, param.shape[-1]), *(kept.view(-1, kept.shape[-1]) for kept in memory.values())]
+        self._move_rows(param.view(-1, param.shape[-1]), rows, grads, memory, group)
+
+    def _move_rows(
+        self, table: Tensor, rows: Tensor, grads: Tensor, memory: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
+        """``_move`` some rows of a table [R, V]."""
+        tables = [table, *(kept.view(-1, kept.shape[-1]) for kept in memory.values())]
         parts = [table.index_select(0, rows) for table in tables]
         self._move(parts[0], grads, dict(zip(memory, parts[1:], strict=True)), group)
-        for table, part in zip(tables, parts, strict=True):
-            table.index_copy_(0, rows, part)
+        for whole, part in zip(tables, parts, strict=True):
+            whole.index_copy_(0, rows, part)
 
     def _memory(self, param: Tensor, group: dict[str, Any], *, rows: bool) -> dict[str, Tensor]:
         """The state of a parameter, made at its first step; ``step`` counts each row's own steps."""
@@ -228,6 +234,16 @@ class RowwiseSGD(_Rowwise):
     def _move(self, param: Tensor, grad: Tensor, memory: dict[str, Tensor], group: dict[str, Any]) -> None:
         _decay(param, group)
         param.sub_(grad * group["lr"])
+
+    def _move_rows(
+        self, table: Tensor, rows: Tensor, grads: Tensor, memory: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
+        """The same to the last bit, on the CPU in one pass over the rows."""
+        one_pass = table.is_cpu and table.dtype == grads.dtype and group["weight_decay"] == 0
+        if one_pass and not isinstance(group["lr"], Tensor):
+            torch.ops.kvb.move_rows_(table, rows, grads, group["lr"])
+        else:
+            super()._move_rows(table, rows, grads, memory, group)
 
 
 class RowwiseAdagrad(_Rowwise):

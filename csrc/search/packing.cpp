@@ -5,6 +5,7 @@
 #include "../ops.h"
 #include "search.h"
 
+#include <array>
 #include <atomic>
 #include <cstring>
 
@@ -56,6 +57,13 @@ void require_packed(const Tensor& packed, const Layout& layout, int64_t C) {
       false, "packed keys do not match: expected the layout '", id.substr(0, id.find_last_not_of(' ') + 1), "', ",
       layout.nbytes(), " bytes for each of ", C, " codebooks, got ", dtype_name(packed.scalar_type()), " ",
       shape(packed), "; pack the keys again with pack_keys(keys)");
+}
+
+Tensor found_packed(const Tensor& keys, const Tensor& packed) {
+  if (packed.scalar_type() != ScalarType::Long) return packed;
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(keys), torch::stable::detail::from(packed)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("kvb::kept_packed", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Packing::Packing(const Tensor& keys)

@@ -16,6 +16,9 @@ inline int64_t packing_grain(int64_t K, int64_t D) {
 
 Layout layout_of(const Tensor& keys);
 void require_keys(const Tensor& keys);
+
+// The packed keys that ``packed`` stands for: itself, or what kvb/ops/kept.py has for these keys.
+Tensor found_packed(const Tensor& keys, const Tensor& packed);
 void require_packed(const Tensor& packed, const Layout& layout, int64_t C);
 
 // The packed keys of one tensor of contiguous keys [C, K, D]: memory for all codebooks, each written when asked.

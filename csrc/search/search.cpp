@@ -118,6 +118,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
 
 std::tuple<Tensor, Tensor> nearest(
     Tensor queries, Tensor keys, Tensor packed, std::optional<Tensor> mask, int64_t topk) {
+  packed = found_packed(keys, packed);
   require_search(queries, keys, packed, mask, topk);
   const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2);
   Tensor indices = new_tensor(queries, {B, S, C, topk}, ScalarType::Long);
@@ -130,6 +131,7 @@ std::tuple<Tensor, Tensor> nearest(
 
 std::tuple<Tensor, Tensor> lookup(
     Tensor queries, Tensor keys, Tensor packed, Tensor values, std::optional<Tensor> mask, std::string pool) {
+  packed = found_packed(keys, packed);
   require_search(queries, keys, packed, mask, 1);
   Tensor indices =
       new_tensor(queries, {queries.size(0), queries.size(1), queries.size(2)}, ScalarType::Long);

@@ -285,6 +285,8 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
         """The keys to search, and their packed form: the current ones, or in a recomputation those of before."""
         if not learns:
             return self._packed_keys()
+        if torch.compiler.is_compiling():  # every run of the graph writes them
+            return self.keys, torch.ops.kvb.pack_keys(self.keys)
         if recomputation.in_backward():
             return self._forwards.recall(queries)
         keys, packed = self._packed_keys()

@@ -4,6 +4,9 @@
 nobody writes to memory without a way to it. So packed keys are used as they are only while nobody but the module can
 have had a way to the keys since they were last looked at; else they are compared with the keys by their fingerprint.
 
+A graph of ``torch.compile`` holds the keys while it runs, and its makers decide how often. So it takes a twin of the
+keys as well, which nobody else has, wherever it takes the keys: who holds the keys more often is somebody else.
+
 What this cannot see: an address that outlives every reference (``data_ptr`` kept as a number and written through
 ``ctypes``), and a tensor found by a walk over ``gc.get_objects()``. ``forget`` is for them.
 """
@@ -18,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvb import _torch, ops  # noqa: F401  (importing ops registers the operators)
+from kvb import _torch
+from kvb.ops import kept as kept_keys
 
 
 class WatchedBuffers(dict[str, Any]):
@@ -104,6 +108,7 @@ class _Place(NamedTuple):
 
 class _Kept(NamedTuple):
     place: _Place
+    version: int  # of the keys, as PyTorch counts
     alone: bool  # nobody else held the keys when this was packed or compared
     packed: Tensor | None
 
@@ -144,11 +149,6 @@ def _can_be_kept(keys: Any) -> bool:
     return plain and not (_observed() or (keys.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
-def _matches(keys: Tensor, packed: Tensor) -> bool:
-    """Whether these keys were packed: one read of them. On another device than the CPU the host would have to wait."""
-    return keys.device.type == "cpu" and bool(torch.ops.kvb.packed_matches(keys, packed))
-
-
 class PackedKeys:
     """Keeps the packed form of the ``keys`` among a module's buffers.
 
@@ -157,8 +157,12 @@ class PackedKeys:
     replay. Safe for threads that search.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: dict[str, Any]) -> None:
         self._kept: _Kept | None = None
+        self._buffers = buffers
+        # Only the module has it, and a graph takes it wherever it takes the keys: so it is held as often as they are.
+        self._twin = WatchedBuffers({"keys": kept_keys.number_of(self)})
+        self._place_of_twin = _place(self._twin)
 
     def forget(self) -> None:
         self._kept = None
@@ -169,18 +173,48 @@ class PackedKeys:
             self._kept = self._kept._replace(packed=None)
 
     def current(self, buffers: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The keys and their packed form. Not for what Dynamo traces: such a graph packs for itself."""
+        """The keys and their packed form. Not for what Dynamo traces: see ``traced``."""
         kept = self._kept
         if (
             kept is not None
             and kept.packed is not None
             and kept.alone
             and not getattr(buffers, "taken", True)
-            and _holders(buffers, kept.place) == _ALONE
+            and self._alone(buffers, kept.place)
             and not (_observed() or (kept.place.cuda and torch.cuda.is_current_stream_capturing()))
         ):
             return kept.place.alias, kept.packed
         return self._look(buffers)
+
+    def traced(self, buffers: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The keys, and what stands for their packed form in a graph that is traced: it is looked up when that runs."""
+        keys: Tensor = dict.__getitem__(buffers, "keys")
+        if not keys.is_cpu:
+            return keys, torch.ops.kvb.pack_keys(keys)
+        if torch.compiler.is_exporting():
+            return keys, kept_keys.nobody()
+        return keys, dict.__getitem__(self._twin, "keys")
+
+    def packed_in_graph(self, keys: Tensor, number: Tensor) -> Tensor:
+        """The packed form of the keys that a graph passes to an operator, together with their twin."""
+        kept, buffers = self._kept, self._buffers
+        if dict.__getitem__(buffers, "keys") is not keys:  # the graph changed them, and will write them at its end
+            return torch.ops.kvb.pack_keys(keys)
+        if (
+            kept is not None
+            and kept.packed is not None
+            and kept.alone
+            and not getattr(buffers, "taken", True)
+            and self._alone(buffers, kept.place)
+            and kept.version == _torch.version_of(keys)  # the graph itself may have written to them
+        ):
+            return kept.packed
+        return self._look(buffers)[1]
+
+    def _alone(self, buffers: dict[str, Any], place: _Place) -> bool:
+        """Whether nobody holds the keys but the module, and the graphs that hold their twin as often."""
+        held = _holders(buffers, place)
+        return held == _ALONE or held == _holders(self._twin, self._place_of_twin)
 
     def _look(self, buffers: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if not _can_be_kept(dict.__getitem__(buffers, "keys")):
@@ -192,11 +226,12 @@ class PackedKeys:
         kept = self._kept
         known = kept is not None and _is_at(kept.place, dict.__getitem__(buffers, "keys"))
         place = kept.place if kept is not None and known else _place(buffers)
-        alone = place.private and _holders(buffers, place) == _ALONE
+        alone = place.private and self._alone(buffers, place)
+        version = _torch.version_of(place.keys)
         packed = kept.packed if kept is not None and known else None
-        if packed is None or not _matches(place.alias, packed):
+        if packed is None or not kept_keys.matches(place.alias, packed):
             packed = torch.ops.kvb.pack_keys(place.alias)
-        self._kept = _Kept(place, alone, packed)
+        self._kept = _Kept(place, version, alone, packed)
         return place.alias, packed
 
     def keep(self, buffers: dict[str, Any], packed: Tensor) -> None:
@@ -206,9 +241,9 @@ class PackedKeys:
         if not _can_be_kept(dict.__getitem__(buffers, "keys")):
             return
         if kept is None or not _is_at(kept.place, dict.__getitem__(buffers, "keys")):
-            kept = _Kept(_place(buffers), False, packed)
-        alone = kept.alone and not getattr(buffers, "taken", True) and _holders(buffers, kept.place) == _ALONE
-        self._kept = _Kept(kept.place, alone, packed)
+            kept = _Kept(_place(buffers), -1, False, packed)
+        alone = kept.alone and not getattr(buffers, "taken", True) and self._alone(buffers, kept.place)
+        self._kept = _Kept(kept.place, _torch.version_of(kept.place.keys), alone, packed)
 
 
 def _count_alone() -> tuple[int, ...]:

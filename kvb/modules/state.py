@@ -67,7 +67,7 @@ class BottleneckState(nn.Module):
     def _watch(self) -> None:
         """Begin to look at the buffers: nothing of what follows is saved, copied or shared."""
         self.__dict__["_buffers"] = WatchedBuffers(self._buffers)
-        self._packed = PackedKeys()
+        self._packed = PackedKeys(self.__dict__["_buffers"])
         self._forwards = Forwards()
         self._strict = False  # whether names that are missing or left over keep a state_dict from being loaded
         # The buffers at the last look, their versions, how many names they have, and whether others hold one of them.
@@ -86,19 +86,25 @@ class BottleneckState(nn.Module):
     # --- sizes: those of the tensors, which may be replaced -----------------------------------------------------------
 
     @property
+    def _sizes(self) -> torch.Size:
+        """(C, K, D); also where this is traced, the keys are not taken."""
+        sizes: torch.Size = dict.__getitem__(self.__dict__["_buffers"], "keys").shape
+        return sizes
+
+    @property
     def num_codebooks(self) -> int:
         """C."""
-        return int(self._taken_quietly("keys").shape[0])
+        return self._sizes[0]
 
     @property
     def key_value_pairs_per_codebook(self) -> int:
         """K."""
-        return int(self._taken_quietly("keys").shape[1])
+        return self._sizes[1]
 
     @property
     def dim_keys(self) -> int:
         """D."""
-        return int(self._taken_quietly("keys").shape[2])
+        return self._sizes[2]
 
     @property
     def _device(self) -> torch.device:
@@ -238,11 +244,13 @@ class BottleneckState(nn.Module):
     def _packed_keys(self) -> tuple[Tensor, Tensor]:
         """The keys and their packed form: what a search takes."""
         if torch.compiler.is_compiling():
-            return self.keys, torch.ops.kvb.pack_keys(self.keys)
+            return self._packed.traced(self.__dict__["_buffers"])
         return self._packed.current(self.__dict__["_buffers"])
 
     def _keep_packed(self, packed: Tensor) -> None:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._packed.forget()
+        else:
             self._packed.keep(self.__dict__["_buffers"], packed)
 
     def refresh_keys(self: _Self) -> _Self:

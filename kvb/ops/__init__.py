@@ -12,15 +12,17 @@ Shapes:
     ``nearest`` and ``sample`` return indices int64 and squared distances, both [B, S, C, T].
     A query with NaN or Inf gets the indices 0..T-1 at distance NaN; where fewer than T keys are usable, the lowest
     unused indices follow at distance +inf.
+    ``nearest`` and ``lookup`` take int64 [1] or [0] for ``packed`` as well, which stands for packed keys: ``ops.kept``.
     ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
     ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].
+    ``move_rows_`` writes values [R, V]; it takes rows int64 [M], ascending, and grads [M, V], and returns nothing.
     ``tally_`` writes counts [C, K, V], int32, int64, float32 or float64; it takes targets int64 [B] and weights
     [B, S, C] of the counts' dtype, and returns the lowest counter that it left, [].
     ``update_keys_`` writes keys, keys_avg [C, K, D] and cluster_size [C, K], all of one dtype; it takes hits [C, K] and
     sums [C, K, D] in float32 (float64 for float64 keys), spare rows [C, R, D] like the keys, and int64 usable [C].
 """
 
-from kvb.ops import batching, gradients
+from kvb.ops import batching, gradients, kept
 from kvb.ops.backends import CPU_CAPABILITIES, absent, backend
 from kvb.ops.gradients import gather, gather_row_grad, lookup
 from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, operators
@@ -38,6 +40,7 @@ __all__ = [
     "gather_row_grad",
     "gather_together",
     "gradients",
+    "kept",
     "lookup",
     "operators",
 ]

@@ -102,8 +102,12 @@ def _packed_matches(keys: Tensor, packed: Tensor) -> Tensor:
     return reference.packed_matches(keys, packed, _kernels().pack_keys)
 
 
-def register_kernels(library: torch.library.Library, fallbacks: Mapping[str, Callable[..., Any]]) -> None:
-    """Let Triton run the operators on its devices; an operator without a kernel falls back."""
+def register_kernels(
+    library: torch.library.Library,
+    fallbacks: Mapping[str, Callable[..., Any]],
+    front: Callable[[str, Callable[..., Any]], Callable[..., Any]],
+) -> None:
+    """Let Triton run the operators on its devices, each behind its front; one without a kernel falls back."""
 
     def launcher(name: str) -> Callable[..., Any]:
         return lambda *args: getattr(_kernels(), name, fallbacks[name])(*args)
@@ -112,7 +116,7 @@ def register_kernels(library: torch.library.Library, fallbacks: Mapping[str, Cal
         if found == "triton":
             for name in fallbacks:
                 run = _packed_matches if name == "packed_matches" else launcher(name)
-                library.impl(name, run, device.upper())
+                library.impl(name, front(name, run), device.upper())
 
 
 def packed_nbytes(keys: Tensor) -> int:

@@ -32,6 +32,27 @@ def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _with_packed_keys(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """A search that takes what stands for packed keys as well: see ``kvb/ops/kept.py``."""
+
+    @functools.wraps(operator)
+    def run(queries: Tensor, keys: Tensor, packed: Tensor, *rest: Any) -> Any:
+        if packed.dtype == torch.int64:
+            packed = torch.ops.kvb.kept_packed(keys, packed)
+        return operator(queries, keys, packed, *rest)
+
+    return run
+
+
+def _front(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+    """What a kernel in Python gets its arguments from."""
+    return _with_packed_keys(operator) if name in ("nearest", "lookup") else operator
+
+
+def _reference(name: str) -> Callable[..., Any]:
+    return _front(name, _without_autocast(getattr(reference, name)))
+
+
 def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
     """A meta tensor among others leads here: the result would be uninitialised memory."""
 
@@ -55,7 +76,7 @@ def _operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., An
         name = fake.__name__
         _schemas.append(name + signature)
         library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, _without_autocast(getattr(reference, name)), "CompositeExplicitAutograd")
+        library.impl(name, _reference(name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"kvb::{name}", _on_one_device(fake), lib=library)
         return fake
 
@@ -132,6 +153,11 @@ def sgd_step_(
     return loss, norm, values.new_empty(shape, dtype=dtype)
 
 
+@_operator("(Tensor(a!) values, Tensor rows, Tensor grads, float step) -> ()")
+def move_rows_(values: Tensor, rows: Tensor, grads: Tensor, step: float) -> None:
+    return None
+
+
 @_operator("(Tensor(a!) counts, Tensor indices, Tensor targets, Tensor? weights, bool remove) -> Tensor")
 def tally_(counts: Tensor, indices: Tensor, targets: Tensor, weights: Tensor | None, remove: bool) -> Tensor:
     return counts.new_empty(())
@@ -168,7 +194,7 @@ SCHEMAS = tuple(_schemas)
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 IN_PLACE = tuple(name for name in NAMES if name.endswith("_"))  # they write their first arguments
 
-backends.register_kernels(library, {name: _without_autocast(getattr(reference, name)) for name in NAMES})
+backends.register_kernels(library, {name: _reference(name) for name in NAMES}, _front)
 
 
 def operators(device: str) -> tuple[str, ...]:

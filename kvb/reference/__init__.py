@@ -8,7 +8,7 @@ from kvb.reference.histograms import tally_
 from kvb.reference.packing import pack_keys, packed_matches, packed_nbytes
 from kvb.reference.search import lookup, nearest, sample
 from kvb.reference.statistics import accumulate, count, update_keys_
-from kvb.reference.values import gather, gather_backward, gather_backward_rows, sgd_step_
+from kvb.reference.values import gather, gather_backward, gather_backward_rows, move_rows_, sgd_step_
 
 __all__ = [
     "accumulate",
@@ -17,6 +17,7 @@ __all__ = [
     "gather_backward",
     "gather_backward_rows",
     "lookup",
+    "move_rows_",
     "nearest",
     "pack_keys",
     "packed_matches",

@@ -145,6 +145,21 @@ def finite_rows(rows: Tensor) -> Tensor:
     return rows.isfinite().all(-1)
 
 
+def require_ascending(rows: Tensor, limit: int) -> None:
+    """Rows [M] of a table, each once: raises on the CPU; elsewhere asserts on the device, and nobody waits."""
+    if len(rows) == 0:
+        return
+    ascending, fits = (rows[1:] > rows[:-1]).all(), (rows[0] >= 0) & (rows[-1] < limit)
+    message = "expected rows in ascending order, without repetition"
+    if rows.device.type != "cpu":
+        assert_async(ascending & fits, f"{message}, of a table of {limit}")
+        return
+    require(bool(ascending), message)
+    if not fits:
+        bad = int(rows[0]) if rows[0] < 0 else int(rows[-1])
+        raise IndexError(f"row {bad} is out of bounds for a table of {limit}")
+
+
 def require_keys(keys: Tensor) -> None:
     require_tensors(keys=keys)
     require_floating(keys=keys)

@@ -177,6 +177,19 @@ def check_sgd_step_(op: Any, problem: Problem) -> None:
     require_close("values", values, torch.where(touched, moved, before.double()), torch.where(touched, allowed, 0))
 
 
+def check_move_rows_(op: Any, problem: Problem) -> None:
+    """To the last bit: each row once, the product rounded, then the difference."""
+    for values in (problem.values, problem.values * 3):
+        table = values.flatten(0, 1).contiguous().clone()
+        rows = table_rows(problem.indices, problem.case.K).unique().to(table.device)
+        grads, step = table.index_select(0, rows).flip(-1), 0.3
+        want = table.index_copy(0, rows, table.index_select(0, rows) - grads * step)
+        op.move_rows_(table, rows, grads, step)
+        table = require_like("values", table, want.shape, want.dtype)
+        same = (table == want.cpu()) | (table.isnan() & want.cpu().isnan())
+        require(bool(same.all()), f"{int((~same).sum())} of {table.numel()} values are wrong")
+
+
 def check_tally_(op: Any, problem: Problem) -> None:
     """Integers exactly, with and without weights, and back to where they were; floats that are whole numbers, too."""
     case, device = problem.case, problem.indices.device

@@ -17,7 +17,7 @@ from key_writers import WAYS, C, D, K
 
 from kvb import KeyValueBottleneck, functional
 from kvb.compat.key_value_bottleneck.core import KeyValueBottleneck as Replica
-from kvb.modules import packed_keys
+from kvb.ops import kept
 
 pytestmark = pytest.mark.fallback
 
@@ -246,7 +246,7 @@ def test_other_devices_pack_again_and_never_ask(monkeypatch):
     """As the host would have to wait for the answer."""
     module, x = own().freeze_keys().eval(), torch.randn(5, C, 1, D)
     module(x)
-    monkeypatch.setattr(packed_keys, "_matches", lambda keys, packed: False)
+    monkeypatch.setattr(kept, "matches", lambda keys, packed: False)
     assert operators_of(module, x) == []
     held = module.keys
     assert operators_of(module, x) == ["kvb::pack_keys"]

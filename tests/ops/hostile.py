@@ -151,8 +151,8 @@ class Call:
         """What the operator returns and what is in its tensors afterwards."""
         out = getattr(op, self.operator)(*self.tensors.values(), *self.options)
         outs = out if isinstance(out, tuple) else (out,)
-        written = {"update_keys_": 3, "sgd_step_": 1, "tally_": 1}.get(self.operator, 0)
-        if self.operator in ("update_keys_", "pack_keys"):
+        written = {"update_keys_": 3, "sgd_step_": 1, "tally_": 1, "move_rows_": 1}.get(self.operator, 0)
+        if self.operator in ("update_keys_", "pack_keys", "move_rows_"):
             outs = ()  # packed keys are each backend's own
         return (*outs, *list(self.tensors.values())[:written])
 
@@ -227,6 +227,14 @@ def _tally(call: Call) -> Any:
     return tensors, (call.random.random() < 0.5,)
 
 
+def _move(call: Call) -> Any:
+    values = call.floats(call.C * call.K, call.V).contiguous()
+    rows = torch.arange(len(values))[torch.rand(len(values), generator=call.generator) < 0.5]
+    call.integer = torch.int64
+    rows = rows if call.random.random() < 0.7 else call.codes(call.B, limit=call.C * call.K)
+    return {"values": values, "rows": rows, "grads": call.floats(len(rows), call.V, dtype=values.dtype)}, (0.1,)
+
+
 def _update(call: Call) -> Any:
     sizes = call.C, call.K, call.D
     exact = torch.float64 if call.float == torch.float64 else torch.float32
@@ -257,6 +265,7 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "accumulate": _statistics,
     "count": _statistics,
     "sgd_step_": _sgd,
+    "move_rows_": _move,
     "tally_": _tally,
     "update_keys_": _update,
 }

@@ -44,6 +44,13 @@ def test_the_reference_passes(operator):
     assert str(found) == f"pass {len(testing.CASES)}"
 
 
+def test_a_step_that_moves_nothing_is_found():
+    idle = types.SimpleNamespace(move_rows_=lambda *arguments: None)
+    found = testing.verdict("move_rows_", testing.Backend("broken", CPU, idle), FEW)
+    assert found.failures
+    assert "values are wrong" in found.failures[0][1]
+
+
 def next_index(found):
     return (found[0] + 1) % 40, found[1]
 
@@ -317,7 +324,8 @@ def test_an_operator_without_a_kernel_runs_in_plain_pytorch(monkeypatch):
     registered = {}
     library = types.SimpleNamespace(impl=lambda name, run, key: registered.setdefault(name, run))
     monkeypatch.setattr(backends, "_backends", {"cpu": ("triton", "")})
-    backends.register_kernels(library, {name: getattr(reference, name) for name in ops.NAMES})
+    plain = {name: getattr(reference, name) for name in ops.NAMES}
+    backends.register_kernels(library, plain, lambda name, run: run)
     values, indices = torch.randn(2, 5, 3), torch.randint(5, (4, 1, 2))
     found = registered["gather"](values, indices, "none", "bscv")
     assert torch.equal(found, reference.gather(values, indices, "none", "bscv"))
