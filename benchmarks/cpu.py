@@ -26,8 +26,10 @@ from benchmarks.peers import without_extension as slow_peer
 from benchmarks.shapes import KMEANS, KMEANS_SCALED, PAPER, SEARCH, SEED_B, Module, Search
 from benchmarks.suites.measuring import measure
 from benchmarks.table import THREADS, Measured, Row, against, against_best, effort
-from benchmarks.timing import Absent, Contestant, Ratio, WrongResult, kept_memory, race
+from benchmarks.timing import Absent, Contestant, Ratio, WrongResult, kept_memory, race, timed
 from kvb import functional, ops
+from kvb.modules import key_learning
+from kvb.modules.seeding import spread_out
 
 # --- search -----------------------------------------------------------------------------------------------------------
 
@@ -252,6 +254,20 @@ def kmeans(quick: bool) -> Measured:
     return against(result, "kvb", "faiss", f"faiss Kmeans, {shape.N} x {shape.C} x {shape.D}")
 
 
+def seeding(quick: bool) -> Measured:
+    """Seeds by k-means++ for all codebooks of the paper, of 8*K rows each, as a share of the three minutes allowed."""
+    C, K, D = 8 if quick else PAPER.C, PAPER.K, PAPER.D
+    rows = torch.randn(C, key_learning.SEEDS_PER_KEY * K, D)
+    filled, allowed = torch.ones(rows.shape[:2], dtype=torch.bool), 180 * C / PAPER.C
+    taken, (seeds, found) = timed(lambda: spread_out(rows, filled, K, None))
+    verify.equal(found, torch.ones_like(found), "seeds")
+    _, gaps = functional.nearest(seeds[:1].transpose(0, 1)[:, None], rows[:1])
+    verify.equal(gaps, torch.zeros_like(gaps), "distances of seeds from rows")
+    if len(seeds[0].unique(dim=0)) != K:
+        raise WrongResult("seeds repeat others")
+    return Measured(taken, allowed, "s", "allowed", Ratio(*[taken / allowed] * 3))
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +307,7 @@ ROWS = (
     Row("accumulate:seed-b", accumulate, 0.6),
     Row("gather-mean:paper", gather_mean, 1.0, 1.5),
     Row("kmeans:paper", kmeans, 1.5),
+    Row("seeding:paper", seeding, 1.0, at_most=True),
     Row("large-k", large_k, 16.5, at_most=True),
     Row("nearest:smoke", functools.partial(nearest, SEARCH["smoke"]), hidden=True),
 )
