@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kvb
 from benchmarks import ceilings, memory, table, verify
 from benchmarks.peers import faiss
 from benchmarks.peers import without_extension as slow_peer
@@ -127,6 +128,14 @@ def peak_memory(quick: bool) -> Measured:
     """Memory of the paper's step beyond keys, packed keys and outputs, as a share of the 32 MB allowed."""
     extra, allowed = memory.extra_bytes(THREADS), 32e6
     return Measured(extra, allowed, "B", "allowed", Ratio(*[extra / allowed] * 3))
+
+
+def checkpoint_memory(action: str, quick: bool) -> Measured:
+    """Memory of saving or loading the paper's module beyond it, as a part of its state."""
+    with torch.device("meta"):
+        state = kvb.KeyValueBottleneck(PAPER.C, PAPER.K, PAPER.D, PAPER.V).state_dict()
+    extra, size = memory.extra_bytes(THREADS, action), sum(value.nbytes for value in state.values())
+    return Measured(extra, size, "B", "state", Ratio(*[extra / size] * 3))
 
 
 def packed_size(quick: bool) -> Measured:
@@ -300,6 +309,8 @@ ROWS = (
     Row("forward:seed-b", functools.partial(forward, SEED_B), 2.5, 4),
     Row("without-extension:paper", functools.partial(without_extension, PAPER)),
     Row("memory:paper", peak_memory, 1.0, at_most=True),
+    Row("memory-of-save:paper", functools.partial(checkpoint_memory, "save"), 0.1, at_most=True),
+    Row("memory-of-load:paper", functools.partial(checkpoint_memory, "load"), 1.1, at_most=True),
     Row("packed:paper", packed_size, 1.6, at_most=True),
     Row("gather:seed-b", gather, 0.6),
     Row("gather-new:seed-b", functools.partial(gather, new_memory=True)),

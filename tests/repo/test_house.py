@@ -61,6 +61,7 @@ FLOORS = {
     "items": 1,
     "npy": 1,
     "files": 0,
+    "safetensors_format": 0,
     "modules": 0,
     "modules.backbones": 0,
     "modules.legacy": 0,
