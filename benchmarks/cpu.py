@@ -310,7 +310,7 @@ ROWS = (
     Row("without-extension:paper", functools.partial(without_extension, PAPER)),
     Row("memory:paper", peak_memory, 1.0, at_most=True),
     Row("memory-of-save:paper", functools.partial(checkpoint_memory, "save"), 0.1, at_most=True),
-    Row("memory-of-load:paper", functools.partial(checkpoint_memory, "load"), 1.1, at_most=True),
+    Row("memory-of-load:paper", functools.partial(checkpoint_memory, "load"), 1.2, at_most=True),
     Row("packed:paper", packed_size, 1.6, at_most=True),
     Row("gather:seed-b", gather, 0.6),
     Row("gather-new:seed-b", functools.partial(gather, new_memory=True)),

@@ -26,7 +26,7 @@ _ALIGNED = 8  # bytes
 
 
 def parts(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, Iterator[Tensor]]:
-    """The first bytes of a file, and the contiguous tensors that follow, in the order and with the bytes they have there.
+    """The first bytes of a file, and the contiguous tensors that follow, in the file's order and byte order.
 
     Raises:
         TypeError: a dtype that the format does not know, or a tensor with the name that it keeps for itself.

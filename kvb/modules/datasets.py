@@ -124,7 +124,8 @@ class ReadsData:
 
         def features(item: Any) -> Part:
             _, inputs, counted = taken(item)
-            return self._features(self._moved(inputs), self._moved(counted))
+            with items.by_name(inputs):
+                return self._features(self._moved(inputs), self._moved(counted))
 
         device = self._target()._device
         collectives.meet("init_keys", group, device=device)
@@ -180,7 +181,8 @@ class ReadsData:
         storage = validation.code_dtype(dtype, self._target().key_value_pairs_per_codebook)
 
         def search(inputs: Any, counted: Any) -> tuple[Tensor, Tensor | None]:
-            return self._codes(self._moved(inputs), self._moved(counted), storage)
+            with items.by_name(inputs):
+                return self._codes(self._moved(inputs), self._moved(counted), storage)
 
         return encode(
             data,

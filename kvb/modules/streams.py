@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvb import bars, collectives
+from kvb import bars, collectives, validation
 from kvb.modules.samples import Share
 
 
@@ -51,8 +51,7 @@ class Stream:
         group: collectives.Group = False,
         device: torch.device | None = None,
     ) -> None:
-        if not isinstance(batches, Iterable):
-            raise TypeError(f"data must be a Tensor or an iterable of batches, not {type(batches).__name__}")
+        validation.batches(batches)
         if isinstance(batches, Iterator) and passes > 1:
             raise ValueError(
                 f"data can be iterated only once, but {passes} passes are needed: give a DataLoader, a list or a tensor"
@@ -60,7 +59,7 @@ class Stream:
         self.batches, self.features, self.make_queries = batches, features, queries
         self.passes, self.progress, self.lasting, self.dear = passes, progress, lasting, dear
         self.group, self.device = group, device
-        self._begun = 0
+        self._begun, self._masked = 0, False
 
     def queries(self, label: str) -> Iterator[Tensor]:
         """One pass over the data."""
@@ -68,8 +67,7 @@ class Stream:
             for queries in self._read(label):
                 status.count += queries.shape[0] * queries.shape[1]
                 yield queries
-        if status.count == 0:
-            raise ValueError("data yielded no rows")
+        self._require(status.count)
 
     def in_step(self, label: str, empty: Tensor) -> Iterator[Tensor]:
         """The same, batch by batch with the other processes: ``empty`` queries [0, S, C, D] where this one has none."""
@@ -79,8 +77,7 @@ class Stream:
             yield empty if queries is None else queries
         with collectives.FailingTogether(self.group, self.device) as status:
             status.count = rows
-        if status.count == 0:
-            raise ValueError("data yielded no rows")
+        self._require(status.count)
 
     def share(self, rows: int, generator: torch.Generator | None) -> Sample:
         """A random sample of so many rows per codebook of the data, in one pass; of each process its share of them."""
@@ -93,7 +90,15 @@ class Stream:
         self._begun += 1
         title = f"keys: {label} (pass {self._begun} of {self.passes})"
         for item in bars.of(self.batches, title, shown=self.progress):
-            yield self.make_queries(self.features(item))
+            part = self.features(item)
+            self._masked |= part.mask is not None
+            yield self.make_queries(part)
+
+    def _require(self, rows: int) -> None:
+        if rows == 0:
+            raise ValueError(
+                "data yielded no rows" + (": its mask is False everywhere, and True counts" if self._masked else "")
+            )
 
 
 class Sample:
