@@ -20,14 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kvb
 from benchmarks import ceilings, memory, table, verify
 from benchmarks.peers import faiss
 from benchmarks.peers import without_extension as slow_peer
 from benchmarks.shapes import KMEANS, KMEANS_SCALED, PAPER, SEARCH, SEED_B, Module, Search
 from benchmarks.suites.measuring import measure
 from benchmarks.table import THREADS, Measured, Row, against, against_best, effort
-from benchmarks.timing import Absent, Contestant, Ratio, WrongResult, kept_memory, race
+from benchmarks.timing import Absent, Contestant, Ratio, WrongResult, kept_memory, race, timed
 from kvb import functional, ops
+from kvb.modules import key_learning
+from kvb.modules.seeding import spread_out
 
 # --- search -----------------------------------------------------------------------------------------------------------
 
@@ -125,6 +128,14 @@ def peak_memory(quick: bool) -> Measured:
     """Memory of the paper's step beyond keys, packed keys and outputs, as a share of the 32 MB allowed."""
     extra, allowed = memory.extra_bytes(THREADS), 32e6
     return Measured(extra, allowed, "B", "allowed", Ratio(*[extra / allowed] * 3))
+
+
+def checkpoint_memory(action: str, quick: bool) -> Measured:
+    """Memory of saving or loading the paper's module beyond it, as a part of its state."""
+    with torch.device("meta"):
+        state = kvb.KeyValueBottleneck(PAPER.C, PAPER.K, PAPER.D, PAPER.V).state_dict()
+    extra, size = memory.extra_bytes(THREADS, action), sum(value.nbytes for value in state.values())
+    return Measured(extra, size, "B", "state", Ratio(*[extra / size] * 3))
 
 
 def packed_size(quick: bool) -> Measured:
@@ -252,6 +263,20 @@ def kmeans(quick: bool) -> Measured:
     return against(result, "kvb", "faiss", f"faiss Kmeans, {shape.N} x {shape.C} x {shape.D}")
 
 
+def seeding(quick: bool) -> Measured:
+    """Seeds by k-means++ for all codebooks of the paper, of 8*K rows each, as a share of the three minutes allowed."""
+    C, K, D = 8 if quick else PAPER.C, PAPER.K, PAPER.D
+    rows = torch.randn(C, key_learning.SEEDS_PER_KEY * K, D)
+    filled, allowed = torch.ones(rows.shape[:2], dtype=torch.bool), 180 * C / PAPER.C
+    taken, (seeds, found) = timed(lambda: spread_out(rows, filled, K, None))
+    verify.equal(found, torch.ones_like(found), "seeds")
+    _, gaps = functional.nearest(seeds[:1].transpose(0, 1)[:, None], rows[:1])
+    verify.equal(gaps, torch.zeros_like(gaps), "distances of seeds from rows")
+    if len(seeds[0].unique(dim=0)) != K:
+        raise WrongResult("seeds repeat others")
+    return Measured(taken, allowed, "s", "allowed", Ratio(*[taken / allowed] * 3))
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +309,8 @@ ROWS = (
     Row("forward:seed-b", functools.partial(forward, SEED_B), 2.5, 4),
     Row("without-extension:paper", functools.partial(without_extension, PAPER)),
     Row("memory:paper", peak_memory, 1.0, at_most=True),
+    Row("memory-of-save:paper", functools.partial(checkpoint_memory, "save"), 0.1, at_most=True),
+    Row("memory-of-load:paper", functools.partial(checkpoint_memory, "load"), 1.2, at_most=True),
     Row("packed:paper", packed_size, 1.6, at_most=True),
     Row("gather:seed-b", gather, 0.6),
     Row("gather-new:seed-b", functools.partial(gather, new_memory=True)),
@@ -291,6 +318,7 @@ ROWS = (
     Row("accumulate:seed-b", accumulate, 0.6),
     Row("gather-mean:paper", gather_mean, 1.0, 1.5),
     Row("kmeans:paper", kmeans, 1.5),
+    Row("seeding:paper", seeding, 1.0, at_most=True),
     Row("large-k", large_k, 16.5, at_most=True),
     Row("nearest:smoke", functools.partial(nearest, SEARCH["smoke"]), hidden=True),
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,32 @@ def _training() -> int:
     return extra
 
 
-JOBS = {"forward": _forward, "training": _training}
+def _checkpoint(action: str) -> int:
+    """Bytes that saving or loading the paper's module needs beyond it."""
+    shape = PAPER
+    module, other = (kvb.KeyValueBottleneck(shape.C, shape.K, shape.D, shape.V) for _ in range(2))
+    small = kvb.KeyValueBottleneck(2, 4, shape.D, shape.V)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/file.pt"
+        kvb.save(small, path)  # starts threads and loads code
+        kvb.load(small, path)
+        kvb.save(module, path)
+        run = (
+            functools.partial(kvb.save, module, path) if action == "save" else functools.partial(kvb.load, other, path)
+        )
+        _, extra = peak(run)
+        kvb.load(other, path)
+    for name, value in module.state_dict().items():
+        verify.equal(other.state_dict()[name], value, name)
+    return extra
+
+
+JOBS = {
+    "forward": _forward,
+    "training": _training,
+    "save": functools.partial(_checkpoint, "save"),
+    "load": functools.partial(_checkpoint, "load"),
+}
 
 
 def extra_bytes(threads: int, job: str = "forward") -> int:

@@ -1,4 +1,15 @@
-"""kvb: the fast, exact Discrete Key-Value Bottleneck for PyTorch."""
+"""kvb: the fast, exact Discrete Key-Value Bottleneck for PyTorch.
+
+KeyValueBottleneck      keys that are looked up and values that are learned, as a module
+BottleneckedEncoder     the same behind an encoder, with a splitter and a decoder
+KeyValueClassifier      the same as an estimator of scikit-learn
+CodeDataset             codes of a whole data set, to train on without an encoder
+load, save              a module from and to a file, all or nothing
+info                    versions, devices, and which backend runs on them
+
+Rooms: functional (the operators), splitters, decoders, training, optim, unlearning, counting, compat, distributed,
+experiments. ``help(kvb.KeyValueBottleneck)`` tells of one name; what follows here is everything of all of them.
+"""
 
 from kvb import compat, counting, decoders, functional, optim, splitters, training, unlearning
 from kvb.about import __version__, info

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvb import files
+from kvb import files, safetensors_format
 from kvb.modules import legacy
 
 VERSION = 1
@@ -92,8 +92,8 @@ def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
         raise CheckpointError(f"{path} does not fit {type(module).__name__}:\n\t" + "\n\t".join(shown))
     adopts = can_adopt(module)
     try:
+        state = _apart(state, own, copies=not adopts)  # before the old content is copied: the file's is let go
         with all_or_nothing(module, copies=not adopts) as former:
-            state = _apart(state, own, copies=not adopts)
             del own  # which may hold copies
             module.load_state_dict(state, **({"assign": True} if adopts else {}))
             if adopts:
@@ -157,12 +157,11 @@ def _write_zip(file: BinaryIO, state: dict[str, Tensor], digest: str) -> None:
 
 
 def _write_safetensors(file: BinaryIO, state: dict[str, Tensor], digest: str) -> None:
-    # Its save_file leaves a file of its own behind when the process is killed, and has another mode.
-    try:
-        data = _safetensors().save(state, {_VERSION: str(VERSION), _DIGEST: digest})
-    except KeyError as error:
-        raise TypeError(f"safetensors cannot hold {error}: save to another name, x.pt say") from error
-    file.write(data)
+    _safetensors()  # or nobody here could load it
+    header, tensors = safetensors_format.parts(state, {_VERSION: str(VERSION), _DIGEST: digest})
+    file.write(header)
+    for value in tensors:
+        file.write(files.content(value))
 
 
 def _safetensors() -> ModuleType:
@@ -323,15 +322,16 @@ def _are_counts(given: Tensor, wanted: Tensor) -> bool:
     return given.is_floating_point() and wanted.dtype == torch.int64
 
 
-def _apart(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, copies: bool) -> dict[str, Tensor]:
-    """The same state, and no tensor for the module shares memory with another.
+def _apart(state: dict[str, Tensor], own: Mapping[str, Tensor], *, copies: bool) -> dict[str, Tensor]:
+    """The same state, which is emptied, and no tensor for the module shares memory with another.
 
     Args:
         copies: for code that nobody here knows, which may keep a tensor longer than the file stays as it is.
     """
     seen: set[int] = set()
     apart = {}
-    for name, value in state.items():
+    for name in list(state):
+        value = state.pop(name)
         place, fits = value.untyped_storage().data_ptr(), name in own and own[name].shape == value.shape
         apart[name] = value.clone() if fits and (copies or place in seen) else value
         seen.add(place)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import multiprocessing.context
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from kvb import files, items, npy, validation
+from kvb import bars, files, items, npy, validation
 
-PATIENCE = 1.0  # seconds until encoding shows its progress
 _PARTS = "codes", "labels", "mask"
 
 
@@ -235,9 +233,8 @@ def encode(
     batches, taken = items.taken_apart(
         data, cut=cut, inputs_extractor=inputs_extractor, mask=mask, mask_extractor=mask_extractor
     )
-    total = len(batches) if isinstance(batches, Sized) else None
-    bar = tqdm(batches, desc="encoding", total=total, disable=not progress, leave=False, delay=PATIENCE)
-    parts = _checked(_searched(map(taken, bar), search, kept, masks, filed=out is not None))
+    read = map(taken, bars.of(batches, "encoding", shown=progress))
+    parts = _checked(_searched(read, search, kept, masks, filed=out is not None))
     if out is None:
         codes = torch.cat(list(parts))
         return CodeDataset(codes, *(torch.cat(rest) if rest else None for rest in (kept.parts, masks)))

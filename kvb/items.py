@@ -8,7 +8,8 @@ a tensor                        inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +46,7 @@ def taken_apart(
         number of samples, or given in the way that data of the other kind takes.
     """
     if not isinstance(data, Tensor):
-        if not isinstance(data, Iterable):
-            raise TypeError(f"data must be a Tensor or an iterable of batches, not {type(data).__name__}")
+        validation.batches(data)
         if mask is not None:
             raise ValueError(
                 f"mask goes with data that is a tensor, got data of type {type(data).__name__}: pass "
@@ -73,6 +73,21 @@ def inputs_of(item: Any, extractor: Callable[[Any], Any] | None = None) -> Any:
         taken = _name(item)
         return item if taken is None else {name: value for name, value in item.items() if name != taken}
     return item[0] if isinstance(item, (tuple, list)) else item
+
+
+@contextlib.contextmanager
+def by_name(inputs: Any) -> Iterator[None]:
+    """Tells how to pick one entry where an encoder does not take those of a mapping."""
+    try:
+        yield
+    except TypeError as error:
+        if not isinstance(inputs, Mapping) or "unexpected keyword argument" not in str(error):
+            raise
+        names = ", ".join(map(repr, list(inputs)[:_SHOWN]))
+        raise TypeError(
+            f"{error}; an encoder gets the entries of a mapping by their names, here {names}: pass "
+            "inputs_extractor=lambda item: item[...] to pick one"
+        ) from error
 
 
 def labels_of(item: Any, inputs: Any, mask: Any = None, *, extracted: bool = False) -> Any:

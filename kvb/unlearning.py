@@ -32,7 +32,7 @@ from torch import Tensor
 from kvb import items, validation
 from kvb.data import CodeDataset
 from kvb.modules.bottleneck import KeyValueBottleneck
-from kvb.modules.streams import cut
+from kvb.modules.samples import cut
 
 __all__ = ["class_hits", "erase", "forget", "hits", "mask_by_activations", "mask_by_examples", "overlap"]
 

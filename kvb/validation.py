@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+_SHOWN = 8  # names in a message
 _Choice = TypeVar("_Choice", bound=str)
 
 
@@ -56,13 +57,34 @@ def topk(value: Any, pairs: int) -> int:
 
 def tensor(owner: str, name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{owner}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+        raise TypeError(
+            f"{owner}(): argument '{name}' must be Tensor, not {type(value).__name__}{_remedy(name, value)}"
+        )
     if value.is_nested or value.layout != torch.strided:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{owner}(): expected a dense {name}, got {kind}; call {name}.to_dense() or pad it first")
     if value.is_quantized:
         raise TypeError(f"{owner}(): expected a dense {name}, got quantized {value.dtype}; call {name}.dequantize()")
     return value
+
+
+def _remedy(name: str, value: Any) -> str:
+    """How to make a tensor of what is none; empty where nothing is known."""
+    if isinstance(value, Mapping) and value:
+        names = ", ".join(map(repr, list(value)[:_SHOWN]))
+        return f" with {names}; pick one, by inputs_extractor=lambda item: item[...] where a loader gives such items"
+    return f"; call torch.from_numpy({name}) first" if hasattr(value, "__array__") else ""
+
+
+def batches(data: Any) -> None:
+    """What ``init_keys`` and its like read, where it is no tensor."""
+    found = f"data must be a Tensor or an iterable of batches, not {type(data).__name__}"
+    if hasattr(data, "__array__"):
+        raise TypeError(f"{found}: call torch.from_numpy(data) first")
+    if not isinstance(data, Iterable) and hasattr(data, "__getitem__"):
+        raise TypeError(f"{found}: pass torch.utils.data.DataLoader(data, batch_size=256), say, which makes batches")
+    if not isinstance(data, Iterable) or isinstance(data, str | bytes):
+        raise TypeError(found)
 
 
 def floating(owner: str, name: str, value: Any) -> Tensor:

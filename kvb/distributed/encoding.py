@@ -13,11 +13,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
-from tqdm import tqdm
 
-from kvb import collectives, files, items, npy, validation
+from kvb import bars, collectives, files, items, npy, validation
 from kvb.collectives import Group
-from kvb.data import PATIENCE, CodeDataset
+from kvb.data import CodeDataset
 from kvb.modules.datasets import ReadsData
 
 _RECORD = 8  # bytes of a block in the file of progress: 1 when it is done, and the checksum of what was written
@@ -262,8 +261,8 @@ class _Work:
         plan = self.plan
         sizes = [range(block * plan.block, min((block + 1) * plan.block, plan.samples)) for block in blocks]
         loaded = load([sample for each in sizes for sample in each])
-        bar = tqdm(loaded, desc="encoding", total=len(blocks), disable=not shown, leave=False, delay=PATIENCE)
-        for block, size, item in zip(blocks, sizes, bar, strict=True):
+        read = bars.of(loaded, "encoding", len(blocks), shown=shown)
+        for block, size, item in zip(blocks, sizes, read, strict=True):
             arrays = reader.read(item)
             _require_like(arrays, plan.arrays, len(size))
             found, contents = 0, map(files.content, arrays)

@@ -13,14 +13,15 @@ from kvb import collectives, items, validation
 from kvb.data import CodeDataset, encode
 from kvb.modules import key_learning
 from kvb.modules.key_report import KeyReport
-from kvb.modules.streams import Part, Stream, cut
+from kvb.modules.samples import cut
+from kvb.modules.streams import Part, Stream
 
 
 class ReadsData:
     """A module with ``encode``, and a bottleneck: itself or one that it wraps."""
 
     encode: Callable[..., Tensor]
-    _replays = False  # whether making features is worth keeping them for k-means
+    _dear = False  # whether making queries costs an encoder's time
 
     def _target(self) -> Any:
         """The ``KeyValueBottleneck``."""
@@ -68,9 +69,11 @@ class ReadsData:
         """Initialise the keys from unlabelled data, then let them learn for ``epochs`` passes of moving averages.
 
         "random" keeps the keys (standard normal, if there are none yet); "sample" takes random rows; "kmeans" and
-        "kmeans++" run ``kmeans_iters`` iterations on the first 64*K rows. Data is streamed and read once per pass; an
-        encoder sees the rows of k-means once, and their features stay in the host's memory meanwhile. Rows with NaN or
-        Inf are skipped. Values and counts do not change, and a call that fails changes nothing.
+        "kmeans++" run ``kmeans_iters`` iterations on a random sample of 64*K rows of all data, in whatever order it
+        comes. Data is streamed, and read once for the sample, which stays in the host's memory meanwhile, and once per
+        epoch. Without epochs, the report is measured in one more pass, or on the sample of k-means where an encoder
+        would have to run again. Rows with NaN or Inf are skipped. Values and counts do not change, and a call that
+        fails changes nothing.
 
         Args:
             data: a tensor such as ``forward`` takes, or an iterable (a DataLoader, say) of inputs or of (inputs, ...)
@@ -97,11 +100,12 @@ class ReadsData:
         validation.epochs(epochs)
         if bottleneck.keys_frozen:
             raise RuntimeError("keys are frozen: call unfreeze_keys() before init_keys(...)")
-        passes = key_learning.passes_needed(method, bottleneck.kmeans_iters, epochs, replay=self._replays)
+        passes = key_learning.passes_needed(method, epochs, dear=self._dear)
         taken = items.taken_apart(
             data, cut=self._cut, inputs_extractor=inputs_extractor, mask=mask, mask_extractor=mask_extractor
         )
-        stream = self._stream(*taken, passes, progress, bottleneck._processes() if sync else False)
+        group: collectives.Group = bottleneck._processes() if sync else False
+        stream = self._stream(*taken, passes, progress, group, lasting=isinstance(data, Tensor))
         report: KeyReport = bottleneck._initialise(stream, method, epochs, generator)
         bottleneck._warn_of(report)
         return report
@@ -113,18 +117,22 @@ class ReadsData:
         passes: int,
         progress: bool,
         group: collectives.Group,
+        *,
+        lasting: bool,
     ) -> Stream:
         """Batches as queries, when all processes of the group are here."""
 
         def features(item: Any) -> Part:
             _, inputs, counted = taken(item)
-            return self._features(self._moved(inputs), self._moved(counted))
+            with items.by_name(inputs):
+                return self._features(self._moved(inputs), self._moved(counted))
 
-        device, replay = self._target()._device, self._replays
+        device = self._target()._device
         collectives.meet("init_keys", group, device=device)
         return Stream(
             *(batches, features, self._counted),
-            replay=replay,
+            lasting=lasting,
+            dear=self._dear,
             passes=passes,
             progress=progress,
             group=group,
@@ -173,7 +181,8 @@ class ReadsData:
         storage = validation.code_dtype(dtype, self._target().key_value_pairs_per_codebook)
 
         def search(inputs: Any, counted: Any) -> tuple[Tensor, Tensor | None]:
-            return self._codes(self._moved(inputs), self._moved(counted), storage)
+            with items.by_name(inputs):
+                return self._codes(self._moved(inputs), self._moved(counted), storage)
 
         return encode(
             data,

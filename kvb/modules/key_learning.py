@@ -1,8 +1,9 @@
 """Learning the keys: sampling, k-means, moving averages, dead-code replacement.
 
 Everything here works on tensors and streams of queries [B, S, C, D]; the module owns the state. A query with NaN or
-Inf never enters a key. Nothing done for each batch makes the host wait for the device, and everything that may fail
-comes before the first write, so that a failure leaves the state as it was.
+Inf never enters a key. Nothing done for each batch makes the host wait for the device, but for k-means, whose sample
+lies in the host's memory. Everything that may fail comes before the first write, so that a failure leaves the state as
+it was.
 
 Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 3; van den Oord et al., Neural Discrete Representation
 Learning (arXiv:1711.00937), appendix A.1, for the moving averages.
@@ -16,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from kvb import (
+    bars,
     collectives,
     ops,  # noqa: F401  (importing ops registers the operators)
 )
 from kvb.collectives import Chance, Group
 from kvb.modules import positions
 from kvb.modules.key_report import KeyReport
-from kvb.modules.samples import Reservoir, draw, fill, rows_of, spread_out
-from kvb.modules.streams import BATCH, Stream
+from kvb.modules.samples import Reservoir, draw, fill, rows_of
+from kvb.modules.seeding import spread_out
+from kvb.modules.streams import Sample, Stream
 
-ROWS_PER_KEY = 64  # k-means looks at the first 64*K rows: more hardly move a mean
+ROWS_PER_KEY = 64  # k-means looks at 64*K random rows: more hardly move a mean
 SEEDS_PER_KEY = 8  # k-means++ chooses K seeds from a sample of 8*K rows
 Method = Literal["random", "sample", "kmeans", "kmeans++"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -235,56 +238,53 @@ def replace_dead(
 
 
 @torch.no_grad()
-def sample_keys(stream: Stream, K: int, like: Tensor, chance: Chance, limit: int | None = None) -> Tensor:
+def sample_keys(stream: Stream | Sample, K: int, like: Tensor, chance: Chance) -> Tensor:
     """K random finite rows of the data for every codebook, without replacement while there are enough."""
-    return fill(_sample(stream, K, like, chance, limit), K, chance.shared)
+    return fill(_rows(stream, K, like, chance), K, chance.shared)
 
 
-def _sample(stream: Stream, size: int, like: Tensor, chance: Chance, limit: int | None) -> Reservoir:
+def _rows(stream: Stream | Sample, size: int, like: Tensor, chance: Chance) -> Reservoir:
     reservoir = Reservoir(size, like)
-    for queries in stream.queries("sampling", limit):
+    for queries in stream.queries("sampling"):
         rows = rows_of(queries)
         reservoir.add(rows, rows.new_ones(rows.shape[:2]), chance.own)
     reservoir.merge(stream.group)
     return reservoir
 
 
-def _seed(stream: Stream, K: int, like: Tensor, plus: bool, chance: Chance, limit: int) -> Tensor:
+def _seed(sample: Sample, K: int, like: Tensor, plus: bool, chance: Chance) -> Tensor:
     if not plus:
-        return sample_keys(stream, K, like, chance, limit)
-    sample = _sample(stream, SEEDS_PER_KEY * K, like, chance, limit)
-    books = max(1, BATCH // sample.rows[0].numel())
-    parts = zip(sample.rows.split(books), sample.filled.split(books), strict=True)
-    seeds, new = zip(*(spread_out(rows, filled, K, chance.shared) for rows, filled in parts), strict=True)
+        return sample_keys(sample, K, like, chance)
+    some = _rows(sample, SEEDS_PER_KEY * K, like, chance)
+    with bars.new("keys: seeding", like.shape[0] * K, shown=sample.progress) as bar:
+        seeds, found = spread_out(some.rows, some.filled, K, chance.shared, bar.update)
     chosen = Reservoir(K, like)
-    # A seed that repeats an earlier one has weight 0 here, and its place is filled like any other shortage.
-    chosen.add(torch.cat(seeds), torch.cat(new).to(like.dtype), chance.shared)
+    chosen.add(seeds, found.to(like.dtype), chance.shared)
     return fill(chosen, K, chance.shared)
 
 
 @torch.no_grad()
-def kmeans(stream: Stream, K: int, like: Tensor, *, iters: int, plus: bool, chance: Chance) -> Tensor:
-    """Lloyd's algorithm on the first 64*K rows of the data, streamed: keys [C, K, D] like ``like``.
+def kmeans(sample: Sample, K: int, like: Tensor, *, iters: int, plus: bool, chance: Chance) -> Tensor:
+    """Lloyd's algorithm on a sample of the data: keys [C, K, D] like ``like``.
 
-    Processes read their shares of these rows, and move the means together. A cluster that loses all its rows restarts
+    Processes read their shares of the sample, and move the means together. A cluster that loses all its rows restarts
     at a row drawn in proportion to its squared distance from its key.
     """
-    limit = ROWS_PER_KEY * K
-    keys = _seed(stream, K, like, plus, chance, limit)
-    for _ in range(iters):
+    keys = _seed(sample, K, like, plus, chance)
+    for iteration in range(1, iters + 1):
         hits = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
         sums = torch.zeros_like(keys, dtype=torch.float64)
         spare = Reservoir(K, like)
         packed = torch.ops.kvb.pack_keys(keys)
-        for queries in stream.queries("k-means", limit):
+        for queries in sample.queries(f"k-means (iteration {iteration} of {iters})"):
             ranked, apart = torch.ops.kvb.nearest(queries, keys, packed, mask=None, topk=1)
             indices, distances = ranked[..., 0], apart[..., 0]
             batch_hits, batch_sums = torch.ops.kvb.accumulate(queries, indices, K)
             hits += batch_hits
             sums += batch_sums
             spare.add(rows_of(queries), distances.permute(2, 0, 1).flatten(1), chance.own)
-        members, sums = collectives.total((hits.to(sums.dtype), sums), stream.group)
-        spare.merge(stream.group)
+        members, sums = collectives.total((hits.to(sums.dtype), sums), sample.group)
+        spare.merge(sample.group)
         empty = members == 0
         rank = (empty.cumsum(-1) - 1).clamp(min=0)
         repaired = spare.rows.gather(1, rank[..., None].expand_as(keys))
@@ -294,15 +294,13 @@ def kmeans(stream: Stream, K: int, like: Tensor, *, iters: int, plus: bool, chan
     return keys
 
 
-def passes_needed(method: Method, iters: int, epochs: int, *, replay: bool = False) -> int:
-    """How often ``init_keys`` reads the data: seeding, iterations, then epochs or one measuring pass.
+def passes_needed(method: Method, epochs: int, *, dear: bool = False) -> int:
+    """How often ``init_keys`` reads the data: to take a sample, then epochs or one measuring pass.
 
     Args:
-        replay: a ``Stream`` that reads the rows of k-means once, and measures on them where no epoch follows.
+        dear: of a ``Stream`` that measures on the sample of k-means where no epoch follows.
     """
-    if method.startswith("kmeans"):
-        return 1 + epochs if replay else 1 + iters + max(1, epochs)
-    return int(method == "sample") + max(1, epochs)
+    return int(method != "random") + max(int(not (dear and method.startswith("kmeans"))), epochs)
 
 
 @torch.no_grad()
@@ -328,11 +326,12 @@ def initialise(
     collectives.of_the_first(moving, group)
     chance = collectives.chance(group, generator, moving[0].device)
     like, plus = moving[0], method == "kmeans++"
-    K, found = like.shape[1], None
+    K, found, sample = like.shape[1], None, None
     if method == "sample":
         found = sample_keys(stream, K, like, chance)
     elif method in ("kmeans", "kmeans++"):
-        found = kmeans(stream, K, like, iters=kmeans_iters, plus=plus, chance=chance)
+        sample = stream.share(ROWS_PER_KEY * K, chance.own)
+        found = kmeans(sample, K, like, iters=kmeans_iters, plus=plus, chance=chance)
     elif fresh:
         device = like.device if chance.shared is None else chance.shared.device
         found = torch.randn(like.shape, generator=chance.shared, device=device)
@@ -343,10 +342,10 @@ def initialise(
     for epoch in range(max(1, epochs)):
         meter = Meter(like)
         learns = epoch < epochs
-        # Without epochs, what k-means looked at is measured where reading more would cost an encoder's time.
-        limit = ROWS_PER_KEY * K if stream.replay and not learns and method.startswith("kmeans") else None
         empty = like.new_zeros(0, 1, like.shape[0], like.shape[2])
-        for queries in stream.in_step("moving averages", empty) if learns else stream.queries("measuring", limit):
+        # Without epochs, what k-means looked at is measured where reading more would cost an encoder's time.
+        measured = sample if stream.dear and sample is not None else stream
+        for queries in stream.in_step("moving averages", empty) if learns else measured.queries("measuring"):
             indices, distances = torch.ops.kvb.nearest(queries, moving[0], packed, mask, 1)
             meter.add(indices[..., 0], distances[..., 0], queries)
             if learns:

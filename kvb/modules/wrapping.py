@@ -15,7 +15,8 @@ from kvb.modules import fully_sharded, key_learning, positions
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.datasets import ReadsData
 from kvb.modules.hub import OnHub
-from kvb.modules.streams import Part, cut
+from kvb.modules.samples import cut
+from kvb.modules.streams import Part
 from kvb.modules.tables import ValuesStart
 
 BATCH = 256  # samples of one batch cut from a tensor for an encoder
@@ -53,7 +54,7 @@ class BottleneckWrapper(OnHub, ReadsData, nn.Module):
     encoder: nn.Module | None
     splitter: nn.Module
     bottleneck: KeyValueBottleneck
-    _replays = True
+    _dear = True
 
     # --- what a subclass says -----------------------------------------------------------------------------------------
 

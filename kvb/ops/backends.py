@@ -37,7 +37,10 @@ def _find_on_cpu() -> tuple[str, str]:
     wish = os.environ.get("KVB_CPU_CAPABILITY")
     wish = "torch" if wish == "reference" else wish  # its name before 0.2
     if wish is not None and wish not in CPU_CAPABILITIES:
-        raise ValueError(f"KVB_CPU_CAPABILITY={wish!r}: allowed values are {', '.join(CPU_CAPABILITIES)}")
+        raise ValueError(
+            f"KVB_CPU_CAPABILITY={wish!r}: expected one of {', '.join(CPU_CAPABILITIES)}, or no such variable, which "
+            "takes the best that the machine has: unset it"
+        )
     if wish == "torch":
         return "torch", _CHOSEN
     if wish == "triton":

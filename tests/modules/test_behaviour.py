@@ -69,7 +69,7 @@ def test_not_a_tensor():
     import numpy as np
 
     for bad in ([[1.0]], np.zeros((2, 4, 14)), None):
-        message = rf"^KeyValueBottleneck\(\): argument 'x' must be Tensor, not {type(bad).__name__}$"
+        message = rf"^KeyValueBottleneck\(\): argument 'x' must be Tensor, not {type(bad).__name__}\b"
         with pytest.raises(TypeError, match=message):
             make()(bad)
 
@@ -232,15 +232,59 @@ def test_init_keys_says_what_is_wrong():
         make().init_keys(3)
     with pytest.raises(ValueError, match="data yielded no rows"):
         make().init_keys([], progress=False)
-    with pytest.raises(ValueError, match="data can be iterated only once, but 12 passes are needed: give a DataLoader"):
+    with pytest.raises(ValueError, match="data can be iterated only once, but 2 passes are needed: give a DataLoader"):
         make().init_keys(iter([x]), "kmeans", progress=False)
     make().init_keys(iter([x]), "random", progress=False)
     with pytest.raises(ValueError, match="a codebook without a single finite row"):
         make().init_keys(x * float("nan"), "sample", progress=False)
     with pytest.raises(ValueError, match="expected x of shape"):
         make().init_keys([x[..., :3]], progress=False)
-    with pytest.raises(TypeError, match="argument 'x' must be Tensor, not dict"):
+    with pytest.raises(
+        TypeError, match=r"argument 'x' must be Tensor, not dict with 'x'; .* by inputs_extractor=lambda"
+    ):
         make().init_keys([{"x": x}], progress=False)
+
+
+def test_what_is_no_batch_of_tensors_says_how_to_make_one():
+    x = torch.randn(10, 4, 14)
+    dataset = torch.utils.data.TensorDataset(x, torch.zeros(10))
+    read = (
+        (lambda data: make().init_keys(data, progress=False)),
+        (lambda data: make().encode_dataset(data, progress=False)),
+    )
+    for call in read:
+        with pytest.raises(TypeError, match=r"not TensorDataset: pass torch.utils.data.DataLoader\(data, batch_size="):
+            call(dataset)
+        with pytest.raises(TypeError, match=r"not ndarray: call torch.from_numpy\(data\) first"):
+            call(x.numpy())
+        with pytest.raises(TypeError, match="data must be a Tensor or an iterable of batches, not str$"):
+            call("features.pt")
+        with pytest.raises(TypeError, match=r"'x' must be Tensor, not ndarray; call torch.from_numpy\(x\) first"):
+            call([x.numpy()])
+    with pytest.raises(
+        TypeError, match=r"'queries' must be Tensor, not ndarray; call torch.from_numpy\(queries\) first"
+    ):
+        kvb.functional.nearest(x.numpy(), x)
+
+
+def test_an_encoder_that_does_not_take_the_entries_of_a_mapping():
+    encoder = kvb.BottleneckedEncoder(torch.nn.Identity(), 6, 2, 4, 3, 2)
+    for call in (encoder.init_keys, encoder.encode_dataset):
+        with pytest.raises(TypeError, match=r"by their names, here 'pixels': pass inputs_extractor=lambda item: item"):
+            call([{"pixels": torch.randn(3, 6), "labels": torch.zeros(3)}], progress=False)
+    with pytest.raises(TypeError, match=r"^[^;]*unexpected keyword argument 'pixels'$"):
+        encoder({"pixels": torch.randn(3, 6)})
+
+
+@pytest.mark.parametrize("method", ["random", "sample", "kmeans", "kmeans++"])
+def test_a_mask_that_lets_nothing_count(method):
+    x, none = torch.randn(10, 4, 14), torch.zeros(10, dtype=torch.bool)
+    for options in ({"data": x, "mask": none}, {"data": [x], "mask_extractor": lambda item: none}):
+        module = make()
+        before = module.keys.clone()
+        with pytest.raises(ValueError, match="^data yielded no rows: its mask is False everywhere, and True counts$"):
+            module.init_keys(method=method, progress=False, **options)
+        assert torch.equal(module.keys, before)
 
 
 def test_deactivate_counts_needs_counts():

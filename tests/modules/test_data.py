@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kvb import BottleneckedEncoder, CodeDataset, DiscreteKeyValueBottleneck, KeyValueBottleneck, unlearning
-from kvb import data as room
-from kvb.modules import streams
+from kvb import BottleneckedEncoder, CodeDataset, DiscreteKeyValueBottleneck, KeyValueBottleneck, bars, unlearning
+from kvb.modules import samples
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def test_a_tensor_becomes_the_smallest_codes_that_hold_it(shape, K, dtype):
 
 
 def test_a_large_tensor_is_read_in_batches(module, monkeypatch):
-    monkeypatch.setattr(streams, "BATCH", 4 * 15)
+    monkeypatch.setattr(samples, "BATCH", 4 * 15)
     x, sizes, encode = torch.randn(10, 3, 5), [], module.encode
     monkeypatch.setattr(module, "encode", lambda part, **given: sizes.append(len(part)) or encode(part, **given))
     assert torch.equal(module.encode_dataset(x, progress=False).codes.long(), encode(x))
@@ -182,7 +181,7 @@ def test_discrete_does_the_same_from_embeddings():
 
 
 def test_the_progress_bar_can_be_silenced(module, capsys, monkeypatch):
-    monkeypatch.setattr(room, "PATIENCE", 0.0)
+    monkeypatch.setattr(bars, "PATIENCE", 0.0)
     module.encode_dataset([torch.randn(2, 3, 5)], progress=False)
     assert capsys.readouterr().err == ""
     module.encode_dataset([torch.randn(2, 3, 5)])

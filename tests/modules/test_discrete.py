@@ -165,12 +165,12 @@ def test_init_keys_runs_through_encoder_and_projection(data, method):
     assert len(found.memory_indices.unique()) == 9
 
 
-def test_kmeans_encodes_its_rows_once():
+def test_kmeans_encodes_all_rows_once():
     module, calls = make(encoder=Encoder()), []
     module.encoder.register_forward_hook(lambda *_: calls.append(1))
     module.init_keys(loader(), "kmeans", epochs=0, progress=False)
-    assert len(calls) == 2  # of 350 rows each: 64 for each of 9 keys, rounded up
-    assert module.init_keys(iter(loader()), "kmeans", epochs=0, progress=False).rows == 581
+    assert len(calls) == 6  # of 350 rows each
+    assert module.init_keys(iter(loader()), "kmeans", epochs=0, progress=False).rows == 64 * 9
     with pytest.raises(ValueError, match="data can be iterated only once, but 2 passes are needed"):
         module.init_keys(iter(loader()), "kmeans", epochs=1, progress=False)
 

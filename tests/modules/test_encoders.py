@@ -240,10 +240,10 @@ def test_passes_over_the_data(mode, epochs, passes):
     assert (model.key_report is None) == (passes == 0)
 
 
-def test_kmeans_reads_no_more_than_it_needs():
+def test_kmeans_takes_a_sample_of_all_data():
     loader = Loader([torch.randn(2 * K, 4, 6) for _ in range(100)])  # 64 rows an item; 64*K are needed
     model = build(init_mode="kmeans").initialize_keys(loader, epochs=0, progress=False)
-    assert model.encoder.calls == K
+    assert model.encoder.calls == 100
     assert model.key_report.rows == 64 * K
 
 
@@ -277,7 +277,7 @@ def test_a_tensor_and_a_generator_of_batches_do():
         build(Recorder(), init_mode="kmeans").initialize_keys(source, 0, generator=torch.Generator(), progress=False)
         for source in (data, iter(batches))
     )
-    assert tensors.encoder.calls == iterator.encoder.calls == 2  # 64*K = 512 rows
+    assert tensors.encoder.calls == iterator.encoder.calls == 3
     with pytest.raises(ValueError, match="can be iterated only once, but 2 passes are needed"):
         build(init_mode="kmeans").initialize_keys(iter(batches), 1)
     with pytest.raises(ValueError, match="can be iterated only once"):

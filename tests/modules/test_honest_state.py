@@ -430,18 +430,18 @@ def test_init_keys_with_a_generator_leaves_the_global_one_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_streams_read_again_what_they_kept():
+def test_samples_of_streams_are_read_again():
     calls = []
     batches = list(torch.randn(4, 10, 2, 3))
     stream = streams.Stream(
         batches,
         lambda item: calls.append(1) or streams.Part(item, None),
         lambda part: part.made[:, None],
-        replay=True,
         passes=1,
         progress=False,
     )
-    assert sum(len(q) for q in stream.queries("first", 15)) == 15
-    assert sum(len(q) for q in stream.queries("second", 15)) == 15
-    assert len(calls) == 2
+    sample = stream.share(15, None)
+    assert sum(len(q) for q in sample.queries("first")) == 15
+    assert sum(len(q) for q in sample.queries("second")) == 15
+    assert len(calls) == 4
     assert sum(len(q) for q in stream.queries("all")) == 40

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from kvb import KeyReport, KeyValueBottleneck, reference
-from kvb.modules import key_learning, streams
+from kvb import KeyReport, KeyValueBottleneck, bars, reference
+from kvb.modules import key_learning
 
 pytestmark = pytest.mark.fallback
 
@@ -312,7 +312,8 @@ def test_any_source_of_data():
     torch.testing.assert_close(keys_from([x.half()]), want, rtol=0.01, atol=0.01)
 
 
-def test_streams_stop_at_sixty_four_rows_a_key():
+@pytest.mark.parametrize("method", ["sample", "kmeans", "kmeans++"])
+def test_streams_are_read_once_for_a_sample_and_once_per_epoch(method):
     seen = []
 
     def batches():
@@ -324,13 +325,8 @@ def test_streams_stop_at_sixty_four_rows_a_key():
         def __iter__(self):
             return batches()
 
-    module = make(C=1, K=2, kmeans_iters=1)
-    module.init_keys(Loader(), "kmeans", epochs=1, progress=False)
-    assert seen == [
-        *range(8),
-        *range(8),
-        *range(100),
-    ]  # 128 rows for seeding and for the iteration; all of them to learn
+    make(C=1, K=2).init_keys(Loader(), method, epochs=1, progress=False)
+    assert seen == [*range(100), *range(100)]
 
 
 def test_the_first_training_batch_initialises():
@@ -369,7 +365,7 @@ def test_nan_rows_never_enter_a_key():
 
 
 def test_progress_is_shown_when_asked(capsys, monkeypatch):
-    monkeypatch.setattr(streams, "PATIENCE", 0.0)
+    monkeypatch.setattr(bars, "PATIENCE", 0.0)
     make().init_keys([torch.randn(10, 2, 3)] * 3, epochs=1, progress=True)
     assert "keys: moving averages (pass 1 of 1)" in capsys.readouterr().err
     make().init_keys([torch.randn(10, 2, 3)] * 3, epochs=1, progress=False)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kvb import BottleneckedEncoder, CodeDataset, KeyValueBottleneck, training
-from kvb.modules import streams
+from kvb.modules import samples
 from kvb.unlearning import class_hits, erase, forget, hits, mask_by_activations, mask_by_examples, overlap
 
 C, K, D, V = 3, 8, 2, 4
@@ -91,7 +91,7 @@ def test_hits_respect_a_mask_that_is_there():
 
 
 def test_large_tensors_are_read_in_parts(monkeypatch):
-    monkeypatch.setattr(streams, "BATCH", 10)
+    monkeypatch.setattr(samples, "BATCH", 10)
     codes = torch.randint(K, (20, C))
     assert torch.equal(hits(make(), codes), by_hand(codes))
     labels = torch.randint(3, (20,))

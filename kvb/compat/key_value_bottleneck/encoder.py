@@ -8,8 +8,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from kvb import bars
 from kvb.compat.key_value_bottleneck import splitters
 from kvb.compat.key_value_bottleneck.bottleneck import KeyValueBottleneck
 from kvb.items import inputs_of
@@ -102,7 +102,7 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
         try:
             for epoch in range(epochs):
                 title = f"keys: pass {epoch + 1} of {epochs}"
-                for item in tqdm(loader, desc=title, disable=not progress, leave=False, delay=streams.PATIENCE):
+                for item in bars.of(loader, title, shown=progress):
                     with torch.no_grad():
                         self(self._moved(inputs_of(item, inputs_extractor)))
         finally:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from kvb import bars
 from kvb.experiments.class_incremental import Examples, stratified_split
 from kvb.experiments.data import packages
 from kvb.experiments.encoders import lite0
@@ -37,7 +37,7 @@ def _images() -> tuple[Tensor, Tensor]:
 def encode(images: Tensor) -> Tensor:
     """images [B, 1, H, W] with values 0 to 255 -> features [B, 448]."""
     network = lite0.pretrained()
-    batches = tqdm(images.split(BATCH), desc="encoding images", leave=False, delay=1)
+    batches = bars.of(images.split(BATCH), "encoding images")
     maps = (network.features(lite0.scaled(batch.expand(-1, 3, -1, -1), SIZE), BLOCK) for batch in batches)
     return torch.cat([nn.functional.adaptive_avg_pool2d(each, SIDE).flatten(1) for each in maps])
 

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from kvb import bars
 from kvb.checkpoints import read_state
 from kvb.experiments.data import packages
 
@@ -144,7 +144,7 @@ def embed(texts: Sequence[str], *, limit: int = 128, batch_size: int = 32) -> Te
     tokens = [pieces(text, limit) for text in texts]
     order = sorted(range(len(texts)), key=lambda number: len(tokens[number]))
     out = torch.empty(len(texts), DIM)
-    for start in tqdm(range(0, len(order), batch_size), desc="encoding texts", leave=False, delay=1):
+    for start in bars.of(range(0, len(order), batch_size), "encoding texts"):
         rows = order[start : start + batch_size]
         batch = [torch.tensor(tokens[row]) for row in rows]
         out[rows] = network(nn.utils.rnn.pad_sequence(batch, batch_first=True))
