@@ -78,11 +78,12 @@ extern const Kernels kernels;
 
 // Fill what is left of the nearest keys of a query, from ``found`` on, with the lowest keys not among them.
 inline void fill_unused(int64_t* indices, int64_t found, int64_t topk) {
-  int64_t unused = 0;
-  for (int64_t t = found; t < topk; ++t) {
-    while (std::find(indices, indices + t, unused) != indices + t) ++unused;
-    indices[t] = unused;
-  }
+  if (found == topk) return;
+  Vector<char> used(topk); // of the keys below ``topk``: what is missing is among them
+  for (int64_t t = 0; t < found; ++t)
+    if (indices[t] < topk) used[indices[t]] = true;
+  for (int64_t unused = 0; found < topk; ++unused)
+    if (!used[unused]) indices[found++] = unused;
 }
 
 // The kernels of this machine, chosen once (capability.cpp).
