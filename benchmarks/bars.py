@@ -98,35 +98,6 @@ def race_mean(quick: bool) -> Measured:
     value, low, high = (statistics.geometric_mean(line[part] for line in found) for part in ("ratio", "low", "high"))
     ours = statistics.geometric_mean(line["seconds"][KVB] for line in found)
     theirs = statistics.geometric_mean(line["seconds"][line["best"]] for line in found)
-    return Measured(ours, theirs, "B", PUBLISHED, Ratio(*[theirs / max(1, ours)] * 3))
-
-
-def call(with_gradient: bool, quick: bool) -> Measured:
-    """A call on one pair, in calls of ``nn.Linear``."""
-    race = overhead.measure(with_gradient, QUICK if quick else FULL)
-    seconds = [race.seconds(who) for who in (overhead.KVB, overhead.PEER)]
-    return Measured(*seconds, "s", overhead.PEER, race.ratio(overhead.KVB, overhead.PEER))
-
-
-@functools.cache
-def _raced(quick: bool) -> list[dict[str, Any]]:
-    """The first shapes of ``benchmarks.race``, without those that a compiler takes seconds for."""
-    drawn = [draws.draw(0, index)[0] for index in range(RACED_QUICK if quick else RACED)]
-    found = [racing.race(one, racing.QUICK if quick else racing.FULL) for one in drawn if not one.compiled]
-    for line in found:
-        if "wrong" in line:
-            raise WrongResult(f"{summary.shape(line)}: {line['wrong']}")
-    return summary.raced(found)
-
-
-def race_mean(quick: bool) -> Measured:
-    """The best opponent's time over kvb's at random shapes, geometric mean."""
-    found = _raced(quick)
-    value, low, high = (statistics.geometric_mean(line[part] for line in found) for part in ("ratio", "low", "high"))
-    ours, theirs = (
-        statistics.geometric_mean(line["seconds"][who] for line, who in pairs)
-        for pairs in ([(line, KVB) for line in found], [(line, line["best"]) for line in found])
-    )
     return Measured(ours, theirs, "s", "best of each", Ratio(value, low, high))
 
 

@@ -7,14 +7,13 @@ import collections
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from benchmarks import journal, machine, race, table
 from benchmarks.race import draws, racing, summary
-from benchmarks.timing import HOST, Absent, Clock, Effort, ProcessorClock
+from benchmarks.timing import HOST, Absent, Clock, Effort, ProcessorClock, timed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,9 +46,8 @@ def _begun(file: Path, about: dict[str, Any]) -> tuple[journal.Journal, list[dic
 
 
 def _measured(draw: draws.Draw, effort: Effort, clock: Clock) -> dict[str, Any]:
-    start = perf_counter()
-    facts = racing.race(draw, effort, clock)
-    facts["took"] = perf_counter() - start
+    took, facts = timed(lambda: racing.race(draw, effort, clock))
+    facts["took"] = took
     says = facts.get("wrong") or (f"{facts['ratio']:.2f} ({facts['best']})" if "ratio" in facts else "alone")
     print(f"{draw.index:>4} {draw}: {says}", flush=True)
     return facts
