@@ -12,7 +12,7 @@ namespace kvb {
 namespace {
 
 // What a query needs besides its products with the keys, in multiplications that take as long: some two microseconds.
-constexpr double kQueryOverhead = 8e3;
+constexpr double kQueryOverhead = 8e3, kSmallQueryOverhead = 1e3;
 // Copying the mask of a pair takes about a nanosecond: this many pairs pay for another thread.
 constexpr int64_t kMaskGrain = 1 << 15;
 
@@ -106,9 +106,12 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
       .indices = indices,
       .distances = static_cast<float*>(distances),
   };
-  const double cost = static_cast<double>(layout.K) * layout.D + kQueryOverhead;
+  const bool small = is_small(layout);
+  const double cost =
+      static_cast<double>(layout.K) * layout.D + (small ? kSmallQueryOverhead : kQueryOverhead);
+  const SearchRows search_rows = small ? kernels().search_small : kernels().search;
   over_positions(B * S, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
-    kernels().search(search, c, begin, end);
+    search_rows(search, c, begin, end);
   });
   require(
       !stale, "packed keys do not fit the keys, which have changed since; pack the keys again with pack_keys(keys)");
