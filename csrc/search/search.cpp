@@ -12,7 +12,9 @@ namespace kvb {
 namespace {
 
 // What a query needs besides its products with the keys, in multiplications that take as long: some two microseconds.
-constexpr double kQueryOverhead = 8e3, kSmallQueryOverhead = 1e3;
+constexpr double kQueryOverhead = 8e3;
+// In a small codebook: half of that, and a product in float32 takes as long as two of a filter.
+constexpr double kSmallQueryOverhead = 4e3, kSmallProduct = 2;
 // Copying the mask of a pair takes about a nanosecond: this many pairs pay for another thread.
 constexpr int64_t kMaskGrain = 1 << 15;
 
@@ -107,8 +109,8 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
       .distances = static_cast<float*>(distances),
   };
   const bool small = is_small(layout);
-  const double cost =
-      static_cast<double>(layout.K) * layout.D + (small ? kSmallQueryOverhead : kQueryOverhead);
+  const double products = static_cast<double>(layout.K) * layout.D;
+  const double cost = small ? kSmallProduct * products + kSmallQueryOverhead : products + kQueryOverhead;
   const SearchRows search_rows = small ? kernels().search_small : kernels().search;
   over_positions(B * S, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
     search_rows(search, c, begin, end);
