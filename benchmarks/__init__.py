@@ -4,6 +4,7 @@
     make bench                   the same contestants under pytest-benchmark (test_suites)
     python -m benchmarks.bars    the promised ratios, held on this machine
     python -m benchmarks.scaling --json FILE     cost against N, K, C and D, the crossover, the overhead of a call
+    python -m benchmarks.race --out DIR          random shapes against the best of plain PyTorch and faiss, every loss
     python -m benchmarks.report [FILE ...]       files results, and rewrites tables and plots
     python -m benchmarks.cpu, .training, .graphs, .gpu    single rows next to the machine's ceilings
 

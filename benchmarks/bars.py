@@ -10,16 +10,19 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from benchmarks import cpu, graphs, overhead, peers, suites, table, training
+from benchmarks.race import draws, racing, summary
 from benchmarks.shapes import SHAPES
 from benchmarks.suites import KVB
 from benchmarks.suites.measuring import Outcome, measure
 from benchmarks.table import Measured, Row, against_best
-from benchmarks.timing import Absent, Effort, Ratio
+from benchmarks.timing import Absent, Effort, Ratio, WrongResult
 
 FULL, QUICK = Effort(rounds=5, seconds=3.0, patience=5.0), Effort(rounds=2, seconds=0.3, patience=1.0)
 PUBLISHED = "dkvb-pytorch"
+RACED, RACED_QUICK = 120, 24  # shapes of benchmarks.race
 
 
 @functools.cache
@@ -78,6 +81,33 @@ def call(with_gradient: bool, quick: bool) -> Measured:
     return Measured(*seconds, "s", overhead.PEER, race.ratio(overhead.KVB, overhead.PEER))
 
 
+@functools.cache
+def _raced(quick: bool) -> list[dict[str, Any]]:
+    """The first shapes of ``benchmarks.race``, without those that a compiler takes seconds for."""
+    drawn = [draws.draw(0, index)[0] for index in range(RACED_QUICK if quick else RACED)]
+    found = [racing.race(one, racing.QUICK if quick else racing.FULL) for one in drawn if not one.compiled]
+    for line in found:
+        if "wrong" in line:
+            raise WrongResult(f"{summary.shape(line)}: {line['wrong']}")
+    return summary.raced(found)
+
+
+def race_mean(quick: bool) -> Measured:
+    """The best opponent's time over kvb's at random shapes, geometric mean."""
+    found = _raced(quick)
+    value, low, high = (statistics.geometric_mean(line[part] for line in found) for part in ("ratio", "low", "high"))
+    ours = statistics.geometric_mean(line["seconds"][KVB] for line in found)
+    theirs = statistics.geometric_mean(line["seconds"][line["best"]] for line in found)
+    return Measured(ours, theirs, "s", "best of each", Ratio(value, low, high))
+
+
+def race_losses(quick: bool) -> Measured:
+    """The share of those shapes where kvb loses."""
+    found = _raced(quick)
+    lost = len(summary.losses(found))
+    return Measured(lost, len(found), "shapes", "of so many", Ratio(*[lost / len(found)] * 3))
+
+
 def _at(take: Callable[..., Measured], *arguments: object) -> Callable[[bool], Measured]:
     """``take`` with its first arguments, to be called with ``quick``."""
     return functools.partial(take, *arguments)
@@ -97,6 +127,8 @@ OWN = (
     Row("one-sample", _versus("forward", "one_sample", _plain), 3),
     Row("call:forward", _at(call, False), 4, at_most=True),
     Row("call:gradient", _at(call, True), 6, at_most=True),
+    Row("race:mean", race_mean, 1),
+    Row("race:losses", race_losses, 0.02, at_most=True),
 )
 ROWS = tuple(row for row in (*OWN, *cpu.ROWS, *training.ROWS, *graphs.ROWS) if row.must is not None)
 

@@ -18,7 +18,7 @@ from benchmarks.timing import Absent, Effort, Race, Ratio, WrongResult
 
 THREADS = 2
 FULL, QUICK = Effort(rounds=7, seconds=5.0), Effort(rounds=3, seconds=0.6)
-SCALES = {"s": (1e3, "ms"), "GF/s": (1e-9, "GF/s"), "GB/s": (1e-9, "GB/s"), "B": (1e-6, "MB")}
+SCALES = {"s": (1e3, "ms"), "GF/s": (1e-9, "GF/s"), "GB/s": (1e-9, "GB/s"), "B": (1e-6, "MB"), "shapes": (1, "shapes")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ def faiss() -> ModuleType:
 
 
 class FaissSearch:
-    """One ``IndexFlatL2`` per codebook, queries made contiguous beforehand; a call returns indices [C, N].
+    """One ``IndexFlatL2`` per codebook, queries made contiguous beforehand; a call returns indices [C, N, T].
 
     faiss has two ways to search, and its choice between them is poor at some shapes: the faster one, tried on two
     codebooks, is taken. ``path`` names it.
@@ -37,23 +37,28 @@ class FaissSearch:
     not keep memory alive; the attributes do.
     """
 
-    def __init__(self, queries: Tensor, keys: Tensor) -> None:
+    def __init__(self, queries: Tensor, keys: Tensor, topk: int = 1) -> None:
         self.module = module = faiss()
-        (C, _, D), self.N = keys.shape, queries.shape[0] * queries.shape[1]
+        (C, _, D), self.N, self.topk = keys.shape, queries.shape[0] * queries.shape[1], topk
         self.rows = queries.permute(2, 0, 1, 3).reshape(C, self.N, D).contiguous()
-        self.indices = torch.empty(C, self.N, dtype=torch.int64)
-        self.distances = torch.empty(C, self.N)
+        self.indices = torch.empty(C, self.N, topk, dtype=torch.int64)
+        self.distances = torch.empty(C, self.N, topk)
         self.books = [module.IndexFlatL2(D) for _ in range(C)]
-        for book, key in zip(self.books, keys, strict=True):
-            book.add(key.numpy())
+        self.update(keys)
         arrays = zip(self.rows, self.distances, self.indices, strict=True)
         self.pointers = [tuple(module.swig_ptr(part.numpy()) for part in parts) for parts in arrays]
         self.path = quickest({path: functools.partial(self._search, path, 2) for path in FAISS_PATHS})
 
+    def update(self, keys: Tensor) -> None:
+        """Other keys of the same shape."""
+        for book, key in zip(self.books, keys, strict=True):
+            book.reset()
+            book.add(key.numpy())
+
     def _search(self, path: str, books: int) -> Tensor:
         self.module.cvar.distance_compute_blas_threshold = FAISS_PATHS[path]
         for book, (rows, distances, indices) in zip(self.books[:books], self.pointers, strict=False):
-            book.search_c(self.N, rows, 1, distances, indices)
+            book.search_c(self.N, rows, self.topk, distances, indices)
         return self.indices
 
     def __call__(self) -> Tensor:

@@ -40,11 +40,12 @@ class Chunked:
     """``baddbmm`` and ``argmin``, never more than about ``chunk`` scores at a time.
 
     Key norms, transposed keys and the scratch for scores are prepared beforehand; ``least`` replaces what is done to a
-    chunk, and then makes scratch of its own.
+    chunk, and then makes scratch of its own. With ``topk`` the indices have a last axis.
     """
 
-    def __init__(self, keys: Tensor, N: int, chunk: int, least: Least | None = None) -> None:
+    def __init__(self, keys: Tensor, N: int, chunk: int, least: Least | None = None, topk: int | None = None) -> None:
         self.C, self.K, _ = keys.shape
+        self.topk = topk
         self.books = min(self.C, max(1, chunk // (N * self.K)))
         self.rows = min(N, max(1, chunk // self.K))
         self.scratch = keys.new_empty(0 if least else self.books * self.rows * self.K)
@@ -58,7 +59,8 @@ class Chunked:
     def __call__(self, queries: Tensor) -> Tensor:
         B, S, C, D = queries.shape
         N = B * S
-        indices = torch.empty(C, N, dtype=torch.int64, device=queries.device)
+        ranks = () if self.topk is None else (self.topk,)
+        indices = torch.empty(C, N, *ranks, dtype=torch.int64, device=queries.device)
         for c in range(0, C, self.books):
             book = slice(c, c + self.books)
             # [books, N, D], in one copy where batch and positions cannot be one axis
@@ -66,7 +68,7 @@ class Chunked:
             for n in range(0, N, self.rows):
                 part = rows[:, n : n + self.rows]
                 self._find(book, part, indices[book, n : n + self.rows])
-        return indices.view(C, B, S).permute(1, 2, 0)
+        return indices.view(C, B, S, *ranks).movedim(0, 2)
 
     def _find(self, book: slice, part: Tensor, out: Tensor) -> None:
         if self.least is not None:
@@ -74,10 +76,13 @@ class Chunked:
             return
         scores = self.scratch[: part.shape[0] * part.shape[1] * self.K].view(*part.shape[:2], self.K)
         torch.baddbmm(self.halves[book], part, self.columns[book], alpha=-1, out=scores)
-        torch.argmin(scores, -1, out=out)
+        if self.topk is None:
+            torch.argmin(scores, -1, out=out)
+        else:
+            out.copy_(scores.topk(self.topk, largest=False).indices)
 
 
-def _best_chunk(queries: Tensor, keys: Tensor, least: Least | None = None) -> Chunked:
+def _best_chunk(queries: Tensor, keys: Tensor, least: Least | None = None, topk: int | None = None) -> Chunked:
     """The chunk size that is quickest on as many queries and codebooks as show it in little time."""
     B, S, C, _ = queries.shape
     K, chunks = keys.shape[1], CHUNKS[keys.device.type]
@@ -85,13 +90,13 @@ def _best_chunk(queries: Tensor, keys: Tensor, least: Least | None = None) -> Ch
     few = slice(0, max(1, chunks[-1] // (S * K * books)))
     trial, some = queries[few, :, :books], keys[:books]
     rows = trial.shape[0] * S
-    runs = {str(chunk): functools.partial(Chunked(some, rows, chunk, least), trial) for chunk in chunks}
-    return Chunked(keys, B * S, int(quickest(runs, clock_of(keys.device))), least)
+    runs = {str(chunk): functools.partial(Chunked(some, rows, chunk, least, topk), trial) for chunk in chunks}
+    return Chunked(keys, B * S, int(quickest(runs, clock_of(keys.device))), least, topk)
 
 
-def chunked(queries: Tensor, keys: Tensor) -> Chunked:
-    """``baddbmm`` and ``argmin`` in chunks, of the size that is quickest here."""
-    return _best_chunk(queries, keys)
+def chunked(queries: Tensor, keys: Tensor, topk: int | None = None) -> Chunked:
+    """``baddbmm`` and ``argmin``, or ``topk``, in chunks of the size that is quickest here."""
+    return _best_chunk(queries, keys, topk=topk)
 
 
 def compiled(queries: Tensor, keys: Tensor) -> Finder:

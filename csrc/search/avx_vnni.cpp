@@ -27,7 +27,7 @@ inline void store_bytes(int8_t* to, ivec values) {
 
 } // namespace
 
-const Kernels kernels = {"avx_vnni", true, search_rows, pack_codebook, fingerprint, add_finite};
+const Kernels kernels = {"avx_vnni", true, search_rows, search_small, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::avx_vnni
 KVB_TARGET_END

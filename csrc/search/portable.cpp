@@ -25,10 +25,20 @@ inline bool any_nan(vec values) {
   return std::isnan(total(values)); // of sums x - x, which are 0 or NaN
 }
 
+inline vec load_first(const float* from, int64_t count) {
+  vec found = {};
+  for (int64_t i = 0; i < count; ++i) found[i] = from[i];
+  return found;
+}
+
+inline wide widened(const float* from) {
+  return __builtin_convertvector(*reinterpret_cast<const half_at*>(from), wide);
+}
+
 #include "search.inc"
 
 } // namespace
 
-const Kernels kernels = {"portable", false, search_rows, pack_codebook, fingerprint, add_finite};
+const Kernels kernels = {"portable", false, search_rows, search_small, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::portable

@@ -13,6 +13,8 @@ namespace {
 
 // What a query needs besides its products with the keys, in multiplications that take as long: some two microseconds.
 constexpr double kQueryOverhead = 8e3;
+// In a small codebook: half of that, and a product in float32 takes as long as two of a filter.
+constexpr double kSmallQueryOverhead = 4e3, kSmallProduct = 2;
 // Copying the mask of a pair takes about a nanosecond: this many pairs pay for another thread.
 constexpr int64_t kMaskGrain = 1 << 15;
 
@@ -106,9 +108,12 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
       .indices = indices,
       .distances = static_cast<float*>(distances),
   };
-  const double cost = static_cast<double>(layout.K) * layout.D + kQueryOverhead;
+  const bool small = is_small(layout);
+  const double products = static_cast<double>(layout.K) * layout.D;
+  const double cost = small ? kSmallProduct * products + kSmallQueryOverhead : products + kQueryOverhead;
+  const SearchRows search_rows = small ? kernels().search_small : kernels().search;
   over_positions(B * S, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
-    kernels().search(search, c, begin, end);
+    search_rows(search, c, begin, end);
   });
   require(
       !stale, "packed keys do not fit the keys, which have changed since; pack the keys again with pack_keys(keys)");

@@ -4,6 +4,7 @@
 
 #include "../numbers.h"
 #include "packed.h"
+#include "small.h"
 #include "target.h"
 
 #include <atomic>
@@ -50,10 +51,14 @@ struct Kernels {
   const char* name;
   bool tiles; // packs 8-bit tiles and multiplies them
   SearchRows search;
+  SearchRows search_small; // in a codebook that is_small
   PackCodebook pack;
   Fingerprint fingerprint;
   AddFinite add_finite;
 };
+
+// The kernels of this machine, chosen once (capability.cpp).
+const Kernels& kernels();
 
 namespace portable {
 extern const Kernels kernels;
@@ -85,8 +90,5 @@ inline void fill_unused(int64_t* indices, int64_t found, int64_t topk) {
   for (int64_t unused = 0; found < topk; ++unused)
     if (!used[unused]) indices[found++] = unused;
 }
-
-// The kernels of this machine, chosen once (capability.cpp).
-const Kernels& kernels();
 
 } // namespace kvb

@@ -83,7 +83,7 @@ def test_a_wrong_kvb_stops_its_row_and_fails_the_command(monkeypatch, capsys):
 
 
 def test_a_peer_that_breaks_is_listed(monkeypatch):
-    def broken(queries, keys):
+    def broken(queries, keys, **options):
         raise AttributeError("no such name")
 
     monkeypatch.setattr(plain, "_best_chunk", broken)
@@ -329,7 +329,25 @@ def test_bars_fail_where_a_ratio_falls_short(ratio, status, monkeypatch, capsys)
 def test_every_bar_can_be_measured():
     names = [row.name for row in bars.ROWS]
     assert len(set(names)) == len(names)
-    assert {"search-mean", "call:gradient", "forward:paper", "step:fused"} <= set(names)
+    assert {"search-mean", "call:gradient", "forward:paper", "step:fused", "race:losses"} <= set(names)
+
+
+def test_the_race_among_the_bars_raises_what_is_wrong(monkeypatch):
+    lines = [
+        {"ratio": ratio, "low": 1, "high": 3, "best": "faiss", "seconds": {"faiss": 2.0, "kvb": 1.0}}
+        for ratio in (0.5, 2)
+    ]
+    monkeypatch.setattr(bars.racing, "race", lambda draw, effort: (lines * bars.RACED)[draw.index])
+    bars._raced.cache_clear()
+    try:
+        assert bars.race_mean(True).ratio.value == pytest.approx(1, rel=0.3)
+        assert bars.race_losses(True).ratio.value == pytest.approx(0.5, abs=0.1)
+        lines[1] = {**bars.draws.draw(0, 1)[0]._asdict(), "wrong": "off by one"}
+        bars._raced.cache_clear()
+        with pytest.raises(WrongResult, match="off by one"):
+            bars.race_mean(True)
+    finally:
+        bars._raced.cache_clear()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.contract
 INTERPRETED = ops.backend("cpu") == "triton"
 CI_QUERIES, ALL_QUERIES = (5_000, 200_000) if INTERPRETED else (1_000_000, 10_000_000)
 
-# name, data, (C, K, D), dtype, topk, share of all queries
+# name, data, (C, K, D), dtype, topk, share of all queries. Small codebooks and large ones are searched differently.
 CASES = [
     ("normal", normal, (2, 64, 8), torch.float32, 1, 12),
     ("normal, K below a group", normal, (3, 7, 14), torch.float32, 2, 6),
@@ -63,6 +63,22 @@ CASES = [
     ("NaN and Inf queries", broken_queries, (2, 64, 8), torch.float32, 2, 6),
     ("NaN and Inf keys", broken_keys, (2, 64, 8), torch.float32, 2, 6),
     ("autocast", offset, (2, 64, 8), torch.float32, 1, 6),
+    ("normal, K=128", normal, (1, 128, 16), torch.float32, 20, 2),
+    ("duplicates, T=K", duplicates, (2, 24, 8), torch.float32, 24, 2),
+    ("large, offset 100", offset, (1, 150, 8), torch.float32, 1, 4),
+    ("large, offset 100, topk", offset, (1, 150, 5), torch.float32, 3, 2),
+    ("large, duplicates", duplicates, (1, 150, 8), torch.float32, 2, 2),
+    ("large, near-duplicates", near_duplicates, (1, 150, 8), torch.float32, 1, 4),
+    ("large, near-duplicates, topk", near_duplicates, (1, 150, 4), torch.float32, 4, 2),
+    ("large, bisectors", bisectors, (1, 150, 8), torch.float32, 1, 4),
+    ("large, outliers", far_key, (1, 150, 8), torch.float32, 1, 2),
+    ("large, clusters", clusters, (1, 150, 8), torch.float32, 2, 2),
+    ("large, 1e-15", scaled(1e-15), (1, 150, 8), torch.float32, 1, 2),
+    ("large, 1e15", scaled(1e15), (1, 150, 8), torch.float32, 1, 2),
+    ("large, float16 1e-3", scaled(1e-3), (1, 150, 8), torch.float16, 1, 2),
+    ("large, bfloat16", offset, (1, 150, 8), torch.bfloat16, 2, 2),
+    ("large, NaN and Inf queries", broken_queries, (1, 150, 8), torch.float32, 2, 2),
+    ("large, NaN and Inf keys", broken_keys, (1, 150, 8), torch.float32, 2, 2),
     ("float64", bisectors, (1, 32, 6), torch.float64, 2, 2),
     ("float64 offset", offset, (1, 32, 6), torch.float64, 1, 2),
     ("float64 1e100", scaled(1e100), (1, 32, 6), torch.float64, 1, 2),
@@ -201,9 +217,10 @@ def test_an_offset_does_not_change_the_answer():
     assert torch.equal(plain[1], moved[1])
 
 
-def test_the_batch_around_a_query_changes_nothing():
+@pytest.mark.parametrize("K", [64, 200])
+def test_the_batch_around_a_query_changes_nothing(K):
     """Large and infinite neighbours must not move the bounds of others; keys are near-twins, so that bounds matter."""
-    queries, keys = normal(130, 3, 64, 12)
+    queries, keys = normal(130, 3, K, 12)
     keys[:, 1::2] = keys[:, ::2] * (1 + 2**-21)
     queries[5], queries[70], queries[71] = queries[5] * 1e6, torch.inf, queries[71] * 1e-6
     packed = functional.pack_keys(keys)

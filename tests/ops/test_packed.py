@@ -138,9 +138,10 @@ def test_a_compiled_graph_checks_as_well():
 
 @pytest.mark.skipif(not CPP, reason="a check of the C++ backend")
 @pytest.mark.parametrize("D", [3, 14, 600])
+@pytest.mark.parametrize("K", [50, 200])
 @pytest.mark.parametrize("topk", [1, 3])
-def test_a_winner_that_moved_is_noticed(D, topk):
-    queries, keys = problem(2, 50, D, n=200)
+def test_a_winner_that_moved_is_noticed(D, K, topk):
+    queries, keys = problem(2, K, D, n=200)
     packed = op.pack_keys(keys)
     op.nearest(queries, keys, packed, None, topk)
     for moved in (keys + 1, keys * 1.01, keys.flip(1), keys.flip(0)):
@@ -149,7 +150,7 @@ def test_a_winner_that_moved_is_noticed(D, topk):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("sizes", [(2, 20, 5), (1, 300, 14), (1, 17, 3), (1, 40, 520)])
+@pytest.mark.parametrize("sizes", [(2, 20, 5), (1, 300, 14), (1, 17, 3), (1, 150, 3), (1, 40, 520)])
 def test_damaged_packed_keys_never_name_a_key_that_is_not_there(sizes, dtype):
     """Each operator may raise; what it returns are indices of keys."""
     queries, keys = problem(*sizes, dtype=dtype)
