@@ -35,18 +35,30 @@ def _count(text: str) -> int:
     return number
 
 
+def _labels(text: str) -> int | None:
+    return None if text == "all" else _count(text)
+
+
 def _add_protocol(commands: Any) -> None:
     protocol = commands.add_parser(
         "protocol",
         help="the paper's protocol: three scenarios, eleven heads, mean and spread over seeds; its ablations",
     )
     protocol.add_argument("--data", choices=FEATURES, default="digits", help="as for the demo (%(default)s)")
-    protocol.add_argument("--scenario", choices=("class-incremental", "task-incremental", "iid"), help="only this one")
+    scenarios = ("class-incremental", "task-incremental", "iid", "domain-incremental")
+    protocol.add_argument("--scenario", choices=scenarios, help="only this one (the first three)")
     protocol.add_argument("--seeds", type=_count, default=5, metavar="N", help="seeds 0 to N-1 (%(default)s)")
     protocol.add_argument("--epochs", type=_count, metavar="N", help="passes over a task (as the data needs)")
     protocol.add_argument("--patience", type=_count, metavar="N", help="end a task N epochs after its lowest loss")
     protocol.add_argument("--quick", action="store_true", help="everything tiny, for a first look")
-    protocol.add_argument("--labels", type=_count, metavar="N", help="N labelled examples of a class (all)")
+    protocol.add_argument(
+        "--labels",
+        type=_labels,
+        nargs="+",
+        default=[None],
+        metavar="N",
+        help="N labelled examples of a class (all); several numbers, such as 1 5 20 50 all: a curve over them",
+    )
     what = protocol.add_mutually_exclusive_group()
     axes = ("codebooks", "pairs", "dim_keys", "key_data")
     what.add_argument("--ablate", choices=axes, help="vary this, as the paper does; the bottleneck only")
@@ -139,13 +151,15 @@ def _unlearn(chosen: argparse.Namespace) -> None:
 def _protocol(chosen: argparse.Namespace) -> None:
     def run(report: Any, data: Any) -> None:
         scenarios = (chosen.scenario,) if chosen.scenario else report.SCENARIOS
-        plan = report.Plan(chosen.seeds, scenarios, chosen.epochs, chosen.patience, chosen.quick, chosen.labels)
+        plan = report.Plan(chosen.seeds, scenarios, chosen.epochs, chosen.patience, chosen.quick, chosen.labels[0])
         if chosen.full:
             from kvb.experiments import full, shares
 
             shares.results((data.SOURCE,), lambda source: full.main(source, plan, chosen.out))
         elif chosen.ablate:
             report.ablate(data.SOURCE, chosen.ablate, plan, chosen.out)
+        elif len(chosen.labels) > 1:
+            report.curves(data.SOURCE, plan, chosen.labels, chosen.out)
         else:
             report.compare(data.SOURCE, plan, chosen.out)
 
