@@ -1,6 +1,6 @@
 """kvb: the fast, exact Discrete Key-Value Bottleneck for PyTorch."""
 
-from kvb import compat, counting, decoders, functional, optim, splitters, training, unlearning
+from kvb import compat, counting, decoders, functional, growth, optim, splitters, training, unlearning
 from kvb.about import __version__, info
 from kvb.checkpoints import CheckpointError, load, save
 from kvb.classifier import KeyValueClassifier
@@ -40,6 +40,7 @@ __all__ = [
     "dead_code_threshold",
     "decoders",
     "functional",
+    "growth",
     "info",
     "load",
     "optim",
