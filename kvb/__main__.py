@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvb demo``, ``protocol``, ``unlearn``, ``bench``, ``check`` and ``info``."""
+"""The command line: ``python -m kvb demo``, ``protocol``, ``unlearn``, ``study``, ``bench``, ``check``, ``info``."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def _add_protocol(commands: Any) -> None:
         metavar="N",
         help="N labelled examples of a class (all); several numbers, such as 1 5 20 50 all: a curve over them",
     )
+    protocol.add_argument("--heads", nargs="+", metavar="HEAD", help="only these, by their names in the table (all)")
     what = protocol.add_mutually_exclusive_group()
     axes = ("codebooks", "pairs", "dim_keys", "key_data")
     what.add_argument("--ablate", choices=axes, help="vary this, as the paper does; the bottleneck only")
@@ -70,7 +71,7 @@ def _add_protocol(commands: Any) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kvb", description=kvb.__doc__)
-    names = "{demo,protocol,unlearn,bench,check,info}"
+    names = "{demo,protocol,unlearn,study,bench,check,info}"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     demo = commands.add_parser(
         "demo", help="learn real data a few classes at a time: the bottleneck against a linear and an MLP head"
@@ -101,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
     unlearn.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
+    study = commands.add_parser("study", help="edit samples, forget them, edit thousands: what changes besides")
+    study.add_argument("name", choices=("edits", "forgetting", "continual"), help="which one")
+    study.add_argument("--data", choices=FEATURES, default="digits", help="as for demo (%(default)s)")
+    study.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
+    study.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
     _add_bench(commands.add_parser("bench", help="how fast kvb is on this machine, against what you might use instead"))
     check = commands.add_parser("check", help="hold every operator of every backend of this machine to the contract")
     check.add_argument("--device", metavar="D", help="cpu or cuda (both, where there are both)")
@@ -148,10 +154,18 @@ def _unlearn(chosen: argparse.Namespace) -> None:
     _experiment("unlearning", chosen, run)
 
 
+def _study(chosen: argparse.Namespace) -> None:
+    _experiment("editing", chosen, lambda editing, data: editing.main(data.STUDY, chosen.name, chosen.out, chosen.seed))
+
+
 def _protocol(chosen: argparse.Namespace) -> None:
     def run(report: Any, data: Any) -> None:
         scenarios = (chosen.scenario,) if chosen.scenario else report.SCENARIOS
-        plan = report.Plan(chosen.seeds, scenarios, chosen.epochs, chosen.patience, chosen.quick, chosen.labels[0])
+        heads = tuple(chosen.heads or report.HEADS)
+        if unknown := [name for name in heads if name not in report.HEADS]:
+            sys.exit(f"--heads must be of {', '.join(report.HEADS)}; got {unknown[0]!r}")
+        options = chosen.epochs, chosen.patience, chosen.quick, chosen.labels[0], heads
+        plan = report.Plan(chosen.seeds, scenarios, *options)
         if chosen.full:
             from kvb.experiments import full, shares
 
@@ -217,6 +231,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         _protocol(chosen)
     elif chosen.command == "unlearn":
         _unlearn(chosen)
+    elif chosen.command == "study":
+        _study(chosen)
     else:
         _info()
     return 0

@@ -18,7 +18,7 @@ from typing import Any
 from kvb.experiments import plots, protocol, shares
 from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import DOMAINS, SCENARIOS
-from kvb.experiments.protocol import Data, Recipe, Run, Spread
+from kvb.experiments.protocol import HEADS, Data, Recipe, Run, Spread
 from kvb.experiments.studies import KEY_SHARE, Source
 from kvb.experiments.versions import versions
 
@@ -46,6 +46,7 @@ class Plan:
     patience: int | None = None
     quick: bool = False
     labels: int | None = None  # of a class, instead of all
+    heads: tuple[str, ...] = HEADS
 
     def data(self, source: Source, seed: int, out: Path) -> Data:
         """What a seed works on; a few labelled examples of a class keep all features for the keys."""
@@ -148,7 +149,9 @@ def compare(source: Source, plan: Plan, out: Path, say: Callable[[str], None] = 
             for line in header(source, recipe, data):
                 say(line)
         classes = None if data.domains else len(source.study.classes)
-        return protocol.run(recipe, data, seed, num_classes=classes, scenarios=plan.scenarios, say=say)
+        return protocol.run(
+            recipe, data, seed, num_classes=classes, scenarios=plan.scenarios, heads=plan.heads, say=say
+        )
 
     runs = shares.results(range(plan.seeds), one)
     if runs is None:
@@ -184,8 +187,10 @@ def markdown(runs: Sequence[Run]) -> str:
             kept = protocol.spread([each.kept.get(head, 0) / 1e6 for each in runs]).mean
             cells += [f"{taken:.1f}", f"{kept:.3g}"]
         lines.append(f"| {head} | " + " | ".join(cells) + " |")
-    used = protocol.spread([each.codes_used for each in runs])
-    return "\n".join([*lines, "", f"Pairs used by training examples: {used}."])
+    if "bottleneck" in runs[0].results[scenarios[0]]:
+        used = protocol.spread([each.codes_used for each in runs])
+        lines += ["", f"Pairs used by training examples: {used}."]
+    return "\n".join(lines)
 
 
 # --- curves over labels -----------------------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ def curves(
             say(f"labels of a class: {name}")
         data = plans[name].data(source, seed, out)
         classes = None if data.domains else len(source.study.classes)
-        return protocol.run(recipe, data, seed, num_classes=classes, scenarios=(scenario,), say=say)
+        return protocol.run(recipe, data, seed, num_classes=classes, scenarios=(scenario,), heads=plan.heads, say=say)
 
     runs = shares.results([(name, seed) for name in plans for seed in range(plan.seeds)], one)
     if runs is None:
@@ -216,7 +221,7 @@ def curves(
     found = {name: runs[each * plan.seeds : (each + 1) * plan.seeds] for each, name in enumerate(plans)}
     results = {
         head: {name: protocol.summary(of, scenario, head)["final_accuracy"] for name, of in found.items()}
-        for head in protocol.HEADS
+        for head in plan.heads
     }
     rows = [f"| {head} | " + " | ".join(map(str, row.values())) + " |" for head, row in results.items()]
     table = "\n".join(["| labels of a class | " + " | ".join(found) + " |", "|---|" + "---|" * len(found), *rows])

@@ -59,6 +59,15 @@ def test_the_command_draws_a_curve_over_labels(command):
     assert (out / "labels-digits.png").exists()
 
 
+def test_the_command_takes_some_heads(command, capsys):
+    out = command("--seeds", "1", "--scenario", "iid", "--heads", "counting", "nearest mean")
+    _, (run,) = protocol.from_json(json.loads((out / "protocol-digits.json").read_text()))
+    assert list(run.results["iid"]) == ["counting", "nearest mean"]
+    assert "Pairs used" not in (out / "protocol-digits.md").read_text()
+    with pytest.raises(SystemExit, match="--heads must be of bottleneck, counting"):
+        command("--heads", "forest")
+
+
 def test_the_command_learns_domains(command, capsys):
     out = command("--seeds", "1", "--scenario", "domain-incremental")
     record = json.loads((out / "protocol-digits-domains.json").read_text())
