@@ -112,6 +112,13 @@ def edit(model: Edited, kind: str, size: int, repeats: int) -> Edit | None:
     return Edit(model.name, kind, size, held_, steps_, rows, same_, promised_, kept == 1, moved, reverted == 1)
 
 
+def _row(one: Edit) -> str:
+    promise = f"all of the {one.promised:.1%} promised: {_yes(one.kept)}" if one.promised else "none promised"
+    cells = [one.model, one.kind, one.size, f"{one.held:.0%}", f"{one.steps:.1f}", f"{one.rows:.2%}"]
+    cells += [f"{one.same:.1%}; {promise}", f"{100 * one.moved:+.2f}", _yes(one.reverted)]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def edits(study: Study, problem: Problem, seed: int, say: Say, *, repeats: int = REPEATS) -> Found:
     """Labels of 1, 10 and 50 samples are swapped, or wrong answers corrected."""
     lines = [
@@ -128,10 +135,7 @@ def edits(study: Study, problem: Problem, seed: int, say: Say, *, repeats: int =
                 if one is None:
                     continue
                 found.append(one)
-                promise = f"{one.same:.1%}; all of the {one.promised:.1%} promised: {_yes(one.kept)}"
-                cells = [one.model, kind, size, f"{one.held:.0%}", f"{one.steps:.1f}", f"{one.rows:.2%}", promise]
-                cells += [f"{100 * one.moved:+.2f}", _yes(one.reverted)]
-                lines.append("| " + " | ".join(map(str, cells)) + " |")
+                lines.append(_row(one))
                 say(lines[-1])
     drawn = [
         Panel(
