@@ -109,10 +109,11 @@ def edit(model: Edited, kind: str, size: int, repeats: int) -> Edit | None:
     held_, steps_, rows, same_, promised_, kept, moved, reverted = (
         sum(one) / repeats for one in zip(*found, strict=True)
     )
-    return Edit(model.name, kind, size, held_, steps_, rows, same_, promised_, kept == 1, moved, reverted == 1)
+    return Edit(model.name, kind, len(new), held_, steps_, rows, same_, promised_, kept == 1, moved, reverted == 1)
 
 
-def _row(one: Edit) -> str:
+def row(one: Edit) -> str:
+    """A line of the table of ``edits``."""
     promise = f"all of the {one.promised:.1%} promised: {_yes(one.kept)}" if one.promised else "none promised"
     cells = [one.model, one.kind, one.size, f"{one.held:.0%}", f"{one.steps:.1f}", f"{one.rows:.2%}"]
     cells += [f"{one.same:.1%}; {promise}", f"{100 * one.moved:+.2f}", _yes(one.reverted)]
@@ -132,10 +133,12 @@ def edits(study: Study, problem: Problem, seed: int, say: Say, *, repeats: int =
         for kind in ("swap", "correct"):
             for size in SIZES:
                 one = edit(model, kind, size, repeats)
-                if one is None:
-                    continue
+                if one is None or (
+                    found and (found[-1].model, found[-1].kind, found[-1].size) == (one.model, one.kind, one.size)
+                ):
+                    continue  # there are no more to correct
                 found.append(one)
-                lines.append(_row(one))
+                lines.append(row(one))
                 say(lines[-1])
     drawn = [
         Panel(

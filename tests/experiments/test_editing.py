@@ -132,3 +132,13 @@ def test_unknown_studies_are_refused(capsys):
     with pytest.raises(SystemExit):
         __main__.main(["study", "nothing"])
     assert "edits" in capsys.readouterr().err
+
+
+def test_no_more_is_corrected_than_is_wrong(small, monkeypatch):
+    """Sizes are those of the samples that there were, each of them once."""
+    monkeypatch.setattr(editing, "MODELS", (edited.Values,))
+    monkeypatch.setattr(editing, "SIZES", (1, 1000, 2000))
+    model = edited.Values(DIGITS, small.train, small.test, 0)
+    wrong = round((1 - model.accuracy()) * len(model.test.labels))
+    found = editing.edits(DIGITS, small, 0, silent, repeats=1).records
+    assert [record["size"] for record in found if record["kind"] == "correct"] == [1, wrong]
