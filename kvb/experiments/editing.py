@@ -127,7 +127,7 @@ def edits(study: Study, problem: Problem, seed: int, say: Say, *, repeats: int =
         "others, points | taken back bit for bit |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    found = []
+    found: list[Edit] = []
     for kind_of in MODELS:
         model = kind_of(study, problem.train, problem.test, seed)
         for kind in ("swap", "correct"):
