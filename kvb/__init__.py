@@ -11,7 +11,7 @@ Rooms: functional (the operators), splitters, decoders, training, optim, unlearn
 experiments. ``help(kvb.KeyValueBottleneck)`` tells of one name; what follows here is everything of all of them.
 """
 
-from kvb import compat, counting, decoders, functional, optim, splitters, training, unlearning
+from kvb import compat, counting, decoders, functional, growth, optim, splitters, training, unlearning
 from kvb.about import __version__, info
 from kvb.checkpoints import CheckpointError, save
 from kvb.classifier import KeyValueClassifier
@@ -52,6 +52,7 @@ __all__ = [
     "dead_code_threshold",
     "decoders",
     "functional",
+    "growth",
     "info",
     "load",
     "optim",

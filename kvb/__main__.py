@@ -1,4 +1,4 @@
-"""The command line: ``kvb demo``, ``protocol``, ``unlearn``, ``report``, ``bench``, ``check`` and ``info``."""
+"""The command line: ``kvb demo``, ``protocol``, ``unlearn``, ``study``, ``report``, ``bench``, ``check``, ``info``."""
 
 from __future__ import annotations
 
@@ -36,18 +36,31 @@ def _count(text: str) -> int:
     return number
 
 
+def _labels(text: str) -> int | None:
+    return None if text == "all" else _count(text)
+
+
 def _add_protocol(commands: Any) -> None:
     protocol = commands.add_parser(
         "protocol",
         help="the paper's protocol: three scenarios, eleven heads, mean and spread over seeds; its ablations",
     )
     protocol.add_argument("--data", choices=FEATURES, default="digits", help="as for the demo (%(default)s)")
-    protocol.add_argument("--scenario", choices=("class-incremental", "task-incremental", "iid"), help="only this one")
+    scenarios = ("class-incremental", "task-incremental", "iid", "domain-incremental")
+    protocol.add_argument("--scenario", choices=scenarios, help="only this one (the first three)")
     protocol.add_argument("--seeds", type=_count, default=5, metavar="N", help="seeds 0 to N-1 (%(default)s)")
     protocol.add_argument("--epochs", type=_count, metavar="N", help="passes over a task (as the data needs)")
     protocol.add_argument("--patience", type=_count, metavar="N", help="end a task N epochs after its lowest loss")
     protocol.add_argument("--quick", action="store_true", help="everything tiny, for a first look")
-    protocol.add_argument("--labels", type=_count, metavar="N", help="N labelled examples of a class (all)")
+    protocol.add_argument(
+        "--labels",
+        type=_labels,
+        nargs="+",
+        default=[None],
+        metavar="N",
+        help="N labelled examples of a class (all); several numbers, such as 1 5 20 50 all: a curve over them",
+    )
+    protocol.add_argument("--heads", nargs="+", metavar="HEAD", help="only these, by their names in the table (all)")
     what = protocol.add_mutually_exclusive_group()
     axes = ("codebooks", "pairs", "dim_keys", "key_data")
     what.add_argument("--ablate", choices=axes, help="vary this, as the paper does; the bottleneck only")
@@ -61,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     called = "python -m kvb" if Path(sys.argv[0]).name == "__main__.py" else "kvb"
     parser = argparse.ArgumentParser(prog=called, description=kvb.__doc__)
     parser.add_argument("--version", action="version", version=f"kvb {kvb.__version__}")
-    names = "{demo,protocol,unlearn,report,bench,check,info}"
+    names = "{demo,protocol,unlearn,study,report,bench,check,info}"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     demo = commands.add_parser(
         "demo", help="learn real data a few classes at a time: the bottleneck against a linear and an MLP head"
@@ -92,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
     unlearn.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
+    study = commands.add_parser("study", help="edit samples, forget them, edit thousands: what changes besides")
+    study.add_argument("name", choices=("edits", "forgetting", "continual"), help="which one")
+    study.add_argument("--data", choices=FEATURES, default="digits", help="as for demo (%(default)s)")
+    study.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
+    study.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
     report = commands.add_parser("report", help="write a page about the bottleneck in a file: sizes, usage, pictures")
     report.add_argument("file", type=Path, help="of kvb.save, or a folder of save_pretrained")
     report.add_argument("--data", type=Path, metavar="CODES", help="count these codes, a .npy of encode_dataset")
@@ -143,16 +161,26 @@ def _unlearn(chosen: argparse.Namespace) -> None:
     _experiment("unlearning", chosen, run)
 
 
+def _study(chosen: argparse.Namespace) -> None:
+    _experiment("editing", chosen, lambda editing, data: editing.main(data.STUDY, chosen.name, chosen.out, chosen.seed))
+
+
 def _protocol(chosen: argparse.Namespace) -> None:
     def run(report: Any, data: Any) -> None:
         scenarios = (chosen.scenario,) if chosen.scenario else report.SCENARIOS
-        plan = report.Plan(chosen.seeds, scenarios, chosen.epochs, chosen.patience, chosen.quick, chosen.labels)
+        heads = tuple(chosen.heads or report.HEADS)
+        if unknown := [name for name in heads if name not in report.HEADS]:
+            sys.exit(f"--heads must be of {', '.join(report.HEADS)}; got {unknown[0]!r}")
+        options = chosen.epochs, chosen.patience, chosen.quick, chosen.labels[0], heads
+        plan = report.Plan(chosen.seeds, scenarios, *options)
         if chosen.full:
             from kvb.experiments import full, shares
 
             shares.results((data.SOURCE,), lambda source: full.main(source, plan, chosen.out))
         elif chosen.ablate:
             report.ablate(data.SOURCE, chosen.ablate, plan, chosen.out)
+        elif len(chosen.labels) > 1:
+            report.curves(data.SOURCE, plan, chosen.labels, chosen.out)
         else:
             report.compare(data.SOURCE, plan, chosen.out)
 
@@ -230,6 +258,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         _protocol(chosen)
     elif chosen.command == "unlearn":
         _unlearn(chosen)
+    elif chosen.command == "study":
+        _study(chosen)
     else:
         _info()
     return 0

@@ -5,8 +5,6 @@ Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11
 
 from __future__ import annotations
 
-import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -14,10 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvb import functional, tabular, training, validation
+from kvb import classifier_files, functional, tabular, training, validation
 from kvb.checkpoints import CheckpointError, read_state
 from kvb.counting import ClassCounts
-from kvb.files import replacing
 from kvb.projection import BATCH, NearestCodes
 from kvb.tabular import Label
 
@@ -25,7 +22,6 @@ METHODS = ("count", "sgd")
 PAIRS, DIM_KEYS = 2048, 48  # at most; chosen with the other defaults on validation examples: docs/experiments.md
 SHARPNESS = 4.0  # of probabilities: scores are mean log likelihoods, and codebooks are far from independent
 _UNFIT = (KeyError, ValueError, TypeError, RuntimeError)  # of a file that holds something else
-_NOT_SAVED = ("encoder", "device")
 _KEPT = 16384  # rows that keys are drawn from
 _SELF = TypeVar("_SELF", bound="KeyValueClassifier")
 
@@ -205,6 +201,24 @@ class KeyValueClassifier(tabular.Estimator):
             total += len(found)
         return right / total
 
+    def novelty(self, X: Any, share: float = 0.99) -> Any:
+        """The share of codebooks in which no key is near, [N] in [0, 1]: what keys were made of has about 1 - share.
+
+        Near is what is within the distance that ``share`` of the codebook's keys have to another key. Where much is far
+        the prediction is a guess: abstain there, or make keys of data that has such samples (``fit_keys``). Keys do not
+        grow here: old samples would fetch new pairs, and could not be forgotten any more. ``kvb.growth`` does it for
+        values that learn by steps.
+
+        Raises:
+            ValueError: share outside (0, 1].
+        """
+        if "coder_" not in vars(self):
+            self._require_fitted()
+        if validation.number("share", share, 0.0, float("inf"), open_low=True) > 1:
+            raise ValueError(f"share must be in (0, 1], got {share}")
+        parts = [self._far(rows, share) for rows, _ in self._batches(X, None, labelled=False)]
+        return self._given_back(torch.cat(parts))
+
     @property
     def classes_(self) -> Any:
         """The labels, sorted: a tensor where y was one, else an array."""
@@ -226,21 +240,7 @@ class KeyValueClassifier(tabular.Estimator):
             TypeError: labels that are no strings or numbers. OSError: the file cannot be written.
         """
         self._require_fitted()
-        options = {name: value for name, value in self.get_params(deep=False).items() if name not in _NOT_SAVED}
-        slots = sorted(self._slots, key=lambda name: self._slots[name])
-        learned = {"slots": slots, "declared": sorted(self._declared), "active": sorted(self._active)}
-        flags = {"tensors": self._tensors, "own_keys": self._own_keys}
-        text = json.dumps({"options": options, **learned, **flags})
-        state = {f"coder.{name}": part for name, part in self.coder_.state_dict().items()}
-        state |= {"text": torch.tensor(list(text.encode()), dtype=torch.uint8)}
-        if self.method == "count":
-            state |= {f"counts.{name}": part for name, part in self.counts_.state_dict().items()}
-        else:
-            state["values"] = self.values_
-        buffer = io.BytesIO()
-        torch.save({name: part.cpu() for name, part in state.items()}, buffer)
-        with replacing(path) as file:
-            file.write(buffer.getbuffer())
+        classifier_files.write(self, path)
 
     @classmethod
     def load(
@@ -257,30 +257,11 @@ class KeyValueClassifier(tabular.Estimator):
         """
         state = read_state(path)
         try:
-            text = json.loads(bytes(state["text"].tolist()))
-            model = cls(**text["options"], encoder=encoder, device=device)
-            model._restore(state, text)
+            model = cls(**classifier_files.options(state), encoder=encoder, device=device)
+            classifier_files.restore(model, state)
         except _UNFIT as error:
             raise CheckpointError(f"{os.fspath(path)} holds no {cls.__name__}: {error}") from error
         return model
-
-    def _restore(self, state: dict[str, Tensor], text: dict[str, Any]) -> None:
-        place = self.device or "cpu"
-        state = {name: part.to(place) for name, part in state.items()}
-        F, (C, K, D) = len(state["coder.projection.mean"]), state["coder.keys"].shape
-        self.n_features_in_ = F
-        self.coder_ = NearestCodes(F, C, K, D, self.topk).to(place)
-        self.coder_.load_state_dict({name: state[f"coder.{name}"] for name in self.coder_.state_dict()})
-        self._own_keys = text["own_keys"]
-        self._start()
-        self._slots.update({name: number for number, name in enumerate(text["slots"])})
-        self._declared.update(text["declared"])
-        self._active.update(text["active"])
-        self._tensors = text["tensors"]
-        if self.method == "count":
-            self.counts_.load_state_dict({name: state[f"counts.{name}"] for name in self.counts_.state_dict()})
-        else:
-            self.values_ = state["values"]
 
     # --- keys and codes -----------------------------------------------------------------------------------------------
 
@@ -331,13 +312,21 @@ class KeyValueClassifier(tabular.Estimator):
 
     def _codes(self, features: Tensor) -> Tensor:
         """[B, F] -> [B, C, T]."""
+        self._require_width(features)
+        codes: Tensor = self.coder_(features)
+        return codes
+
+    def _require_width(self, features: Tensor) -> None:
         if features.shape[1] != self.n_features_in_:
             raise ValueError(
                 f"X has {features.shape[1]} features, but {type(self).__name__} is expecting "
                 f"{self.n_features_in_} features as input"
             )
-        codes: Tensor = self.coder_(features)
-        return codes
+
+    def _far(self, features: Tensor, share: float) -> Tensor:
+        """[B, F] -> [B], of codebooks."""
+        self._require_width(features)
+        return self.coder_.none_near(features, share).double().mean(-1)
 
     def _coded(self, X: Any, y: Any) -> Iterator[tuple[Tensor, list[Label]]]:
         """Codes and labels of one batch after the other."""
@@ -446,4 +435,4 @@ class KeyValueClassifier(tabular.Estimator):
             raise kind(f"This {type(self).__name__} instance is not fitted yet: call fit or partial_fit first")
 
     def _given_back(self, numbers: Tensor) -> Any:
-        return numbers if self._tensors else numbers.cpu().numpy()
+        return numbers if vars(self).get("_tensors", False) else numbers.cpu().numpy()

@@ -137,6 +137,7 @@ class NearestCodes(nn.Module):
         self.topk = max(1, min(validation.positive_int("topk", topk), pairs // 16))
         self.register_buffer("keys", torch.zeros(num_codebooks, pairs, dim_keys))
         self._packed: Tensor | None = None
+        self._between: Tensor | None = None  # squared distances [C, K] from each key to the nearest other one
 
     @torch.no_grad()
     def fit(self, features: Tensor, generator: torch.Generator) -> NearestCodes:
@@ -149,17 +150,33 @@ class NearestCodes(nn.Module):
             heads = self.projection(features[begin : begin + BATCH])
             book, place = ((drawn >= begin) & (drawn < begin + len(heads))).nonzero(as_tuple=True)
             self.keys[book, place] = heads[drawn[book, place] - begin, book]
-        self._packed = None
+        self._packed = self._between = None
         return self
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """x [B, F] -> codes [B, C, T] int64, nearest first."""
+        codes = torch.cat([self._nearest(self.projection(rows), self.topk)[0] for rows in x.split(BATCH)])
+        return codes if self.topk > 1 else codes[..., None]
+
+    @torch.no_grad()
+    def none_near(self, x: Tensor, share: float) -> Tensor:
+        """Where x [B, F] is farther from its nearest key than ``share`` of the keys are from another: bool [B, C].
+
+        Keys are samples of the unlabelled data: so far is a sample of such data in 1 - share of the codebooks.
+        """
+        C, K, _ = self.keys.shape
+        if self._between is None or self._between.device != self.keys.device:
+            ranks = min(2, K)  # the first is the key itself
+            found = [self._nearest(rows, ranks)[1] for rows in self.keys.transpose(0, 1).split(BATCH)]
+            self._between = torch.cat(found).view(K, C, ranks)[..., -1].T.sort().values
+        limit = self._between[:, max(0, math.ceil(share * K) - 1)]
+        near = [self._nearest(self.projection(rows), 1)[1] <= limit for rows in x.split(BATCH)]
+        return ~torch.cat(near)
+
+    def _nearest(self, queries: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+        """Codes and squared distances of queries [B, C, D]: [B, C], or [B, C, ranks] for several."""
         if self._packed is None or self._packed.device != self.keys.device:
             self._packed = functional.pack_keys(self.keys)
-        found = [
-            functional.nearest(self.projection(rows)[:, None], self.keys, packed=self._packed, topk=self.topk)[0][:, 0]
-            for rows in x.split(BATCH)
-        ]
-        codes = torch.cat(found)
-        return codes if self.topk > 1 else codes[..., None]
+        codes, distances = functional.nearest(queries[:, None], self.keys, packed=self._packed, topk=ranks)
+        return codes[:, 0], distances[:, 0]

@@ -1,7 +1,8 @@
 """Class-incremental learning on fixed features: classes arrive in tasks, nothing is replayed, no task id is given.
 
 A head has one output per class from the start, and is tested with all of them. Every head gets the same batches in the
-same order. Two easier references: task-incremental, with the task known, and i.i.d. training.
+same order. Two easier references: task-incremental, with the task known, and i.i.d. training. Domain-incremental: every
+task has all classes, and shows them in another way.
 
 Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 5; the forgetting measure
 is that of Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018 (arXiv:1801.10112).
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ def draw_tasks(num_classes: int, classes_per_task: int, generator: torch.Generat
 
 
 SCENARIOS = ("class-incremental", "task-incremental", "iid")
+DOMAINS = "domain-incremental"  # of data that has domains: its labels name a class and a domain
 
 
 class Plateau(NamedTuple):
@@ -115,15 +117,17 @@ class _Area(NamedTuple):
     outputs: Tensor
 
 
-def _areas(heads: Head | Sequence[Head], tasks: Sequence[Tensor], scenario: str) -> list[_Area]:
-    if scenario not in SCENARIOS:
-        raise ValueError(f"scenario must be one of {', '.join(SCENARIOS)}, got {scenario!r}")
+def _areas(heads: Head | Sequence[Head], tasks: Sequence[Tensor], scenario: str, outputs: Tensor | None) -> list[_Area]:
+    if scenario not in (*SCENARIOS, DOMAINS):
+        raise ValueError(f"scenario must be one of {', '.join((*SCENARIOS, DOMAINS))}, got {scenario!r}")
+    if (outputs is not None) != (scenario == DOMAINS):
+        raise ValueError(f"{DOMAINS} training takes outputs, and no other scenario does; got {scenario!r}")
     if isinstance(heads, Head) == (scenario == "task-incremental"):
         wanted = "one head for all classes" if scenario != "task-incremental" else "a list of one head for every task"
         raise ValueError(f"{scenario} training takes {wanted}")
     if isinstance(heads, Head):
         classes = torch.cat(list(tasks))
-        return [_Area(heads, classes, classes)]
+        return [_Area(heads, classes, classes if outputs is None else outputs[classes])]
     return [_Area(head, task, torch.arange(len(task))) for head, task in zip(heads, tasks, strict=True)]
 
 
@@ -190,18 +194,21 @@ def learn(
     budget: Budget,
     seed: int,
     scenario: str = "class-incremental",
+    outputs: Tensor | None = None,
     stop: Plateau | None = None,
     watch: Callable[[int], None] = lambda steps: None,
 ) -> Iterator[Score]:
-    """Train by SGD without momentum in one of three scenarios, and yield the score after every task.
+    """Train by SGD without momentum in one of four scenarios, and yield the score after every task.
 
     "class-incremental": one task after the other, without its name at test time. "task-incremental": the same with one
     head for each task, whose outputs are its classes in their order; at test time the task is known. "iid": all classes
-    at once, shuffled, with as many steps as all tasks together; one score.
+    at once, shuffled, with as many steps as all tasks together; one score. "domain-incremental": as class-incremental,
+    with labels that name a class and a domain; only the class has to be told.
 
     Args:
         heads: one head for all classes, or, task-incremental, one for every task; these prepare features alike.
-        tasks: the classes of every task.
+        tasks: the labels of every task.
+        outputs: domain-incrementally, the class that each label stands for, [labels].
         rate: the learning rate.
         seed: of the order of the batches; equal for heads that are to be compared.
         stop: ends a task early; by default, it ends with the budget's epochs.
@@ -209,7 +216,7 @@ def learn(
     Raises:
         ValueError: an unknown scenario, or heads that do not fit it.
     """
-    areas = _areas(heads, tasks, scenario)
+    areas = _areas(heads, tasks, scenario, outputs)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         prepared, prepared_test = (areas[0].head.prepare(part.features) for part in (train, test))
@@ -245,6 +252,7 @@ def choose_rate(
     budget: Budget,
     seed: int,
     scenario: str = "class-incremental",
+    outputs: Tensor | None = None,
     stop: Plateau | None = None,
 ) -> tuple[float, list[float]]:
     """The learning rate with the best accuracy over all classes at the end of the whole protocol.
@@ -258,8 +266,7 @@ def choose_rate(
     finals = []
     for rate in rates:
         heads = build(fit.features)
-        *_, last = learn(
-            heads, fit, validation, tasks, rate=rate, budget=budget, seed=seed, scenario=scenario, stop=stop
-        )
+        options: dict[str, Any] = {"budget": budget, "seed": seed, "scenario": scenario, "outputs": outputs}
+        *_, last = learn(heads, fit, validation, tasks, rate=rate, stop=stop, **options)
         finals.append(last.seen)
     return max(zip(finals, rates, strict=True))[1], finals

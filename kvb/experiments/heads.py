@@ -37,8 +37,9 @@ class Head(nn.Module):
     passes: int | None = None
 
     def kept(self) -> int:
-        """Bytes of all tensors that have to stay for the head to go on learning."""
-        parts = [part for module in self.modules() for part in vars(module).values() if isinstance(part, Tensor)]
+        """Bytes of all tensors that have to stay for the head to go on learning; what private names hold is a cache."""
+        fields = [field for module in self.modules() for field in vars(module).items()]
+        parts = [part for name, part in fields if isinstance(part, Tensor) and not name.startswith("_")]
         storages = {part.data_ptr(): part.nbytes for part in (*self.parameters(), *self.buffers(), *parts)}
         return sum(storages.values())
 

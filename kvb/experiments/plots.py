@@ -1,9 +1,10 @@
-"""Figures of results: of a class-incremental run, of the protocol and its ablations, of unlearning, of the toy."""
+"""Figures of results: of a class-incremental run, the protocol and its ablations, unlearning, edits, and the toy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -298,4 +299,33 @@ def ablation(results: Mapping[str, Mapping[str, Spread]], *, axis: str, title: s
     axes.set_title(title, fontsize=13, fontweight="bold", color=INK)
     axes.legend(frameon=False)
     _plain(axes)
+    figure.savefig(path)
+
+
+# --- edits ------------------------------------------------------------------------------------------------------------
+
+
+class Panel(NamedTuple):
+    """What one part of a figure shows: xs and ys by the name of the line."""
+
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    joined: bool = True
+
+
+def panels(parts: Sequence[Panel], *, title: str, path: Path) -> None:
+    """Panels side by side as a PNG."""
+    figure = Figure(figsize=(4.6 * len(parts) + 0.6, 4), dpi=120, layout=ConstrainedLayoutEngine())
+    figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
+    for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        for (name, (xs, ys)), (colour, marker) in zip(part.lines.items(), STYLES, strict=False):
+            style = "-" if part.joined else "none"
+            axes.plot(xs, ys, color=colour, marker=marker, linestyle=style, markersize=4, linewidth=2, label=name)
+        axes.set_title(part.title, fontsize=11.5, color=INK)
+        axes.set_xlabel(part.x)
+        axes.set_ylabel(part.y)
+        axes.legend(frameon=False)
+        _plain(axes)
     figure.savefig(path)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kvb.classifier import KeyValueClassifier
 from kvb.experiments.baselines import BASELINES
 from kvb.experiments.class_incremental import (
+    DOMAINS,
     SCENARIOS,
     Examples,
     Plateau,
@@ -94,11 +95,16 @@ class Recipe:
 
 
 class Data(NamedTuple):
-    """What one seed works on: features for the keys, without labels, and examples to train and test on."""
+    """What one seed works on: features for the keys, without labels, and examples to train and test on.
+
+    domains: where labels name a class and a domain, the labels of each domain; classes: the class of every label then.
+    """
 
     keys: Tensor  # [N, channels]
     train: Examples
     test: Examples
+    domains: tuple[Tensor, ...] = ()
+    classes: Tensor | None = None
 
 
 def set_aside(train: Examples, test: Examples, share: float, generator: torch.Generator) -> Data:
@@ -110,11 +116,8 @@ def set_aside(train: Examples, test: Examples, share: float, generator: torch.Ge
 def with_few_labels(data: Data, each: int, seed: int) -> Data:
     """The same with ``each`` random training examples of every class; all, where it has no more.
 
-    Raises:
-        ValueError: fewer than four: one of four chooses the rates of other heads.
+    Of fewer than four none can be spared, and rates of the other heads are chosen on the training examples themselves.
     """
-    if each < round(1 / VALIDATION_SHARE):
-        raise ValueError(f"labels must be at least 4 of a class, one of which chooses rates, got {each}")
     generator = torch.Generator().manual_seed(seed)
     places = [(data.train.labels == label).nonzero()[:, 0] for label in data.train.labels.unique()]
     chosen = [rows[torch.randperm(len(rows), generator=generator)[:each]] for rows in places]
@@ -133,7 +136,7 @@ def normalised(data: Data) -> Data:
         return (features - mean) / length
 
     train, test = (part._replace(features=moved(part.features)) for part in (data.train, data.test))
-    return Data(moved(data.keys), train, test)
+    return data._replace(keys=moved(data.keys), train=train, test=test)
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -195,9 +198,11 @@ def codes_used(codes: Tensor, pairs: int) -> float:
 # --- heads ------------------------------------------------------------------------------------------------------------
 
 
-def _sizes(tasks: Sequence[Tensor], scenario: str) -> list[int]:
+def _sizes(tasks: Sequence[Tensor], scenario: str, outputs: Tensor | None = None) -> list[int]:
     """How many classes each head has."""
     sizes = [len(task) for task in tasks]
+    if outputs is not None:
+        return [int(outputs.max()) + 1]
     return sizes if scenario == "task-incremental" else [sum(sizes)]
 
 
@@ -205,10 +210,9 @@ def _of(scenario: str, heads: list[Head]) -> Heads:
     return heads if scenario == "task-incremental" else heads[0]
 
 
-def _other(name: str, recipe: Recipe, tasks: Sequence[Tensor], scenario: str, seed: int, features: Tensor) -> Heads:
+def _other(name: str, recipe: Recipe, sizes: Sequence[int], scenario: str, seed: int, features: Tensor) -> Heads:
     """A head for these features, or one for every task; those of an MLP share their hidden layer."""
     with seeded(seed):
-        sizes = _sizes(tasks, scenario)
         return _of(
             scenario,
             BASELINES[name](features.shape[1], sizes, hidden=recipe.hidden, projected=recipe.projected, from_zero=True),
@@ -240,9 +244,15 @@ class _Contest:
     def __init__(self, recipe: Recipe, data: Data, classes: int, seed: int) -> None:
         self.recipe, self.data, self.classes, self.seed = recipe, data, classes, seed
         generator = torch.Generator().manual_seed(seed)
-        self.tasks = draw_tasks(classes, recipe.classes_per_task, generator)
+        if data.domains:
+            order = torch.randperm(len(data.domains), generator=generator).tolist()
+            self.tasks = tuple(data.domains[number] for number in order)
+        else:
+            self.tasks = draw_tasks(classes, recipe.classes_per_task, generator)
         fit, validation = stratified_split(data.train.labels, VALIDATION_SHARE, generator)
         self.parts = data.train.take(fit), data.train.take(validation)
+        if len(self.parts[1].labels.unique()) < len(data.train.labels.unique()):
+            self.parts = data.train, data.train
         self.coded: list[Examples] = []
         self.used, self.report = 0.0, ""
         self.model: KeyValueClassifier | None = None
@@ -258,7 +268,7 @@ class _Contest:
     def enter(self, name: str, scenario: str, arguments: Mapping[str, Any]) -> tuple[Heads, float, list[Examples]]:
         """A head, or one for every task, its learning rate, and the examples that it trains and is tested on."""
         recipe, tasks, examples = self.recipe, self.tasks, [self.data.train, self.data.test]
-        sizes = _sizes(tasks, scenario)
+        sizes = _sizes(tasks, scenario, self.data.classes)
         if name == "bottleneck":
             tables = [torch.zeros(recipe.codebooks, recipe.pairs, size) for size in sizes]
             return _of(scenario, [CodesHead(table) for table in tables]), recipe.rate, self.coded
@@ -270,7 +280,7 @@ class _Contest:
                 0.0 if kind.passes else recipe.rate,
                 examples,
             )
-        build = partial(_other, name, recipe, tasks, scenario, self.seed)
+        build = partial(_other, name, recipe, sizes, scenario, self.seed)
         built, rate = build(self.data.train.features), 0.0
         if not (built if isinstance(built, Head) else built[0]).passes:
             rate, _ = choose_rate(build, *self.parts, tasks, rates=recipe.rates, **arguments)
@@ -294,13 +304,15 @@ def run(
         data: any features; ``set_aside`` and ``normalised`` make it of training and test examples.
         seed: of the class order, the projections, the keys, the networks and the batches.
         num_classes: one more than the largest label, by default.
+        scenarios: of data with domains, "domain-incremental" alone; of other data, any of ``SCENARIOS``.
         say: gets a line for every head and scenario as soon as it is known.
     Raises:
         ValueError: an unknown scenario or head, or classes that do not divide into tasks.
     """
-    unknown = [name for name in (*scenarios, *heads) if name not in (*SCENARIOS, *HEADS)]
+    known = (DOMAINS,) if data.domains else SCENARIOS
+    unknown = [name for name in (*scenarios, *heads) if name not in (*known, *HEADS)]
     if unknown:
-        raise ValueError(f"expected scenarios of {SCENARIOS} and heads of {HEADS}, got {unknown[0]!r}")
+        raise ValueError(f"expected scenarios of {known} and heads of {HEADS}, got {unknown[0]!r}")
     V = int(max(data.train.labels.max(), data.test.labels.max())) + 1 if num_classes is None else num_classes
     contest = _Contest(recipe, data, V, seed)
     if "bottleneck" in heads:
@@ -311,7 +323,10 @@ def run(
     seconds: dict[str, dict[str, float]] = {scenario: {} for scenario in scenarios}
     kept: dict[str, int] = {}
     for scenario in scenarios:
-        arguments: dict[str, Any] = {"budget": recipe.budget, "seed": seed, "scenario": scenario, "stop": recipe.stop}
+        arguments: dict[str, Any] = {
+            **{"budget": recipe.budget, "seed": seed, "scenario": scenario},
+            **{"outputs": data.classes, "stop": recipe.stop},
+        }
         for name in heads:
             built, rate, (train, test) = contest.enter(name, scenario, arguments)
             begun = time.perf_counter()

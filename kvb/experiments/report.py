@@ -17,8 +17,8 @@ from typing import Any
 
 from kvb.experiments import plots, protocol, shares
 from kvb.experiments.baselines import BASELINES
-from kvb.experiments.class_incremental import SCENARIOS
-from kvb.experiments.protocol import Data, Recipe, Run, Spread
+from kvb.experiments.class_incremental import DOMAINS, SCENARIOS
+from kvb.experiments.protocol import HEADS, Data, Recipe, Run, Spread
 from kvb.experiments.studies import KEY_SHARE, Source
 from kvb.experiments.versions import versions
 
@@ -46,6 +46,20 @@ class Plan:
     patience: int | None = None
     quick: bool = False
     labels: int | None = None  # of a class, instead of all
+    heads: tuple[str, ...] = HEADS
+
+    def data(self, source: Source, seed: int, out: Path) -> Data:
+        """What a seed works on; a few labelled examples of a class keep all features for the keys."""
+        data = (source.domain_data if self.scenarios == (DOMAINS,) else source.data)(seed, out)
+        return data if self.labels is None else protocol.with_few_labels(data, self.labels, seed)
+
+    def file(self, source: Source) -> str:
+        """What the files of a comparison are called."""
+        return "-".join(
+            ["protocol", source.study.name]
+            + (["domains"] if self.scenarios == (DOMAINS,) else [])
+            + ([] if self.labels is None else [f"{self.labels}-labels"])
+        )
 
     def recipe(self, source: Source) -> Recipe:
         base = replace(QUICK, classes_per_task=source.recipe.classes_per_task) if self.quick else source.recipe
@@ -61,7 +75,7 @@ def _print(line: str) -> None:
 
 def header(source: Source, recipe: Recipe, data: Data) -> list[str]:
     """What is about to run, in lines."""
-    train, test, V = len(data.train.labels), len(data.test.labels), len(source.study.classes)
+    train, test = len(data.train.labels), len(data.test.labels)
     rates = ", ".join(f"{rate:g}" for rate in recipe.rates)
     return [
         f"{source.study.data.format(count=len(data.keys) + train + test)}, {test:,} of them to test on",
@@ -71,8 +85,7 @@ def header(source: Source, recipe: Recipe, data: Data) -> list[str]:
         "trained on them",
         *_shortage(recipe, data),
         f"  values    {train:,} labelled examples, the other half; all heads learn from these alone",
-        f"  tasks     {V // recipe.classes_per_task} of {recipe.classes_per_task} classes, in another order for each "
-        "seed; no replay",
+        f"  tasks     {_tasks(source, recipe, data)}, in another order for each seed; no replay",
         f"  recipe    C={recipe.codebooks}, K={recipe.pairs}, D={recipe.dim_keys}, random projections, values from "
         f"zero, codebook voting; SGD {recipe.rate:g},",
         f"            batches of {recipe.batch_size}, {recipe.epochs} epochs per task, norm clipped to "
@@ -82,8 +95,15 @@ def header(source: Source, recipe: Recipe, data: Data) -> list[str]:
         "and scenario the rate",
         f"            that is best on a quarter of the examples, of {rates}",
         f"            {', '.join(name for name in BASELINES if name not in ('linear', 'MLP'))}: one pass",
+        "            counting: KeyValueClassifier() with its defaults, one pass; 8 nearest, SGD: values on its codes",
         "",
     ]
+
+
+def _tasks(source: Source, recipe: Recipe, data: Data) -> str:
+    if data.domains:
+        return f"{len(data.domains)} domains ({source.about_domains})"
+    return f"{len(source.study.classes) // recipe.classes_per_task} of {recipe.classes_per_task} classes"
 
 
 def _shortage(recipe: Recipe, data: Data) -> list[str]:
@@ -117,26 +137,28 @@ def _differences(source: Source, recipe: Recipe) -> list[str]:
 def compare(source: Source, plan: Plan, out: Path, say: Callable[[str], None] = _print) -> tuple[Recipe, list[Run]]:
     """All heads, scenarios and seeds; writes ``protocol-NAME.json``, ``.md`` and ``.png`` into the folder ``out``.
 
+    The name says so where domains come one after the other, or labels are few.
+
     Under torchrun each process takes its share of the seeds, and the first writes; no runs are returned in the others.
     """
     begun, recipe = time.perf_counter(), plan.recipe(source)
 
     def one(seed: int) -> Run:
-        data = source.data(seed, out)
-        if plan.labels is not None:
-            data = protocol.with_few_labels(data, plan.labels, seed)
+        data = plan.data(source, seed, out)
         if seed == 0:
             for line in header(source, recipe, data):
                 say(line)
-        classes = len(source.study.classes)
-        return protocol.run(recipe, data, seed, num_classes=classes, scenarios=plan.scenarios, say=say)
+        classes = None if data.domains else len(source.study.classes)
+        return protocol.run(
+            recipe, data, seed, num_classes=classes, scenarios=plan.scenarios, heads=plan.heads, say=say
+        )
 
     runs = shares.results(range(plan.seeds), one)
     if runs is None:
         return recipe, []
     table = markdown(runs)
     say(f"\n{source.study.title.partition(',')[0]}, mean ± sd of {_seeds(plan.seeds)}\n\n{table}")
-    path = out / f"protocol-{source.study.name}{'' if plan.labels is None else f'-{plan.labels}-labels'}"
+    path = out / plan.file(source)
     _write(path, source, begun, protocol.to_json(recipe, runs), table)
     plots.protocol(
         runs, title=f"{source.study.title.partition(',')[0]}: mean ± sd of {_seeds(plan.seeds)}", path=_png(path)
@@ -151,7 +173,7 @@ def markdown(runs: Sequence[Run]) -> str:
     columns = []
     for scenario in scenarios:
         columns.append((f"{scenario}", scenario, "final_accuracy"))
-        if scenario == "class-incremental":
+        if scenario in ("class-incremental", DOMAINS):
             columns += [("average", scenario, "average_accuracy"), ("forgetting", scenario, "forgetting")]
     costs = ["seconds", "MB kept"] if all(each.kept for each in runs) else []
     lines = [
@@ -165,8 +187,52 @@ def markdown(runs: Sequence[Run]) -> str:
             kept = protocol.spread([each.kept.get(head, 0) / 1e6 for each in runs]).mean
             cells += [f"{taken:.1f}", f"{kept:.3g}"]
         lines.append(f"| {head} | " + " | ".join(cells) + " |")
-    used = protocol.spread([each.codes_used for each in runs])
-    return "\n".join([*lines, "", f"Pairs used by training examples: {used}."])
+    if "bottleneck" in runs[0].results[scenarios[0]]:
+        used = protocol.spread([each.codes_used for each in runs])
+        lines += ["", f"Pairs used by training examples: {used}."]
+    return "\n".join(lines)
+
+
+# --- curves over labels -----------------------------------------------------------------------------------------------
+
+
+@without_shortage_warning()
+def curves(
+    source: Source, plan: Plan, labels: Sequence[int | None], out: Path, say: Callable[[str], None] = _print
+) -> dict[str, list[Run]]:
+    """All heads by the labelled examples of a class, None for all; writes ``labels-NAME.json``, ``.md`` and ``.png``.
+
+    In the first scenario of the plan. Under torchrun as ``compare``.
+    """
+    begun, recipe, scenario = time.perf_counter(), plan.recipe(source), plan.scenarios[0]
+    plans = {str(each or "all"): replace(plan, labels=each, scenarios=(scenario,)) for each in labels}
+
+    def one(job: tuple[str, int]) -> Run:
+        name, seed = job
+        if seed == 0:
+            say(f"labels of a class: {name}")
+        data = plans[name].data(source, seed, out)
+        classes = None if data.domains else len(source.study.classes)
+        return protocol.run(recipe, data, seed, num_classes=classes, scenarios=(scenario,), heads=plan.heads, say=say)
+
+    runs = shares.results([(name, seed) for name in plans for seed in range(plan.seeds)], one)
+    if runs is None:
+        return {}
+    found = {name: runs[each * plan.seeds : (each + 1) * plan.seeds] for each, name in enumerate(plans)}
+    results = {
+        head: {name: protocol.summary(of, scenario, head)["final_accuracy"] for name, of in found.items()}
+        for head in plan.heads
+    }
+    rows = [f"| {head} | " + " | ".join(map(str, row.values())) + " |" for head, row in results.items()]
+    table = "\n".join(["| labels of a class | " + " | ".join(found) + " |", "|---|" + "---|" * len(found), *rows])
+    say(f"\n{scenario}, final accuracy, mean ± sd of {_seeds(plan.seeds)}\n\n{table}")
+    path = out / f"labels-{source.study.name}"
+    record = {name: protocol.to_json(recipe, of) for name, of in found.items()}
+    _write(path, source, begun, {"labels": record}, table)
+    title = f"{source.study.title.partition(',')[0]}, {scenario}"
+    plots.ablation(results, axis="labelled examples of a class", title=title, path=_png(path))
+    _close(path, begun, say)
+    return found
 
 
 # --- ablations --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvb.experiments.class_incremental import Examples
+from kvb.experiments.domains import Domains
 from kvb.experiments.protocol import Data, Recipe, normalised, set_aside
 
 KEY_SHARE = 0.5  # of the training part: set aside for the keys, without labels
@@ -59,7 +60,15 @@ class Source:
     split: Callable[[torch.Generator, Path | None], tuple[Examples, Examples]]
     features: tuple[str, ...]
     recipe: Recipe
+    domains: Callable[[torch.Generator, Path | None], Domains]
+    about_domains: str
     key_data: Mapping[str, Callable[[Path | None], Tensor]] = field(default_factory=dict)
+
+    def domain_data(self, seed: int, folder: Path | None) -> Data:
+        """What a seed works on when domains come one after the other."""
+        generator = torch.Generator().manual_seed(seed)
+        train, test, domains, classes = self.domains(generator, folder)
+        return normalised(set_aside(train, test, KEY_SHARE, generator)._replace(domains=domains, classes=classes))
 
     def data(self, seed: int, folder: Path | None, keys: str = "set aside") -> Data:
         """What a seed works on; ``keys`` names other key data of ``key_choices``."""

@@ -18,7 +18,7 @@ from kvb import functional, reference
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # the benchmarks are not part of the package
 
-from benchmarks import ceilings, cpu, table, training, verify  # noqa: E402
+from benchmarks import ceilings, counting, cpu, table, training, verify  # noqa: E402
 from benchmarks.peers import finders, plain  # noqa: E402
 from benchmarks.timing import Absent, Contestant, Effort, Race, Ratio, WrongResult, race  # noqa: E402
 
@@ -235,3 +235,29 @@ def test_command_line():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "faiss" in done.stdout.splitlines()[-1]
+
+
+# --- heads on several pairs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_counting(monkeypatch):
+    for name, size in {"SAMPLES": 1300, "C": 4, "K": 40, "BATCH": 64}.items():
+        monkeypatch.setattr(counting, name, size)
+
+
+def test_heads_on_several_pairs_are_held_to_seconds(small_counting, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(counting, "COUNTING_BAR", 1e9)
+    monkeypatch.setattr(counting, "EPOCHS_BAR", 1e-9)
+    assert counting.main(["--quick", "--json", str(tmp_path / "found.json")]) == 1
+    first, second = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert (first["verdict"], second["verdict"]) == ("ok", "below must")
+    assert first["peer"] == pytest.approx(1e9 / 10)
+    assert "below their bars: epochs" in capsys.readouterr().out
+
+
+def test_wrong_counts_are_rejected(small_counting, monkeypatch, capsys):
+    add = counting.ClassCounts.add
+    monkeypatch.setattr(counting.ClassCounts, "add", lambda self, codes, labels: add(self, codes[1:], labels[1:]))
+    assert counting.main(["--quick", "--only", "counting"]) == 1
+    assert "WRONG: counts" in capsys.readouterr().out

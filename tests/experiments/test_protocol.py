@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kvb import KeyValueBottleneck
+from kvb.classifier import KeyValueClassifier
 from kvb.experiments import (
     BottleneckHead,
     Budget,
@@ -364,8 +365,34 @@ def test_few_labels_are_the_same_of_every_class():
     assert few.train.labels.bincount().tolist() == [5] * V
     assert torch.equal(few.keys, DATA.keys)
     assert not torch.equal(protocol.with_few_labels(DATA, 5, 1).train.features, few.train.features)
-    with pytest.raises(ValueError, match="at least 4"):
-        protocol.with_few_labels(DATA, 3, 0)
+
+
+def test_one_label_of_a_class_is_enough():
+    """None can be spared for the choice of rates, which is made on the training examples."""
+    few = protocol.with_few_labels(DATA, 1, 0)
+    run = protocol.run(RECIPE, few, 0, scenarios=("class-incremental",), heads=("counting", "linear", "nearest mean"))
+    results = run.results["class-incremental"]
+    assert run.rates["class-incremental"]["linear"] in RECIPE.rates
+    assert results["counting"].final > 0.8
+    assert results["nearest mean"].final > 0.8
+
+
+def test_a_cache_is_not_kept():
+    """What a head has to keep to go on: counts, and keys with their projection, without tables made for a question."""
+    run = protocol.run(RECIPE, DATA, 0, scenarios=("iid",), heads=("counting",))
+    model = KeyValueClassifier().fit_keys(DATA.keys)
+    coder, counts = model.coder_.state_dict(), model.new_counts(V).state_dict()
+    assert run.kept["counting"] == sum(part.nbytes for part in (*coder.values(), *counts.values()))
+
+
+def test_the_counting_head_is_the_classifier_with_its_defaults():
+    run = protocol.run(RECIPE, DATA, 3, scenarios=("class-incremental",), heads=("counting",))
+    model = KeyValueClassifier(random_state=3).fit_keys(DATA.keys)
+    for task, score in zip(run.tasks, run.results["class-incremental"]["counting"].scores, strict=True):
+        rows = torch.isin(DATA.train.labels, torch.tensor(task))
+        model.partial_fit(DATA.train.features[rows], DATA.train.labels[rows])
+        seen = torch.isin(DATA.test.labels, model.classes_)
+        assert model.score(DATA.test.features[seen], DATA.test.labels[seen]) == score.seen
 
 
 def test_the_counting_head_ends_tasks_where_it_ends_all_at_once():

@@ -47,6 +47,36 @@ def test_the_command_takes_a_few_labels(command):
     assert "MB kept" in (out / "protocol-digits-8-labels.md").read_text()
 
 
+def test_the_command_draws_a_curve_over_labels(command):
+    out = command("--seeds", "1", "--labels", "1", "8", "all")
+    record = json.loads((out / "labels-digits.json").read_text())["labels"]
+    assert list(record) == ["1", "8", "all"]
+    table = (out / "labels-digits.md").read_text()
+    for name in record:
+        _, (run,) = protocol.from_json(record[name])
+        assert list(run.results) == ["class-incremental"]
+        assert str(protocol.summary([run], "class-incremental", "counting")["final_accuracy"]) in table
+    assert (out / "labels-digits.png").exists()
+
+
+def test_the_command_takes_some_heads(command, capsys):
+    out = command("--seeds", "1", "--scenario", "iid", "--heads", "counting", "nearest mean")
+    _, (run,) = protocol.from_json(json.loads((out / "protocol-digits.json").read_text()))
+    assert list(run.results["iid"]) == ["counting", "nearest mean"]
+    assert "Pairs used" not in (out / "protocol-digits.md").read_text()
+    with pytest.raises(SystemExit, match="--heads must be of bottleneck, counting"):
+        command("--heads", "forest")
+
+
+def test_the_command_learns_domains(command, capsys):
+    out = command("--seeds", "1", "--scenario", "domain-incremental")
+    record = json.loads((out / "protocol-digits-domains.json").read_text())
+    _, (run,) = protocol.from_json(record)
+    assert sorted(map(len, run.tasks)) == [10] * 5
+    assert run.results["domain-incremental"]["counting"].final > 0.85
+    assert "5 domains (each image is turned" in capsys.readouterr().out
+
+
 def test_a_figure_shows_every_head():
     plots = pytest.importorskip("kvb.experiments.plots", exc_type=ModuleNotFoundError)
     assert len(set(plots.STYLES)) >= len(protocol.HEADS)

@@ -239,3 +239,28 @@ def test_wrong_arguments_are_named(digits):
         with pytest.raises(error, match=message):
             call()
     assert repr(KeyValueClassifier("sgd", topk=4)) == "KeyValueClassifier(method='sgd', topk=4)"
+
+
+def test_what_no_key_is_near_to_is_told(tmp_path):
+    """Samples like those of the keys are far in a hundredth of the codebooks; other ones in nearly all."""
+    model, fresh = trained(codebooks=64), IMAGES[TRAIN]  # keys are of others
+    known, other = model.novelty(fresh), model.novelty(fresh.flip(1) + torch.rand(400, 64))
+    assert known.shape == (400,)
+    assert known.mean() < 0.03
+    assert other.mean() > 0.8
+    assert model.novelty(fresh, share=0.5).mean() == pytest.approx(0.5, abs=0.1)
+    model.save(tmp_path / "model.pt")
+    assert torch.equal(KeyValueClassifier.load(tmp_path / "model.pt").novelty(fresh), known)
+    assert torch.equal(torch.cat([model.novelty(part) for part in fresh.split(7)]), known)
+
+
+def test_a_class_that_keys_never_saw_is_newer_than_the_others():
+    old = DIGITS != 3
+    model = classifier(codebooks=64).fit_keys(IMAGES[old][:900])
+    found = model.novelty(IMAGES[900:].numpy())
+    assert isinstance(found, np.ndarray)
+    assert found[DIGITS[900:].numpy() == 3].mean() > 5 * found[DIGITS[900:].numpy() != 3].mean()
+    with pytest.raises(ValueError, match="share must be in"):
+        model.novelty(IMAGES, share=2.0)
+    with pytest.raises(NotFittedError):
+        classifier().novelty(IMAGES)

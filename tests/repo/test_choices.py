@@ -15,7 +15,7 @@ import torch
 import kvb
 from kvb import functional, splitters
 
-MODULES = ("functional", "splitters", "decoders", "optim", "training", "unlearning", "data")
+MODULES = ("functional", "splitters", "decoders", "optim", "training", "unlearning", "growth", "data")
 VALUES, INDICES = torch.zeros(2, 5, 3), torch.zeros(4, 1, 2, dtype=torch.int64)
 CALLS = {
     "pool": (functional.Pool, lambda one: functional.gather(VALUES, INDICES, pool=one)),

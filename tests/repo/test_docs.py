@@ -65,13 +65,20 @@ def test_the_map_shows_every_room_and_file():
     assert {f"{room}/" for room in rooms} | {str(file) for file in files} <= shown
 
 
-@pytest.mark.parametrize("data", ["digits", "mnist", "20ng"])
+@pytest.mark.parametrize("data", sorted(path.stem[9:] for path in (ROOT / "docs").glob("protocol-*.json")))
 def test_the_experiments_are_those_of_the_files(data):
     report = pytest.importorskip("kvb.experiments.report", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
     record = json.loads((ROOT / "docs" / f"protocol-{data}.json").read_text())
     page = (ROOT / "docs" / "experiments.md").read_text()
     assert report.markdown(protocol.from_json(record)[1]) in page
     assert all(version in page for version in record["versions"].values())
+
+
+def test_the_edits_are_those_of_the_file():
+    editing = pytest.importorskip("kvb.experiments.editing", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
+    records = json.loads((ROOT / "docs" / "edits-digits.json").read_text())["records"]
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    assert all(editing.row(editing.Edit(**record)) in page for record in records)
 
 
 def test_the_readme_is_short_and_starts_with_use():

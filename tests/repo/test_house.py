@@ -44,6 +44,8 @@ FLOORS = {
     "projection": 4,
     "tabular": 2,
     "classifier": 8,
+    "classifier_files": 7,
+    "growth": 7,
     "functional": 3,
     "modules.state": 3,
     "modules.hub": 3,

@@ -41,6 +41,7 @@ PUBLIC = {
     "kvb.optim": ["Finding", "RowwiseAdagrad", "RowwiseAdam", "RowwiseSGD", "audit", "clip_grad_norm_", "param_groups"],
     "kvb.training": ["SGDStep", "sgd_step"],
     "kvb.unlearning": ["class_hits", "erase", "forget", "hits", "mask_by_activations", "mask_by_examples", "overlap"],
+    "kvb.growth": ["add_pairs", "distance_threshold", "none_near"],
     "kvb.checkpoints": ["CheckpointError", "load", "save"],
     "kvb.compat": [
         "alias",

@@ -8,6 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from kvb.experiments.class_incremental import Examples, stratified_split
+from kvb.experiments.domains import ANGLES, Domains, of_angles, turned
 from kvb.experiments.studies import SMALL, Source, Study
 
 TEST_SHARE = 0.2
@@ -30,4 +31,21 @@ STUDY = Study(
     split=_split,
 )
 
-SOURCE = Source(STUDY, _split, features=("64 numbers: pixels / 16",), recipe=SMALL)
+
+def _domains(generator: torch.Generator, folder: Path | None) -> Domains:
+    raw = load_digits()
+    pixels = torch.from_numpy(raw.data).float().reshape(-1, 1, 8, 8) / 16
+    images, labels = turned(pixels, torch.from_numpy(raw.target).long(), len(STUDY.classes))
+    rest, held = stratified_split(labels, TEST_SHARE, generator)
+    examples = Examples(images.flatten(1), labels)
+    return of_angles(examples.take(rest), examples.take(held), len(STUDY.classes))
+
+
+SOURCE = Source(
+    STUDY,
+    _split,
+    features=("64 numbers: pixels / 16",),
+    recipe=SMALL,
+    domains=_domains,
+    about_domains=f"each image is turned by one of {ANGLES} degrees; all ten digits in every task",
+)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvb import bars
 from kvb.experiments.class_incremental import Examples, stratified_split
 from kvb.experiments.data import packages
+from kvb.experiments.domains import ANGLES, Domains, of_angles, turned
 from kvb.experiments.encoders import lite0
 from kvb.experiments.studies import SMALL, Source, Study
 
@@ -86,6 +87,18 @@ def _other_digits(folder: Path | None) -> Tensor:
     return packages.cached(folder, f"digits-lite0-block{BLOCK}", _digits)["features"] / SCALE
 
 
+def _turned() -> dict[str, Tensor]:
+    images, labels = turned(*_images(), len(STUDY.classes))
+    return {"features": encode(images), "labels": labels}
+
+
+def _domains(generator: torch.Generator, folder: Path | None) -> Domains:
+    known = packages.cached(folder, f"mnist-turned-lite0-block{BLOCK}", _turned)
+    examples = Examples(known["features"] / SCALE, known["labels"])
+    rest, held = stratified_split(examples.labels, TEST_SHARE, generator)
+    return of_angles(examples.take(rest), examples.take(held), len(STUDY.classes))
+
+
 SOURCE = Source(
     STUDY,
     _split,
@@ -95,5 +108,7 @@ SOURCE = Source(
         "the block was chosen on test images",
     ),
     recipe=SMALL,
+    domains=_domains,
+    about_domains=f"each image is turned by one of {ANGLES} degrees; all ten digits in every task",
     key_data={"digits": _other_digits},
 )
