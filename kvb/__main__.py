@@ -72,7 +72,7 @@ def _add_protocol(commands: Any) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     called = "python -m kvb" if Path(sys.argv[0]).name == "__main__.py" else "kvb"
-    parser = argparse.ArgumentParser(prog=called, description=kvb.__doc__)
+    parser = argparse.ArgumentParser(prog=called, description=(kvb.__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"kvb {kvb.__version__}")
     names = "{demo,protocol,unlearn,study,report,bench,check,info}"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
