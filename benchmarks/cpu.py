@@ -105,6 +105,25 @@ def threads(shape: Search, quick: bool) -> Measured:
     return against(result, two, one, "one thread")
 
 
+def topk(shape: Search, count: int, quick: bool) -> Measured:
+    """The ``count`` nearest keys of every query against the nearest one, on one thread."""
+    queries, keys = _problem(shape)
+    packed = functional.pack_keys(keys)
+    alone = functools.partial(torch.set_num_threads, 1)
+
+    def run() -> tuple[Tensor, Tensor]:
+        return functional.nearest(queries, keys, packed=packed, topk=count)
+
+    def check(result: tuple[Tensor, Tensor]) -> None:
+        verify.several_nearest(queries, keys, *result)
+
+    try:
+        result = race({"several": Contestant(run, check, alone), "one": _searcher(queries, keys, 1)}, effort(quick))
+    finally:
+        torch.set_num_threads(THREADS)
+    return Measured(result.seconds("several"), result.seconds("one"), "s", "topk=1", result.ratio("several", "one"))
+
+
 def large_k(quick: bool) -> Measured:
     """K = 65536 against K = 4096: 16 times the work, in how many times the time."""
     N = 4096 if quick else SEARCH["k65536-d16"].N
@@ -297,6 +316,8 @@ NEAREST = {
     "one-sample": (1.5, 3),
 }
 PEAKS = ("k4096-d16", "k1024-d64")
+TOPK = {4: 2.5, 8: 3.5, 32: 8.0}
+MANY_OF = ("topk-d14", "topk-d64")
 ON_THREADS = ("k4096-d16", "paper", "one-codebook", "one-sample")
 
 ROWS = (
@@ -305,6 +326,10 @@ ROWS = (
     *(Row(f"peak-vnni:{n}", functools.partial(elsewhere, f"peak:{n}", "avx512_vnni"), 0.85) for n in PEAKS),
     *(Row(f"peak-float:{n}", functools.partial(elsewhere, f"peak:{n}", "avx512")) for n in PEAKS),
     *(Row(f"threads:{n}", functools.partial(threads, SEARCH[n]), 1.85) for n in ON_THREADS),
+    *(
+        Row(f"topk:{count}-{n.partition('-')[2]}", functools.partial(topk, SEARCH[n], count), bar, at_most=True)
+        for n, (count, bar) in itertools.product(MANY_OF, TOPK.items())
+    ),
     Row("forward:paper", functools.partial(forward, PAPER), 7, 9),
     Row("forward:seed-b", functools.partial(forward, SEED_B), 2.5, 4),
     Row("without-extension:paper", functools.partial(without_extension, PAPER)),

@@ -77,6 +77,8 @@ SEARCH = {
     "one-sample": SHAPES["one_sample"].search,
     "one-codebook": Search(16384, 1, 4096, 16),
     "k65536-d16": SHAPES["large_k"].search,
+    "topk-d14": Search(512, 8, 4096, 14),
+    "topk-d64": Search(4096, 1, 1024, 64),
     "smoke": Search(64, 2, 32, 8),
 }
 

@@ -96,6 +96,19 @@ def nearest(queries: Tensor, keys: Tensor, indices: Tensor, distances: Tensor) -
     sampled_choice(queries, keys, indices)
 
 
+def several_nearest(queries: Tensor, keys: Tensor, indices: Tensor, distances: Tensor) -> None:
+    """The T nearest keys [B, S, C, T]: every distance, and on a sample of positions every rank of the reference."""
+    chosen = keys[torch.arange(len(keys))[:, None], indices]
+    exact = _distances(queries[..., None, :], chosen)
+    error = ((distances - exact).abs() - (queries.shape[-1] + 4) * UNIT * exact).max()
+    _require(error <= 0, f"a distance is off by {error:.3g} more than rounding explains")
+    sample = torch.linspace(0, len(queries) - 1, min(SAMPLE, len(queries))).long()
+    some = queries[sample]
+    expected, _ = reference.nearest(some, keys, reference.pack_keys(keys), None, indices.shape[-1])
+    for rank in range(indices.shape[-1]):
+        same_choice(some, keys, indices[sample][..., rank], expected[..., rank])
+
+
 def sampled_choice(queries: Tensor, keys: Tensor, indices: Tensor) -> None:
     """On a sample of positions, indices [B, S, C] or [B, S, C, T] are the choice of the reference."""
     B, S = queries.shape[:2]

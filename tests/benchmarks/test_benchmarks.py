@@ -67,6 +67,16 @@ def test_one_wrong_choice_among_many_is_rejected(search):
         verify.same_choice(queries, keys, other, indices)
 
 
+def test_several_nearest_keys_are_judged_rank_by_rank(search):
+    queries, keys, *_ = search
+    indices, distances = reference.nearest(queries, keys, reference.pack_keys(keys), None, 4)
+    verify.several_nearest(queries, keys, indices, distances)
+    with pytest.raises(WrongResult, match="not the nearest"):
+        verify.several_nearest(queries, keys, indices.flip(-1), distances.flip(-1))
+    with pytest.raises(WrongResult, match="a distance is off"):
+        verify.several_nearest(queries, keys, indices, distances * (1 + 1e-5))
+
+
 def test_either_of_two_equal_keys_will_do(search):
     queries, keys, indices, _ = search
     twins = torch.cat([keys, keys], 1)
