@@ -1,6 +1,7 @@
 // A step down the gradient in some rows of a table: move_rows_.
 #include "../ops.h"
 #include "rows.h"
+#include "short_rows.h"
 
 namespace kvb {
 namespace {
@@ -24,11 +25,10 @@ void move(T* table, const int64_t* rows, const T* grads, int64_t count, int64_t 
   using Sum = Accumulator<T>;
   for (int64_t i = 0; i < count; ++i, grads += V) {
     if (i + kRowsAhead < count) prefetch(table + rows[i + kRowsAhead] * V, V * sizeof(T));
-    T* __restrict const row = table + rows[i] * V;
-    for (int64_t v = 0; v < V; ++v) {
-      const T slope = static_cast<T>(step * widen<Sum>(grads[v]));
-      row[v] = static_cast<T>(widen<Sum>(row[v]) - widen<Sum>(slope));
-    }
+    update_row(table + rows[i] * V, grads, V, [step](T value, T grad) {
+      const T slope = static_cast<T>(step * widen<Sum>(grad));
+      return static_cast<T>(widen<Sum>(value) - widen<Sum>(slope));
+    });
   }
 }
 

@@ -4,6 +4,7 @@
 // own: those that several positions fetch get a sum, and all are listed with the row that they get.
 #include "../ops.h"
 #include "pooled.h"
+#include "short_rows.h"
 
 #include <cmath>
 
@@ -27,24 +28,6 @@ Sum cross_entropy(const Sum* logits, int64_t V, int64_t target, Sum smoothing, S
 }
 
 // --- rows of values and gradients ------------------------------------------------------------------------------------
-
-constexpr int64_t kVector = 4; // floats of a vector that every machine has
-
-// row[v] = with(row[v], other[v]). Rows are short: a vector that overlaps the one before ends a row of floats, instead
-// of single numbers.
-template <class A, class B, class F>
-inline void update_row(A* __restrict row, const B* __restrict other, int64_t width, const F& with) {
-  const auto updated = [&](int64_t v) { return with(row[v], other[v]); };
-  if (std::is_same_v<A, float> && std::is_same_v<B, float> && width >= kVector) {
-    A last[kVector];
-    for (int64_t i = 0; i < kVector; ++i) last[i] = updated(width - kVector + i);
-    for (int64_t v = 0; v + kVector <= width; v += kVector)
-      for (int64_t i = 0; i < kVector; ++i) row[v + i] = updated(v + i);
-    for (int64_t i = 0; i < kVector; ++i) row[width - kVector + i] = last[i];
-  } else {
-    for (int64_t v = 0; v < width; ++v) row[v] = updated(v);
-  }
-}
 
 template <class Sum, class T>
 inline void add_short_row(Sum* sums, const T* row, int64_t width) {
