@@ -87,7 +87,8 @@ def load(module: _Module, path: str | os.PathLike[str]) -> _Module:
 
     Reads files of ``save`` and plain state_dicts of others, in both formats, whatever the file's name. Never runs code
     in a file. Names and shapes must match the module's (as ``strict=True``); the tensors take its dtypes and
-    devices.
+    devices. Meanwhile the file's tensors are in memory, once; where a module has hooks, or methods of its own that
+    load, the old content is too.
 
     Raises:
         CheckpointError: the file is damaged, is no checkpoint, is of another version, or does not fit the module; the
