@@ -20,6 +20,11 @@ pytestmark = [pytest.mark.contract, pytest.mark.memory]
 op = torch.ops.kvb
 
 
+def parts(out):
+    """What an operator returned, as a tuple."""
+    return () if out is None else out if isinstance(out, tuple) else (out,)
+
+
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_nearest_agrees_with_brute_force(sizes, poisoned):
     queries, keys, packed, _ = problem(sizes)
@@ -181,7 +186,7 @@ def test_fake_tensors_have_the_real_shapes(name, sizes):
     with FakeTensorMode() as mode:
         got = getattr(op, name)(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in real))
     want = getattr(op, name)(*real)
-    for m, r in zip(*((out if isinstance(out, tuple) else (out,)) for out in (got, want)), strict=True):
+    for m, r in zip(parts(got), parts(want), strict=True):
         assert (m.shape, m.dtype, m.stride()) == (r.shape, r.dtype, r.stride())
 
 
@@ -301,7 +306,7 @@ def test_vmap_over_every_tensor_argument(name):
         dims = tuple(stacked.dim() - 1 if i == place else None for i in range(len(args)))
         got = torch.vmap(call, in_dims=dims)(*args[:place], stacked, *args[place + 1 :])
         outs = [call(*args[:place], one, *args[place + 1 :]) for one in variants]
-        outs = [out if isinstance(out, tuple) else (out,) for out in outs]
+        outs = [*map(parts, outs)]
         for part, want in zip(got if isinstance(got, tuple) else (got,), zip(*outs, strict=True), strict=True):
             assert torch.equal(part, torch.stack(want)), (name, place)
 
@@ -312,7 +317,7 @@ def test_autocast_changes_nothing():
         want = getattr(op, name)(*args)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got = getattr(op, name)(*again)
-        for a, b in zip(*((out if isinstance(out, tuple) else (out,)) for out in (got, want)), strict=True):
+        for a, b in zip(parts(got), parts(want), strict=True):
             assert a.dtype == b.dtype, name
             assert torch.equal(a, b), name
 
