@@ -21,7 +21,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--n", type=int, default=400, help="shapes (400: half an hour or so on two free cores)")
     parser.add_argument("--seed", type=int, default=0, help="of the shapes; a smaller --n takes the first of them")
     parser.add_argument(
-        "--out", type=Path, default=Path("build/race"), metavar="DIR", help="race.jsonl, which is gone on with, .txt and .svg"
+        "--out",
+        type=Path,
+        default=Path("build/race"),
+        metavar="DIR",
+        help="race.jsonl, which is gone on with, .txt and .svg",
     )
     parser.add_argument("--only", nargs="+", choices=draws.OPERATORS, default=[*draws.OPERATORS], metavar="OPERATOR")
     parser.add_argument("--again", nargs="+", type=int, default=[], metavar="INDEX", help="measure only these, print")
