@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from kvb import _torch, validation
 from kvb.checkpoints import FLAGS, MASK, all_or_nothing
-from kvb.modules import legacy
+from kvb.modules import entries, legacy
+from kvb.modules.entries import STATISTICS, VERSION
 from kvb.modules.packed_keys import PackedKeys, WatchedBuffers
 from kvb.modules.recomputation import Forwards
 
-VERSION = 2
-STATISTICS = ("keys", "keys_avg", "cluster_size")  # float32, or float64 after ``double()``
 _LOOKED_AT = ("initted", FLAGS, MASK, "cluster_size_counter")
 _Self = TypeVar("_Self", bound="BottleneckState")
 
@@ -399,7 +398,7 @@ def _admit(
     names = tensors.keys() - module._non_persistent_buffers_set
     own = {name: tensor for name, tensor in tensors.items() if name in names and tensor is not None}
     given = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-    problems = [problem for name in own if name in given for problem in _problems(name, given[name], own[name])]
+    problems = [problem for name in own if name in given for problem in entries.problems(name, given[name], own[name])]
     if problems:
         error_msgs.extend(problems)
         raise _Refused
@@ -409,46 +408,10 @@ def _admit(
         missing_keys.extend(missing)
         unexpected_keys.extend(surplus)
         raise _Refused
-    for name in own.keys() & given.keys() & (_WIDE | {"cluster_size_counter"}):
-        state_dict[prefix + name] = _widened(name, given[name])
+    for name in own.keys() & given.keys() & (entries.WIDE | {"cluster_size_counter"}):
+        state_dict[prefix + name] = entries.widened(name, given[name])
 
 
 def _is_surplus(name: str, own: dict[str, Any], module: nn.Module) -> bool:
     child, dot, _ = name.partition(".")
     return child not in module._modules if dot else name not in own and name != "_extra_state"
-
-
-_WIDE = {*STATISTICS, "initted", FLAGS, MASK}
-
-
-def _widened(name: str, value: Tensor) -> Tensor:
-    """In the dtype that the buffer must have where it becomes the buffer itself (``assign=True``)."""
-    if name in _WIDE:
-        return value if value.dtype in (torch.float32, torch.float64) else value.to(torch.float32)
-    return value.to(torch.int64)
-
-
-def _problems(name: str, value: Any, current: Tensor) -> list[str]:
-    """Why an entry cannot be loaded."""
-    if not isinstance(value, Tensor):
-        return [f'While copying "{name}", expected torch.Tensor but received {type(value)}']
-    if value.shape != current.shape:
-        return [
-            f"size mismatch for {name}: copying a param with shape {value.shape} from checkpoint, "
-            f"the shape in current model is {current.shape}."
-        ]
-    if value.is_meta:
-        return []
-    if name in ("keys", "keys_avg") and not torch.stack(value.to(current.dtype).aminmax()).isfinite().all():
-        finite = value.to(current.dtype).isfinite().all(-1)
-        return [f"{name} contains NaN or Inf in {int((~finite).sum())} of {finite.numel()} pairs as {current.dtype}"]
-    most = 2.0**63 if name == "cluster_size_counter" else torch.inf  # where int64 ends
-    if name in ("cluster_size", "cluster_size_counter") and not ((value >= 0) & (value.double() < most)).all():
-        return [f"{name} holds negative or NaN counts, or infinite ones"]
-    if name == FLAGS:
-        version, *flags = value.tolist()
-        if version > VERSION + 0.5:
-            return [f"{FLAGS} has version {version:g}, but this kvb reads version {VERSION}: upgrade kvb"]
-        if not (version > 0 and all(0 <= flag <= 1 for flag in flags)):
-            return [f"{FLAGS} is damaged: expected a version and flags from 0 to 1, got {value.tolist()}"]
-    return []

@@ -48,6 +48,7 @@ FLOORS = {
     "growth": 7,
     "functional": 3,
     "modules.state": 3,
+    "modules.entries": 2,
     "modules.hub": 3,
     "modules.adapters": 1,
     "about": 2,
