@@ -41,8 +41,8 @@ def load(module: nn.Module | _Path, path: _Path | None = None, **arguments: Any)
     ``load(module, path)`` reads files of ``save`` and plain state_dicts of others, in both formats, whatever the file's
     name. Never runs code in a file. Names and shapes must match the module's (as ``strict=True``); the tensors take its
     dtypes and devices. Meanwhile the file's tensors are in memory, once; where a module has hooks, or methods of its
-    own that load, the old content is too. ``load(folder)`` is ``from_pretrained`` of the class that the folder names, in
-    eval mode.
+    own that load, the old content is too. ``load(folder)`` is ``from_pretrained`` of the class that the folder names,
+    in eval mode.
 
     Args:
         module: to load into; or a folder.
