@@ -206,7 +206,7 @@ class KeyValueClassifier(tabular.Estimator):
 
         Near is what is within the distance that ``share`` of the codebook's keys have to another key. Where much is far
         the prediction is a guess: abstain there, or make keys of data that has such samples (``fit_keys``). Keys do not
-        grow here: old samples would fetch new pairs, and could not be forgotten any more. ``kvb.growth`` does it for
+        grow here: old samples would fetch new pairs, and could no longer be forgotten. ``kvb.growth`` does it for
         values that learn by steps.
 
         Raises:
