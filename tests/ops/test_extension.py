@@ -166,7 +166,7 @@ def answers(tmp_path_factory):
             queries[0] *= 30 if kind == "too large a query" else 1
             keys[:, 0] *= 30 if kind == "too large a key" else 1
         packed = reference.pack_keys(keys)
-        many = {min(20, K)} if kind in ("normal", "quarters") else set()
+        many = {min(20, K)} if kind not in ("tiny", "huge") else set()
         for topk, mask in itertools.product(sorted({1, min(3, K), 7 if K == 7 else 1} | many), (None, some)):
             answer = reference.nearest(queries, keys, packed, mask, topk)
             cases.append((f"{K=} {D=} {kind=} {topk=}", whole, queries, keys, mask, topk, *answer))
