@@ -174,17 +174,15 @@ class PackedKeys:
 
     def current(self, buffers: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The keys and their packed form. Not for what Dynamo traces: see ``traced``."""
-        kept = self._kept
+        kept, packed = self._untouched(buffers)
         if (
-            kept is not None
-            and kept.packed is not None
-            and kept.alone
-            and not getattr(buffers, "taken", True)
-            and self._alone(buffers, kept.place)
-            and not (_observed() or (kept.place.cuda and torch.cuda.is_current_stream_capturing()))
+            kept is None
+            or packed is None
+            or _observed()
+            or (kept.place.cuda and torch.cuda.is_current_stream_capturing())
         ):
-            return kept.place.alias, kept.packed
-        return self._look(buffers)
+            return self._look(buffers)
+        return kept.place.alias, packed
 
     def traced(self, buffers: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The keys, and what stands for their packed form in a graph that is traced: it is looked up when that runs."""
@@ -197,19 +195,22 @@ class PackedKeys:
 
     def packed_in_graph(self, keys: Tensor, number: Tensor) -> Tensor:
         """The packed form of the keys that a graph passes to an operator, together with their twin."""
-        kept, buffers = self._kept, self._buffers
+        buffers = self._buffers
         if dict.__getitem__(buffers, "keys") is not keys:  # the graph changed them, and will write them at its end
             return torch.ops.kvb.pack_keys(keys)
+        kept, packed = self._untouched(buffers)
         if (
-            kept is not None
-            and kept.packed is not None
-            and kept.alone
-            and not getattr(buffers, "taken", True)
-            and self._alone(buffers, kept.place)
-            and kept.version == _torch.version_of(keys)  # the graph itself may have written to them
-        ):
-            return kept.packed
-        return self._look(buffers)[1]
+            kept is None or packed is None or kept.version != _torch.version_of(keys)
+        ):  # which the graph may have written
+            return self._look(buffers)[1]
+        return packed
+
+    def _untouched(self, buffers: dict[str, Any]) -> tuple[_Kept | None, Tensor | None]:
+        """What is kept, and packed: None where somebody may have written to the keys since they were last looked at."""
+        kept = self._kept
+        if kept is None or not kept.alone or getattr(buffers, "taken", True) or not self._alone(buffers, kept.place):
+            return None, None
+        return kept, kept.packed
 
     def _alone(self, buffers: dict[str, Any], place: _Place) -> bool:
         """Whether nobody holds the keys but the module, and the graphs that hold their twin as often."""
