@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -58,7 +58,8 @@ def export(
     if module.training:
         raise RuntimeError("export() expects a module in eval mode, in which keys do not learn: call module.eval()")
     if dynamic_batch and "dynamic_shapes" not in options:
-        options["dynamic_shapes"] = _any_batch(args)
+        given = [*args, *(options.get("kwargs") or {}).values()]
+        options["dynamic_shapes"] = tuple(_any_batch(given, torch.export.Dim("batch")))
     table = {**translations(), **options.pop("custom_translation_table", {})}
     defaults = {"opset_version": OPSET, "external_data": False, "verbose": False}
     return torch.onnx.export(module, args, path, dynamo=True, custom_translation_table=table, **{**defaults, **options})
@@ -75,17 +76,18 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def _any_batch(args: tuple[Any, ...]) -> Any:
-    sizes = [leaf.shape[0] for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim()]
-    if min(sizes, default=0) < 2:
-        raise ValueError(
-            f"export() expects an example of at least two samples, got {min(sizes, default=0)}: PyTorch takes 0 and 1 "
-            "for fixed sizes; or pass dynamic_batch=False"
-        )
-    batch = torch.export.Dim("batch")
-    return torch.utils._pytree.tree_map(
-        lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None, args
-    )
+def _any_batch(given: Any, batch: Any) -> Any:
+    """``dynamic_shapes`` of arguments, or of a part of them: the first axis of each tensor is the batch."""
+    if isinstance(given, Tensor):
+        if given.dim() and given.shape[0] < 2:
+            raise ValueError(
+                f"export() expects an example of at least two samples, got {given.shape[0]}: PyTorch takes 0 and 1 for "
+                "fixed sizes; or pass dynamic_batch=False"
+            )
+        return {0: batch} if given.dim() else None
+    if isinstance(given, Mapping):
+        return {name: _any_batch(part, batch) for name, part in given.items()}
+    return [_any_batch(part, batch) for part in given] if isinstance(given, (tuple, list)) else None
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------

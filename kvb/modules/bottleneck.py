@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import collectives, functional, ops, validation
 from kvb._torch import register_namedtuple
@@ -19,6 +20,7 @@ from kvb.modules.hub import OnHub
 from kvb.modules.learning import LearnsKeys
 from kvb.modules.streams import Part
 from kvb.modules.tables import VALUES_STARTS, Tables, ValuesStart, start_
+from kvb.modules.tracing import OneNode
 
 
 class BottleneckOutput(NamedTuple):
@@ -34,7 +36,7 @@ class BottleneckOutput(NamedTuple):
 register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
 
 
-class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
+class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
     """C codebooks of K key-value pairs: every head of the input fetches the value of its nearest key.
 
     Equivalent to, per codebook c: ``i = ((x[:, c, ..., None, :] - keys[c])**2).sum(-1).argmin(-1); values[c, i]``,
@@ -170,6 +172,8 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
             TypeError: not a floating-point tensor, or a mask that is not bool. ValueError: a shape does not fit, or
             ``check_finite`` found NaN. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
+        if isinstance(x, Proxy):
+            return self._call_of(x, mask=mask, pool=pool, return_values_only=return_values_only)
         validation.choice("pool", pool, functional.POOLS)
         values_only = self.return_values_only if return_values_only is None else return_values_only
         queries = self._queries(x, mask)
