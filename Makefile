@@ -136,6 +136,7 @@ $(VENV)/.kvb-bench: $(VENV)/.kvb-test
 $(VENV)/.kvb-integrations: $(VENV)/.kvb-test
 	@echo "Installing kvb[integrations]"
 	@KVB_BUILD_EXT=$(EXT_test) $(PIP) install -q --no-build-isolation -e '.[integrations]'
+	@$(PIP) install -q --no-deps timm torchvision  # whose dependencies are there, or would be another torch
 	@touch $@
 
 # Both share one kvb: installing for the demo, with or without an extension, means installing again for the tests.
