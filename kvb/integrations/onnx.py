@@ -9,6 +9,7 @@ keys is ever in memory.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -58,8 +59,8 @@ def export(
     if module.training:
         raise RuntimeError("export() expects a module in eval mode, in which keys do not learn: call module.eval()")
     if dynamic_batch and "dynamic_shapes" not in options:
-        given = [*args, *(options.get("kwargs") or {}).values()]
-        options["dynamic_shapes"] = tuple(_any_batch(given, torch.export.Dim("batch")))
+        given = inspect.signature(module.forward).bind(*args, **(options.get("kwargs") or {})).arguments
+        options["dynamic_shapes"] = _any_batch(given, torch.export.Dim("batch"))
     table = {**translations(), **options.pop("custom_translation_table", {})}
     defaults = {"opset_version": OPSET, "external_data": False, "verbose": False}
     return torch.onnx.export(module, args, path, dynamo=True, custom_translation_table=table, **{**defaults, **options})

@@ -175,6 +175,27 @@ def test_an_encoder_in_front(exported):
     assert same.float().mean() > 0.999, "another runtime's convolutions may move a feature over a boundary, rarely"
 
 
+def test_a_text_encoder_of_transformers(exported):
+    """Tensors by name, so that the file has an input for each."""
+    transformers = pytest.importorskip("transformers", reason="pip install 'kvb[integrations]'")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).eval()
+    options = {"num_codebooks": 4, "key_value_pairs_per_codebook": 16, "dim_keys": 4, "dim_values": 5}
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.memory = kvb.BottleneckedEncoder.from_transformers(bert, **options).freeze_keys()
+
+        def forward(self, input_ids, attention_mask):
+            return self.memory(input_ids=input_ids, attention_mask=attention_mask, pool="mean")
+
+    module = Text().eval()
+    ids, mask = torch.randint(50, (12, 7)), (torch.arange(7) < torch.randint(1, 8, (12, 1))).long()
+    got, want = exported(module, ids[:2], mask[:2])(ids, mask)[0], module(ids, mask)
+    assert torch.isclose(got, want, atol=1e-4).all(-1).float().mean() > 0.9, "a feature may cross a boundary, rarely"
+
+
 def test_two_memories_and_a_projection_of_embeddings(exported):
     first = taught(kvb.DiscreteKeyValueBottleneck(dim=8, dim_embed=6, num_memories=16, num_memory_codebooks=3), 6)
     second = taught(kvb.DiscreteKeyValueBottleneck(dim=5, dim_embed=8, num_memories=16, num_memory_codebooks=2), 8)
