@@ -1,6 +1,6 @@
 // One step of training on codes, of which nothing but the touched rows of the table is ever written: sgd_step_.
 //
-// Every codebook gets the same gradient row for a position. So where a batch fetches few of the rows, most of these need
+// Every codebook gets the same gradient row for a position. So where a batch fetches few of the rows, most of them need
 // none of their own: those that several positions fetch get a sum, and all are listed with the row that they get.
 #include "../ops.h"
 #include "crowded.h"
