@@ -51,6 +51,8 @@ class ClassCounts(nn.Module):
         counts [C, K, V]; totals [C, 1, V], their sums over the pairs, int64 or float64.
     """
 
+    smoothing: float
+    rank_weights: tuple[float, ...] | None
     counts: Tensor
     totals: Tensor
 

@@ -30,6 +30,9 @@ class CodebookVoting(nn.Module):
         weights [T], for ``topk`` > 1 only.
     """
 
+    num_classes: int
+    topk: int
+    dropout: float
     weights: Tensor
 
     def __init__(
@@ -110,6 +113,9 @@ class LinearProbe(nn.Module):
         bias: learn one.
     """
 
+    num_features: int
+    linear: nn.Linear
+
     def __init__(self, num_features: int, num_classes: int, bias: bool = True) -> None:
         super().__init__()
         self.num_features = validation.positive_int("num_features", num_features)
@@ -131,6 +137,10 @@ class MLP(nn.Module):
         num_classes: size of the output.
         hidden: size of the hidden layer; 128 in the authors' experiments.
     """
+
+    num_features: int
+    hidden: nn.Linear
+    output: nn.Linear
 
     def __init__(self, num_features: int, num_classes: int, hidden: int = 128) -> None:
         super().__init__()

@@ -74,6 +74,10 @@ class Chunk(nn.Module):
         ValueError: the channels do not divide evenly.
     """
 
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
+
     def __init__(self, num_channels: int, num_codebooks: int) -> None:
         super().__init__()
         self.num_channels = validation.positive_int("num_channels", num_channels)
@@ -105,6 +109,9 @@ class RandomProjection(nn.Module):
         rand_proj: [C, channels, D], the published name.
     """
 
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
     rand_proj: Tensor
 
     def __init__(
@@ -180,6 +187,11 @@ class LearnedProjection(nn.Module):
     State:
         proj.weight: [D*C, channels], the published name and order.
     """
+
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
+    proj: nn.Linear
 
     def __init__(self, num_channels: int, num_codebooks: int, dim_keys: int) -> None:
         super().__init__()

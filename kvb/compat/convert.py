@@ -52,6 +52,11 @@ class AccidentalProjections(nn.Module):
         published class and is carried along unused.
     """
 
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
+    project_in: nn.Linear
+    project_out: nn.Linear
     rand_proj: Tensor | None
 
     def __init__(self, num_channels: int, num_codebooks: int, dim: int | None, dim_keys: int) -> None:

@@ -36,6 +36,9 @@ class DiscreteKeyValueBottleneck(nn.Module):
         TypeError, ValueError: a size that is no positive integer; an option that ``VectorQuantize`` does not have.
     """
 
+    dim_embed: int
+    vq: VectorQuantize
+    values: nn.Parameter
     rand_proj: Tensor
 
     def __init__(

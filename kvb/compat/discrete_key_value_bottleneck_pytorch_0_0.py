@@ -38,6 +38,9 @@ class DiscreteKeyValueBottleneck(nn.Module):
         ``VectorQuantize`` does not have.
     """
 
+    dim: int
+    vq: VectorQuantize
+    values: nn.Parameter
     rand_proj: Tensor
 
     def __init__(

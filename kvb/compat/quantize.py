@@ -65,6 +65,13 @@ class VectorQuantize(nn.Module):
         similarity. TypeError: an unknown one.
     """
 
+    dim: int
+    heads: int
+    codebook_size: int
+    project_in: nn.Identity | nn.Linear
+    project_out: nn.Identity | nn.Linear
+    rotation_trick: bool
+
     def __init__(
         self,
         dim: int,

@@ -82,6 +82,13 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
+    values: nn.Parameter
+    kmeans_iters: int
+    decay: float
+    eps: float
+    sample_codebook_temperature: float
+    topk: int
+
     def __init__(
         self,
         num_codebooks: int,

@@ -108,6 +108,13 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
+    config: DiscreteKeyValueBottleneckConfig
+    average_pool_memories: bool
+    dim_embed: int
+    encoder: nn.Module | None
+    splitter: nn.Module
+    bottleneck: KeyValueBottleneck
+
     def __init__(self, config: DiscreteKeyValueBottleneckConfig | int | None = None, **options: Any) -> None:
         super().__init__()
         if isinstance(config, DiscreteKeyValueBottleneckConfig):

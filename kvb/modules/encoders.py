@@ -73,6 +73,9 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
+    num_channels: int
+    splitter: nn.Module
+    bottleneck: KeyValueBottleneck
     encoder: nn.Module
     splitting_mode: splitters.Mode | nn.Module
 

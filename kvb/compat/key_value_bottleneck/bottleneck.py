@@ -46,6 +46,9 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         ValueError: x is not [b, C, n, D]; an unknown bug.
     """
 
+    bugs: frozenset[str]
+    values: torch.nn.Parameter
+
     def __init__(self, *arguments: Any, bugs: Collection[str] = (), **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.bugs = frozenset(validation.choice("bugs", bug, tuple(BUGS)) for bug in bugs)
