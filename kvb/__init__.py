@@ -17,10 +17,11 @@ from kvb.checkpoints import CheckpointError, save
 from kvb.classifier import KeyValueClassifier
 from kvb.data import CodeDataset
 from kvb.loading import load
-from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.discrete import DiscreteKeyValueBottleneck, DiscreteKeyValueBottleneckConfig
 from kvb.modules.encoders import BottleneckedEncoder
 from kvb.modules.key_report import KeyReport, dead_code_threshold
+from kvb.modules.outputs import BottleneckOutput
 from kvb.modules.pretrained import (
     CLIPBottleneckedEncoder,
     ConvMixerBottleneckedEncoder,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kvb import functional, validation
 from kvb.compat.quantize import VectorQuantize, adopted
+from kvb.modules.outputs import Recall
 
 
 class DiscreteKeyValueBottleneck(nn.Module):
@@ -37,6 +38,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
     """
 
     dim_embed: int
+    __call__: Recall[tuple[Tensor, Tensor, Tensor]]
     vq: VectorQuantize
     values: nn.Parameter
     rand_proj: Tensor

@@ -5,6 +5,7 @@ One codebook per head, keys learned by moving averages; same state, same random 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +66,7 @@ class VectorQuantize(nn.Module):
         similarity. TypeError: an unknown one.
     """
 
+    __call__: Callable[..., tuple[Tensor, Tensor, Tensor]]
     dim: int
     heads: int
     codebook_size: int

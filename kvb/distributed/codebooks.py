@@ -13,7 +13,7 @@ from kvb.distributed import exchange
 from kvb.distributed.layout import Layout
 from kvb.distributed.sharding import Sharded
 from kvb.functional import Pool
-from kvb.modules.bottleneck import BottleneckOutput
+from kvb.modules.outputs import BottleneckOutput
 
 
 class ByCodebooks(Sharded):

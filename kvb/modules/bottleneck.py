@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kvb import collectives, functional, ops, validation
-from kvb._torch import register_namedtuple
 from kvb.collectives import Group
 from kvb.functional import Pool
 from kvb.modules import fully_sharded, key_learning, positions, recomputation
 from kvb.modules.datasets import ReadsData
 from kvb.modules.hub import OnHub
 from kvb.modules.learning import LearnsKeys
+from kvb.modules.outputs import BottleneckOutput, Lookup
 from kvb.modules.streams import Part
 from kvb.modules.tables import VALUES_STARTS, Tables, ValuesStart, start_
-
-
-class BottleneckOutput(NamedTuple):
-    """What ``KeyValueBottleneck`` returns with ``return_values_only=False``; a topk axis follows C if topk > 1."""
-
-    values: Tensor  # [B, C, *shape, V]
-    keys: Tensor  # [B, C, *shape, D]
-    indices: Tensor  # [B, C, *shape] int64
-    distances: Tensor  # [B, C, *shape] squared L2
-
-
-# torch.export.save needs a name for the output type.
-register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
 
 
 class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
@@ -82,6 +69,8 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
+    __call__: Lookup
+    init_values: ValuesStart
     values: nn.Parameter
     kmeans_iters: int
     decay: float

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kvb import splitters, validation
-from kvb._torch import register_namedtuple
 from kvb.functional import Pool
 from kvb.modules import key_learning
-from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.bottleneck import KeyValueBottleneck
+from kvb.modules.outputs import BottleneckOutput, Intermediates, Recall
 from kvb.modules.tables import ValuesStart
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
@@ -74,18 +74,6 @@ class DiscreteKeyValueBottleneckConfig:
         return BottleneckOptions(**{name: getattr(self, name) for name in names})  # type: ignore[typeddict-item]
 
 
-class Intermediates(NamedTuple):
-    """What ``DiscreteKeyValueBottleneck`` adds with ``return_intermediates=True``."""
-
-    quantized: Tensor  # [B, *shape, C*D]: the keys found, without a gradient; zero where masked
-    memory_indices: Tensor  # [B, C, *shape] int64, for bottleneck.decode
-    commit_loss: Tensor  # []: mean squared distance to the keys in training mode, 0 in eval mode
-
-
-# torch.export.save needs a name for the output type.
-register_namedtuple(Intermediates, serialized_type_name="kvb.Intermediates")
-
-
 class DiscreteKeyValueBottleneck(BottleneckWrapper):
     """Project embeddings to C codebooks of K key-value pairs, fetch the nearest pair's memory in each, average them.
 
@@ -108,6 +96,7 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
+    __call__: Recall[Intermediates]
     config: DiscreteKeyValueBottleneckConfig
     average_pool_memories: bool
     dim_embed: int

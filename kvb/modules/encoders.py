@@ -15,8 +15,9 @@ from kvb._torch import constant_when_compiled
 from kvb.functional import Pool
 from kvb.modules import key_learning
 from kvb.modules.adapters import FromLibraries
-from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.key_report import KeyReport
+from kvb.modules.outputs import BottleneckOutput, Encoding
 from kvb.modules.tables import ValuesStart
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
@@ -73,6 +74,7 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
     """
 
+    __call__: Encoding
     num_channels: int
     splitter: nn.Module
     bottleneck: KeyValueBottleneck

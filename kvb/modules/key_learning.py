@@ -357,10 +357,15 @@ def initialise(
 class Meter:
     """Sums what ``KeyReport`` says, on the device; one read at the end."""
 
+    hits: Tensor
+    inertia: Tensor
+    finite: Tensor
+    queries: int
+
     def __init__(self, like: Tensor) -> None:
-        self.hits: Tensor = torch.zeros(like.shape[:2], dtype=torch.int64, device=like.device)
-        self.inertia: Tensor = torch.zeros((), dtype=torch.float64, device=like.device)
-        self.finite: Tensor = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.hits = torch.zeros(like.shape[:2], dtype=torch.int64, device=like.device)
+        self.inertia = torch.zeros((), dtype=torch.float64, device=like.device)
+        self.finite = torch.zeros((), dtype=torch.int64, device=like.device)
         self.queries = 0
 
     def add(self, indices: Tensor, distances: Tensor, queries: Tensor) -> None:

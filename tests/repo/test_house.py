@@ -48,6 +48,7 @@ FLOORS = {
     "growth": 7,
     "functional": 3,
     "modules.state": 3,
+    "modules.outputs": 4,
     "modules.entries": 2,
     "modules.hub": 3,
     "modules.adapters": 1,

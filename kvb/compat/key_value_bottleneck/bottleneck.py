@@ -6,7 +6,7 @@ is off; a name of ``BUGS`` turns one of them on again.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +46,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         ValueError: x is not [b, C, n, D]; an unknown bug.
     """
 
+    __call__: Callable[..., tuple[Tensor, ...]]  # type: ignore[assignment]
     bugs: frozenset[str]
     values: torch.nn.Parameter
 
