@@ -2,6 +2,7 @@
 //
 // Every codebook gets the same gradient row for a position. So most touched rows of the table need no gradient of their
 // own: those that several positions fetch get a sum, and all are listed with the row that they get.
+#include "../glibc.h"
 #include "../ops.h"
 #include "pooled.h"
 #include "short_rows.h"
