@@ -109,7 +109,7 @@ wheels: $(VENV)/.kvb-wheels ## build what a package index gets, in dist/: a whee
 
 # No sdist is unpacked and no second torch is fetched; libraries of PyTorch are not packed into the wheel.
 BUILD = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation >/dev/null
-REPAIR = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel -q repair --plat manylinux_2_28_$$(uname -m) --exclude libc10.so \
+REPAIR = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --exclude libc10.so \
 	--exclude libtorch_cpu.so
 
 matrix: wheels ## install the wheel beside other versions of Python and PyTorch, those with CPU builds in reach, and test it there
