@@ -82,7 +82,10 @@ def _checked(dist: Path) -> Path:
             sys.exit(f"{wheel.name} has {wheel.stat().st_size / 1e6:.1f} MB, more than {LARGEST / 1e6:.0f}")
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    if missing := {"tests/conftest.py", "docs/guide.md", "csrc/library.cpp", "kernels/launch.py", "Makefile"} - held:
+    if (
+        missing := {"tests/conftest.py", "docs/guide.md", "csrc/library.cpp", "kvb/kernels/launch.py", "Makefile"}
+        - held
+    ):
         sys.exit(f"{sdist.name} lacks {', '.join(sorted(missing))}")
     return wheels[0]
 

@@ -70,7 +70,7 @@ class DiscreteKeyValueBottleneckConfig:
 
     def bottleneck_options(self) -> BottleneckOptions:
         """The fields that are options of ``KeyValueBottleneck``."""
-        names = BottleneckOptions.__optional_keys__ - {"return_values_only"}
+        names = BottleneckOptions.__optional_keys__ - {"return_values_only", "pool"}
         return BottleneckOptions(**{name: getattr(self, name) for name in names})  # type: ignore[typeddict-item]
 
 
@@ -83,6 +83,7 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
 
     Args:
         config: a ``DiscreteKeyValueBottleneckConfig``, or ``dim``, or nothing where all comes by keyword.
+        device, dtype: of the projection and the bottleneck; of the memories. No field of the config, which files hold.
         options: the fields of the config by keyword; they win over ``config``.
     Shape:
         x [B, *shape, dim_embed], any number of axes -> [B, *shape, V]; not pooled: [B, C, *shape, V]. A topk axis comes
@@ -104,7 +105,14 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
     splitter: nn.Module
     bottleneck: KeyValueBottleneck
 
-    def __init__(self, config: DiscreteKeyValueBottleneckConfig | int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        config: DiscreteKeyValueBottleneckConfig | int | None = None,
+        *,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         if isinstance(config, DiscreteKeyValueBottleneckConfig):
             config = dataclasses.replace(config, **options)
@@ -118,9 +126,11 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
         self.dim_embed = config.dim_embed or config.dim
         C, D = config.num_memory_codebooks, config.codebook_dim or config.dim
         self.encoder = config.encoder
-        self.splitter = config.splitter or splitters.RandomProjection(self.dim_embed, C, D)
         V = config.dim_memory or config.dim
-        self.bottleneck = KeyValueBottleneck(C, config.num_memories, D, V, **config.bottleneck_options())
+        self.splitter = config.splitter or splitters.RandomProjection(self.dim_embed, C, D, device=device)
+        self.bottleneck = KeyValueBottleneck(
+            C, config.num_memories, D, V, **config.bottleneck_options(), device=device, dtype=dtype
+        )
         self.train()
 
     def _arguments(self) -> dict[str, Any]:

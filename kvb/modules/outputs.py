@@ -38,18 +38,18 @@ class Lookup(Protocol):
     """A call of ``KeyValueBottleneck``. Left out, ``return_values_only`` is the module's, which no type tells."""
 
     @overload
-    def __call__(self, x: Tensor, *, mask: Tensor | None = None, pool: Pool = "none") -> Tensor | Any: ...
+    def __call__(self, x: Tensor, *, mask: Tensor | None = None, pool: Pool | None = None) -> Tensor | Any: ...
     @overload
     def __call__(
-        self, x: Tensor, *, mask: Tensor | None = None, pool: Pool = "none", return_values_only: Literal[True]
+        self, x: Tensor, *, mask: Tensor | None = None, pool: Pool | None = None, return_values_only: Literal[True]
     ) -> Tensor: ...
     @overload
     def __call__(
-        self, x: Tensor, *, mask: Tensor | None = None, pool: Pool = "none", return_values_only: Literal[False]
+        self, x: Tensor, *, mask: Tensor | None = None, pool: Pool | None = None, return_values_only: Literal[False]
     ) -> BottleneckOutput: ...
     @overload
     def __call__(
-        self, x: Tensor, *, mask: Tensor | None = None, pool: Pool = "none", return_values_only: bool | None = None
+        self, x: Tensor, *, mask: Tensor | None = None, pool: Pool | None = None, return_values_only: bool | None = None
     ) -> Tensor | Any: ...
 
 

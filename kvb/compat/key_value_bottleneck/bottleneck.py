@@ -52,6 +52,7 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
 
     def __init__(self, *arguments: Any, bugs: Collection[str] = (), **options: Any) -> None:
         super().__init__(*arguments, **options)
+        validation.choice("pool", self.pool, ("none",))
         self.bugs = frozenset(validation.choice("bugs", bug, tuple(BUGS)) for bug in bugs)
         if "starts_at_zero" in self.bugs:
             self.cluster_size.zero_()
