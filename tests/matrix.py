@@ -29,7 +29,7 @@ assert "site-packages" in kvb.__file__, kvb.__file__
 for block in re.findall(r"```python\\n(.*?)```", open(sys.argv[1]).read(), re.DOTALL):
     exec(block)
 kvb.save(bottleneck, "bottleneck.pt")
-again = kvb.load("bottleneck.pt").eval()
+again = kvb.load(kvb.KeyValueBottleneck(64, 256, dim_keys=8, dim_values=10), "bottleneck.pt").eval()
 heads = split(features)
 assert torch.equal(again(heads), bottleneck.eval()(heads))
 nearest = (heads[:, :, None] - bottleneck.keys).double().square().sum(-1).min(-1).values

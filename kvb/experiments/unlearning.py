@@ -8,7 +8,6 @@ Source: Shah et al., Unlearning via Sparse Representations (arXiv:2311.15268; TM
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -284,10 +283,7 @@ def main(study: Study, out: Path, seed: int, classes: Sequence[int] = ()) -> Non
     def say(line: str) -> None:
         print(line, flush=True)
 
-    try:
-        result = run(study, seed, say, out, classes)
-    except ClassesError as error:
-        sys.exit(f"--{error}")
+    result = run(study, seed, say, out, classes)
     figure, numbers = save(study, result, out)
     say(f"\nFigure:  {figure}\nNumbers: {numbers}\nTook {time.perf_counter() - begun:.1f} s.")
 
