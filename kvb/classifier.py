@@ -60,6 +60,10 @@ class KeyValueClassifier(tabular.Estimator):
         what scikit-learn's classifiers raise: ValueError for wrong data, NotFittedError before ``fit``.
     """
 
+    coder_: NearestCodes
+    counts_: ClassCounts
+    values_: Tensor
+
     def __init__(
         self,
         method: str = "count",

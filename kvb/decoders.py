@@ -6,6 +6,7 @@ Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 4; the decoders o
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,14 @@ class CodebookVoting(nn.Module):
         weights: one number per rank, for ``topk`` > 1; ones by default.
         dropout: the probability, in training mode, that a codebook at a position has no vote.
         channel_last: values end with V; otherwise, as from a channel-first encoder, V comes before the positions.
+        device: of the weights.
     State:
         weights [T], for ``topk`` > 1 only.
     """
 
+    num_classes: int
+    topk: int
+    dropout: float
     weights: Tensor
 
     def __init__(
@@ -40,6 +45,7 @@ class CodebookVoting(nn.Module):
         weights: list[float] | None = None,
         dropout: float = 0.0,
         channel_last: bool = True,
+        device: validation.Device = None,
     ) -> None:
         super().__init__()
         self.num_classes = validation.positive_int("num_classes", num_classes)
@@ -48,7 +54,7 @@ class CodebookVoting(nn.Module):
         if weights is not None and (topk == 1 or len(weights) != topk):
             raise ValueError(f"weights must hold one number for each of topk > 1 ranks, got {weights} for topk={topk}")
         if topk > 1:
-            self.register_buffer("weights", torch.tensor(weights or [1] * topk, dtype=torch.float32))
+            self.register_buffer("weights", torch.tensor(weights or [1] * topk, dtype=torch.float32, device=device))
         self.dropout = validation.number("dropout", dropout, 0.0, 1.0)
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -108,12 +114,26 @@ class LinearProbe(nn.Module):
         num_features: values of one sample, C·V for an embedding.
         num_classes: size of the output.
         bias: learn one.
+        device, dtype: of the parameters.
     """
 
-    def __init__(self, num_features: int, num_classes: int, bias: bool = True) -> None:
+    num_features: int
+    linear: nn.Linear
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        bias: bool = True,
+        *,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.num_features = validation.positive_int("num_features", num_features)
-        self.linear = nn.Linear(num_features, validation.positive_int("num_classes", num_classes), bias=bias)
+        validation.positive_int("num_classes", num_classes)
+        place: dict[str, Any] = {"device": device, "dtype": validation.float_dtype(dtype)}
+        self.linear = nn.Linear(num_features, num_classes, bias=bias, **place)
 
     def forward(self, values: Tensor) -> Tensor:
         """values [B, ...], ``num_features`` per sample, -> logits [B, num_classes]."""
@@ -130,13 +150,27 @@ class MLP(nn.Module):
         num_features: values of one sample, C·V for an embedding.
         num_classes: size of the output.
         hidden: size of the hidden layer; 128 in the authors' experiments.
+        device, dtype: of the parameters.
     """
 
-    def __init__(self, num_features: int, num_classes: int, hidden: int = 128) -> None:
+    num_features: int
+    hidden: nn.Linear
+    output: nn.Linear
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        hidden: int = 128,
+        *,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.num_features = validation.positive_int("num_features", num_features)
-        self.hidden = nn.Linear(num_features, validation.positive_int("hidden", hidden))
-        self.output = nn.Linear(hidden, validation.positive_int("num_classes", num_classes))
+        place: dict[str, Any] = {"device": device, "dtype": validation.float_dtype(dtype)}
+        self.hidden = nn.Linear(num_features, validation.positive_int("hidden", hidden), **place)
+        self.output = nn.Linear(hidden, validation.positive_int("num_classes", num_classes), **place)
 
     def forward(self, values: Tensor) -> Tensor:
         """values [B, ...], ``num_features`` per sample, -> logits [B, num_classes]."""

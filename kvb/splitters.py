@@ -5,7 +5,7 @@ Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 3.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,10 @@ class Chunk(nn.Module):
         ValueError: the channels do not divide evenly.
     """
 
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
+
     def __init__(self, num_channels: int, num_codebooks: int) -> None:
         super().__init__()
         self.num_channels = validation.positive_int("num_channels", num_channels)
@@ -100,22 +104,35 @@ class RandomProjection(nn.Module):
         num_channels: size of the last axis of the features.
         num_codebooks: C.
         dim_keys: D.
-        generator: draws the matrix; PyTorch's default otherwise.
+        generator: draws the matrix, on its own device; PyTorch's default otherwise.
+        device, dtype: of the matrix; by default float32.
     State:
         rand_proj: [C, channels, D], the published name.
     """
 
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
     rand_proj: Tensor
 
     def __init__(
-        self, num_channels: int, num_codebooks: int, dim_keys: int, *, generator: torch.Generator | None = None
+        self,
+        num_channels: int,
+        num_codebooks: int,
+        dim_keys: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
-        with torch.inference_mode(False):  # autograd refuses tensors created in inference mode
-            self.register_buffer("rand_proj", self._unit(num_codebooks, generator))
+        # Autograd refuses tensors created in inference mode.
+        with torch.inference_mode(False), validation.placed(generator.device if generator else device):
+            matrix = self._unit(num_codebooks, generator)
+            self.register_buffer("rand_proj", matrix.to(device=device, dtype=validation.float_dtype(dtype)))
 
     def _unit(self, heads: int, generator: torch.Generator | None) -> Tensor:
         """A matrix for so many heads, with unit columns."""
@@ -177,17 +194,32 @@ class LearnedProjection(nn.Module):
         num_channels: size of the last axis of the features.
         num_codebooks: C.
         dim_keys: D.
+        device, dtype: of the weight.
     State:
         proj.weight: [D*C, channels], the published name and order.
     """
 
-    def __init__(self, num_channels: int, num_codebooks: int, dim_keys: int) -> None:
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
+    proj: nn.Linear
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_codebooks: int,
+        dim_keys: int,
+        *,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        place: dict[str, Any] = {"device": device, "dtype": validation.float_dtype(dtype)}
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
         with torch.inference_mode(False):  # parameters created in inference mode cannot learn
-            self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False)
+            self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D] in float32 or float64: one product, heads moved as a view."""

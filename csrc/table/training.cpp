@@ -2,6 +2,7 @@
 //
 // Every codebook gets the same gradient row for a position. So where a batch fetches few of the rows, most of them need
 // none of their own: those that several positions fetch get a sum, and all are listed with the row that they get.
+#include "../glibc.h"
 #include "../ops.h"
 #include "crowded.h"
 #include "gradient.h"

@@ -40,6 +40,12 @@ class InitKeys(Callback):
         reports: what ``init_keys`` returned, by the module's name.
     """
 
+    method: Any
+    epochs: int
+    freeze: bool
+    submodule: str | None
+    options: dict[str, Any]
+
     def __init__(
         self,
         method: Any = None,
@@ -71,6 +77,9 @@ class FreezeKeys(Callback):
         submodule: the name of the one module; None for all.
     """
 
+    epoch: int
+    submodule: str | None
+
     def __init__(self, epoch: int, *, submodule: str | None = None) -> None:
         super().__init__()
         self.epoch, self.submodule = epoch, submodule
@@ -92,6 +101,9 @@ class LogUsage(Callback):
         submodule: the name of the one module; None for all.
         options: of Lightning's ``log``: ``sync_dist=``, ``logger=``, ``prog_bar=``.
     """
+
+    submodule: str | None
+    options: dict[str, Any]
 
     def __init__(self, *, submodule: str | None = None, **options: Any) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from kvb.about import __version__
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
 _FIELDS = {"kvb_config", "kvb_version", "class", "options", "arguments"}
-_OF_THIS_RUN = {"self", "process_group"}  # which no file can hold
+_OF_THIS_RUN = {"self", "process_group", "device", "dtype"}  # which no file holds, or the tensors say
 _Self = TypeVar("_Self", bound="OnHub")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -45,6 +45,7 @@ class PretrainedEncoder(BottleneckedEncoder):
         package is missing that loads the backbone. NotImplementedError: there is nothing to load.
     """
 
+    transforms: Callable[[Any], Any] | None
     BACKBONES: ClassVar[Mapping[str, backbones.Backbone]]
     _more_options = KvbOptions.__optional_keys__
 
@@ -119,7 +120,7 @@ class DinoBottleneckedEncoder(PretrainedEncoder):
     Channels: 256, 512, 1024 or 2048 by layer; 384.
     """
 
-    BACKBONES = backbones.DINO
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.DINO
 
 
 class SwavBottleneckedEncoder(PretrainedEncoder):
@@ -128,7 +129,7 @@ class SwavBottleneckedEncoder(PretrainedEncoder):
     Channels: 256, 512, 1024 or 2048 by layer; twice as many for "w2". On a GPU under autocast, as published.
     """
 
-    BACKBONES = backbones.SWAV
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.SWAV
 
     @staticmethod
     def _wrapped(network: nn.Module) -> nn.Module:
@@ -141,7 +142,7 @@ class VICRegBottleneckedEncoder(PretrainedEncoder):
     Channels: 256, 512, 1024 or 2048 by layer; twice as many for "w2".
     """
 
-    BACKBONES = backbones.VICREG
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.VICREG
 
 
 class SLPretrainedBottleneckedEncoder(PretrainedEncoder):
@@ -151,7 +152,7 @@ class SLPretrainedBottleneckedEncoder(PretrainedEncoder):
     "resnet50_imagenet_v2", of torchvision: 256, 512, 1024 or 2048, and ``transforms`` for images.
     """
 
-    BACKBONES = backbones.SUPERVISED
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.SUPERVISED
 
 
 class CLIPBottleneckedEncoder(PretrainedEncoder):
@@ -160,7 +161,7 @@ class CLIPBottleneckedEncoder(PretrainedEncoder):
     ``transforms`` makes its input of a PIL image. Loaded in float32 on the CPU: move the whole module with ``to``.
     """
 
-    BACKBONES = backbones.CLIP
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.CLIP
 
     @staticmethod
     def _wrapped(network: nn.Module) -> nn.Module:
@@ -173,4 +174,4 @@ class ConvMixerBottleneckedEncoder(PretrainedEncoder):
     Its weights are nowhere to be loaded from: ``input_is_embedding`` must be True.
     """
 
-    BACKBONES = backbones.CONVMIXER
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.CONVMIXER
