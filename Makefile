@@ -151,6 +151,7 @@ $(VENV)/.kvb-bench: $(VENV)/.kvb-test
 $(VENV)/.kvb-integrations: $(VENV)/.kvb-test
 	@echo "Installing kvb[integrations]"
 	@KVB_BUILD_EXT=$(EXT_test) $(PIP) install -q --no-build-isolation -e '.[integrations]'
+	@$(PIP) install -q --no-deps timm torchvision  # whose dependencies are there, or would be another torch
 	@touch $@
 
 $(VENV)/.kvb-wheels: $(SETUP)

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import validation
 from kvb._torch import saveable
+from kvb.modules.tracing import OneNode
 
 
-class CodebookVoting(nn.Module):
+class CodebookVoting(OneNode):
     """Each codebook and position votes with its value; the mean vote is the logits. Has no parameters.
 
     Equivalent to ``values.flatten(1, -2).mean(1)``; with ``topk`` to ``(values * weights).sum(2)`` over the T fetched
@@ -68,6 +70,8 @@ class CodebookVoting(nn.Module):
         Raises:
             TypeError: not a floating-point tensor, or a mask that is not bool. ValueError: a shape that does not fit.
         """
+        if isinstance(values, Proxy):
+            return self._call_of(values, mask)
         validation.floating("CodebookVoting", "values", values)
         ranks = self.topk > 1
         axis = -1 if self.channel_last else 2 + ranks
@@ -105,7 +109,7 @@ class CodebookVoting(nn.Module):
         return f"{self.num_classes} classes" + (f", topk={self.topk}" if self.topk > 1 else "")
 
 
-class LinearProbe(nn.Module):
+class LinearProbe(OneNode):
     """One linear layer on all values of a sample.
 
     Equivalent to ``linear(values.flatten(1))``.
@@ -137,11 +141,13 @@ class LinearProbe(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """values [B, ...], ``num_features`` per sample, -> logits [B, num_classes]."""
+        if isinstance(values, Proxy):
+            return self._call_of(values)
         logits: Tensor = self.linear(_flat(type(self).__name__, values, self.num_features))
         return logits
 
 
-class MLP(nn.Module):
+class MLP(OneNode):
     """A network with one hidden layer (ReLU) on all values of a sample.
 
     Equivalent to ``output(relu(hidden(values.flatten(1))))``.
@@ -174,6 +180,8 @@ class MLP(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """values [B, ...], ``num_features`` per sample, -> logits [B, num_classes]."""
+        if isinstance(values, Proxy):
+            return self._call_of(values)
         flat = _flat(type(self).__name__, values, self.num_features)
         logits: Tensor = self.output(self.hidden(flat).relu())
         return logits

@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import validation
+from kvb.modules.tracing import OneNode
 
 Mode = Literal["chunk", "random_projection", "sparse_projection", "learned_projection"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -62,7 +64,7 @@ def _added_heads(wanted: int, now: int) -> int:
     return wanted - now
 
 
-class Chunk(nn.Module):
+class Chunk(OneNode):
     """Cut the channels into C consecutive heads of D.
 
     Equivalent to ``x.unflatten(-1, (C, D)).movedim(-2, 1)``; a view, no copy.
@@ -88,6 +90,8 @@ class Chunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D]."""
+        if isinstance(x, Proxy):
+            return self._call_of(x)
         _check_features("Chunk", x, self.num_channels)
         return x.unflatten(-1, (self.num_codebooks, self.dim_keys)).movedim(-2, 1)
 
@@ -95,7 +99,7 @@ class Chunk(nn.Module):
         return f"{self.num_channels} channels -> {self.num_codebooks} heads of {self.dim_keys}"
 
 
-class RandomProjection(nn.Module):
+class RandomProjection(OneNode):
     """Project the features once per codebook with a fixed random matrix of unit columns.
 
     Equivalent to ``torch.einsum("b...d,cdk->bc...k", x, rand_proj)``. The matrix is a buffer and never learns.
@@ -145,6 +149,8 @@ class RandomProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D] in float32 or float64: one product, heads moved as a view."""
+        if isinstance(x, Proxy):
+            return self._call_of(x)
         _check_features(type(self).__name__, x, self.num_channels)
         validation.same_device("x", x, "the projections", self.rand_proj)
         heads = _product(x, self.rand_proj.transpose(0, 1).flatten(1))
@@ -183,7 +189,7 @@ class SparseProjection(RandomProjection):
         return torch.zeros(shape, dtype=torch.float32).scatter_(1, places, signs)
 
 
-class LearnedProjection(nn.Module):
+class LearnedProjection(OneNode):
     """Project the features with one linear map without bias, a parameter.
 
     Equivalent to ``proj(x).unflatten(-1, (D, C)).movedim(-1, 1)``: key dim major, as published.
@@ -223,6 +229,8 @@ class LearnedProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D] in float32 or float64: one product, heads moved as a view."""
+        if isinstance(x, Proxy):
+            return self._call_of(x)
         _check_features("LearnedProjection", x, self.num_channels)
         validation.same_device("x", x, "the projections", self.proj.weight)
         heads = _product(x, self.proj.weight.mT)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import collectives, functional, ops, validation
 from kvb.collectives import Group
@@ -19,9 +20,10 @@ from kvb.modules.learning import LearnsKeys
 from kvb.modules.outputs import BottleneckOutput, Lookup
 from kvb.modules.streams import Part
 from kvb.modules.tables import VALUES_STARTS, Tables, ValuesStart, start_
+from kvb.modules.tracing import OneNode
 
 
-class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
+class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
     """C codebooks of K key-value pairs: every head of the input fetches the value of its nearest key.
 
     Equivalent to, per codebook c: ``i = ((x[:, c, ..., None, :] - keys[c])**2).sum(-1).argmin(-1); values[c, i]``,
@@ -176,6 +178,8 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
             TypeError: not a floating-point tensor, or a mask that is not bool. ValueError: a shape does not fit, or
             ``check_finite`` found NaN. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
+        if isinstance(x, Proxy):
+            return self._call_of(x, mask=mask, pool=pool, return_values_only=return_values_only)
         pool = self._pooled(pool)
         values_only = self.return_values_only if return_values_only is None else return_values_only
         queries = self._queries(x, mask)

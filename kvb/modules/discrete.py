@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import splitters, validation
 from kvb.functional import Pool
@@ -168,6 +169,9 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
             TypeError: not a floating-point tensor, or arguments for an encoder that is not there. ValueError: the
             shape does not fit. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
+        if isinstance(x, Proxy):
+            options = {"mask": mask, "pool": pool}
+            return self._call_of(x, return_intermediates, average_pool_memories, more=encoder_arguments, **options)
         heads, mask = self._prepared(x, mask, encoder_arguments)
         if pool is None and average_pool_memories is not None:
             pool = "mean" if average_pool_memories else "none"

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import checkpoints, splitters, validation
 from kvb._torch import constant_when_compiled
@@ -184,6 +185,9 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
             shape does not fit, or that of a mask does not fit theirs. RuntimeError: keys that still wait for data in
             eval mode.
         """
+        if isinstance(x, Proxy):
+            options = {"mask": mask, "pool": pool, "return_values_only": return_values_only}
+            return self._call_of(x, more=encoder_options, **options)
         if x is None:
             x, encoder_options = encoder_options, {}
         own = self.bottleneck

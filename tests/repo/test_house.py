@@ -21,6 +21,7 @@ FLOORS = {
     "report": 10,
     "plots": 7,
     "integrations": 10,
+    "integrations.tensorboard": 9,
     "modules.pretrained": 9,
     "distributed.steps": 3,
     "modules.discrete": 8,
