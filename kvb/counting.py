@@ -49,6 +49,14 @@ class ClassCounts(nn.Module):
         dtype: of the counts: torch.int32, int64, float32 or float64. Integers are exact, and take integer weights.
     State:
         counts [C, K, V]; totals [C, 1, V], their sums over the pairs, int64 or float64.
+    Examples:
+        >>> head = kvb.counting.ClassCounts(num_codebooks=1, pairs=3, num_classes=2)
+        >>> codes, labels = torch.tensor([[[0]], [[2]]]), torch.tensor([0, 1])
+        >>> head = head.add(codes, labels)
+        >>> head.predict(codes)
+        tensor([0, 1])
+        >>> bool(head.remove(codes, labels).counts.any())
+        False
     """
 
     counts: Tensor
@@ -332,6 +340,9 @@ def distance_weights(distances: Tensor, *, levels: int | None = None) -> Tensor:
         [B, C, T] in [0, 1] or int64 in [0, levels]; 0 where the distance is not finite.
     Raises:
         TypeError: no floating-point tensor. ValueError: fewer than three axes, or no positive number of levels.
+    Examples:
+        >>> kvb.counting.distance_weights(torch.tensor([[[0.0, 1.0, 2.0]]]), levels=10)
+        tensor([[[10,  5,  0]]])
     """
     validation.floating("distance_weights", "distances", distances)
     if distances.dim() < 3:

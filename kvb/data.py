@@ -58,6 +58,11 @@ class CodeDataset(Dataset[Any]):
     Raises:
         TypeError: codes that are not integers, labels that are no tensor, a mask that is not bool. ValueError: codes
         with fewer than two axes, another number of labels, or a mask of other positions.
+    Examples:
+        >>> data = kvb.CodeDataset(torch.randint(16, (100, 4)), labels=torch.randint(10, (100,)))
+        >>> codes, labels = next(data.batches(32))
+        >>> codes.shape, labels.shape
+        (torch.Size([32, 4]), torch.Size([32]))
     """
 
     _file: _File | None = None

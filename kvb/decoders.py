@@ -28,6 +28,10 @@ class CodebookVoting(nn.Module):
         channel_last: values end with V; otherwise, as from a channel-first encoder, V comes before the positions.
     State:
         weights [T], for ``topk`` > 1 only.
+    Examples:
+        >>> votes = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]]])  # of three codebooks for two classes
+        >>> kvb.decoders.CodebookVoting(2)(votes)
+        tensor([[1.3333, 1.0000]])
     """
 
     weights: Tensor
@@ -108,6 +112,9 @@ class LinearProbe(nn.Module):
         num_features: values of one sample, C·V for an embedding.
         num_classes: size of the output.
         bias: learn one.
+    Examples:
+        >>> kvb.decoders.LinearProbe(4 * 16, 10)(torch.randn(5, 4, 16)).shape
+        torch.Size([5, 10])
     """
 
     def __init__(self, num_features: int, num_classes: int, bias: bool = True) -> None:
@@ -130,6 +137,9 @@ class MLP(nn.Module):
         num_features: values of one sample, C·V for an embedding.
         num_classes: size of the output.
         hidden: size of the hidden layer; 128 in the authors' experiments.
+    Examples:
+        >>> kvb.decoders.MLP(4 * 16, 10)(torch.randn(5, 4, 16)).shape
+        torch.Size([5, 10])
     """
 
     def __init__(self, num_features: int, num_classes: int, hidden: int = 128) -> None:
@@ -169,6 +179,9 @@ def add_distance_to_values(values: Tensor, distances: Tensor, *, axis: int = -1)
     Raises:
         TypeError: not floating-point tensors. ValueError: shapes disagree, or there is no such axis.
     Source: the option of that name in the authors' experiments.
+    Examples:
+        >>> kvb.decoders.add_distance_to_values(torch.zeros(1, 1, 2), torch.ones(1, 1))
+        tensor([[[0., 0., 1.]]])
     """
     validation.floating("add_distance_to_values", "values", values)
     validation.floating("add_distance_to_values", "distances", distances)

@@ -17,7 +17,13 @@ from kvb.reference import values as reference
 
 
 class SGDStep(NamedTuple):
-    """What ``sgd_step`` returns about the batch before the step; float32, or float64 for float64 values."""
+    """What ``sgd_step`` returns about the batch before the step; float32, or float64 for float64 values.
+
+    Examples:
+        >>> step = kvb.training.sgd_step(torch.zeros(4, 16, 10), torch.randint(16, (8, 4)), torch.randint(10, (8,)))
+        >>> round(step.loss.item(), 4), step.logits.shape  # ln 10: nothing is known yet
+        (2.3026, torch.Size([8, 10]))
+    """
 
     loss: Tensor  # []
     norm: Tensor  # []: of the gradient, before clipping
@@ -63,6 +69,12 @@ def sgd_step(
         TypeError: values that are not floating-point, codes or targets that are not integers, a mask that is not bool.
         ValueError: shapes that disagree, values that are not contiguous, or a number out of its range. IndexError: a
         code outside [0, K) or a target outside [0, V). RuntimeError: devices differ.
+    Examples:
+        >>> values, codes = torch.zeros(2, 3, 2), torch.tensor([[0, 2]])
+        >>> step = kvb.training.sgd_step(values, codes, torch.tensor([1]))
+        >>> values.any(-1)  # the rows that were fetched have moved
+        tensor([[ True, False, False],
+                [False, False,  True]])
     """
     validation.floating("sgd_step", "values", values)
     validation.shape("values", values, "C K V", (None, None, None))

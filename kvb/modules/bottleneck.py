@@ -22,7 +22,14 @@ from kvb.modules.tables import VALUES_STARTS, Tables, ValuesStart, start_
 
 
 class BottleneckOutput(NamedTuple):
-    """What ``KeyValueBottleneck`` returns with ``return_values_only=False``; a topk axis follows C if topk > 1."""
+    """What ``KeyValueBottleneck`` returns with ``return_values_only=False``; a topk axis follows C if topk > 1.
+
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> found = bottleneck(torch.randn(5, 4, 8), return_values_only=False)
+        >>> found.values.shape, found.indices.shape
+        (torch.Size([5, 4, 10]), torch.Size([5, 4]))
+    """
 
     values: Tensor  # [B, C, *shape, V]
     keys: Tensor  # [B, C, *shape, D]
@@ -80,6 +87,14 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
     Not for two threads at once while keys learn or are counted; eval-mode forwards are safe.
 
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10, init_mode="sample")
+        >>> report = bottleneck.init_keys(torch.randn(100, 4, 8), progress=False)
+        >>> values = bottleneck.freeze_keys()(torch.randn(5, 4, 8))  # a decoder makes logits of them
+        >>> values.shape
+        torch.Size([5, 4, 10])
+        >>> bottleneck(torch.randn(5, 4, 8), pool="mean").shape
+        torch.Size([5, 10])
     """
 
     def __init__(
