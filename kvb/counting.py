@@ -161,6 +161,14 @@ class ClassCounts(nn.Module):
 
         Raises:
             TypeError: no ``ClassCounts``, or counts of another dtype. ValueError: other sizes.
+        Examples:
+            >>> one, other = (kvb.counting.ClassCounts(1, pairs=3, num_classes=2) for _ in range(2))
+            >>> one = one.add(torch.tensor([[0]]), torch.tensor([0]))
+            >>> other = other.add(torch.tensor([[2]]), torch.tensor([1]))
+            >>> one.merge(other).counts
+            tensor([[[1, 0],
+                     [0, 0],
+                     [0, 1]]], dtype=torch.int32)
         """
         if not isinstance(other, ClassCounts) or other.counts.dtype != self.counts.dtype:
             kind = f"ClassCounts of {other.counts.dtype}" if isinstance(other, ClassCounts) else type(other).__name__

@@ -228,6 +228,10 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
             dtype: torch.int64, int32 or int16, or "auto" for the smallest of the last two that holds K - 1.
         Raises:
             as ``forward``; ValueError: dtype too small.
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> bottleneck.encode(torch.randn(5, 4, 8), dtype="auto").dtype
+            torch.int16
         """
         storage = validation.code_dtype(dtype, self.key_value_pairs_per_codebook)
         queries = self._queries(x, mask)
@@ -249,6 +253,11 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
         Raises:
             TypeError: not integers, or a mask that is not bool. ValueError: shape or pool. IndexError: an index outside
             [0, K). RuntimeError: ``fully_shard`` has split the values together with a module around.
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> x = torch.randn(5, 4, 8)
+            >>> torch.equal(bottleneck.decode(bottleneck.encode(x)), bottleneck(x))
+            True
         """
         validation.integer("decode", "indices", indices)
         table = self._table()

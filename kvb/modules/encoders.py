@@ -263,6 +263,11 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         """Freeze the encoder and the splitter, initialise the keys, and freeze them: afterwards only values learn.
 
         Equivalent to ``freeze_encoder().freeze_splitter().initialize_keys(loader, epochs).freeze_keys()``.
+
+        Examples:
+            >>> model = kvb.BottleneckedEncoder(torch.nn.Linear(32, 64), 64, 4, 16, dim_keys=8, dim_values=10)
+            >>> model.prepare(torch.randn(100, 32), progress=False).keys_frozen
+            True
         """
         self.freeze_encoder().freeze_splitter()
         self.initialize_keys(loader, epochs, inputs_extractor, generator=generator, progress=progress)
