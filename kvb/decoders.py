@@ -32,6 +32,10 @@ class CodebookVoting(OneNode):
         device: of the weights.
     State:
         weights [T], for ``topk`` > 1 only.
+    Examples:
+        >>> votes = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]]])  # of three codebooks for two classes
+        >>> kvb.decoders.CodebookVoting(2)(votes)
+        tensor([[1.3333, 1.0000]])
     """
 
     num_classes: int
@@ -119,6 +123,9 @@ class LinearProbe(OneNode):
         num_classes: size of the output.
         bias: learn one.
         device, dtype: of the parameters.
+    Examples:
+        >>> kvb.decoders.LinearProbe(4 * 16, 10)(torch.randn(5, 4, 16)).shape
+        torch.Size([5, 10])
     """
 
     num_features: int
@@ -157,6 +164,9 @@ class MLP(OneNode):
         num_classes: size of the output.
         hidden: size of the hidden layer; 128 in the authors' experiments.
         device, dtype: of the parameters.
+    Examples:
+        >>> kvb.decoders.MLP(4 * 16, 10)(torch.randn(5, 4, 16)).shape
+        torch.Size([5, 10])
     """
 
     num_features: int
@@ -211,6 +221,9 @@ def add_distance_to_values(values: Tensor, distances: Tensor, *, axis: int = -1)
     Raises:
         TypeError: not floating-point tensors. ValueError: shapes disagree, or there is no such axis.
     Source: the option of that name in the authors' experiments.
+    Examples:
+        >>> kvb.decoders.add_distance_to_values(torch.zeros(1, 1, 2), torch.ones(1, 1))
+        tensor([[[0., 0., 1.]]])
     """
     validation.floating("add_distance_to_values", "values", values)
     validation.floating("add_distance_to_values", "distances", distances)

@@ -24,6 +24,9 @@ def make(mode: Mode | nn.Module, num_channels: int, num_codebooks: int, dim_keys
     Raises:
         ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C. TypeError: neither a mode nor a
         module.
+    Examples:
+        >>> kvb.splitters.make("random_projection", 64, num_codebooks=4, dim_keys=8)(torch.randn(5, 64)).shape
+        torch.Size([5, 4, 8])
     """
     if isinstance(mode, nn.Module):
         return mode
@@ -74,6 +77,11 @@ class Chunk(OneNode):
         num_codebooks: C.
     Raises:
         ValueError: the channels do not divide evenly.
+    Examples:
+        >>> kvb.splitters.Chunk(6, num_codebooks=3)(torch.arange(6.0)[None])
+        tensor([[[0., 1.],
+                 [2., 3.],
+                 [4., 5.]]])
     """
 
     num_channels: int
@@ -112,6 +120,10 @@ class RandomProjection(OneNode):
         device, dtype: of the matrix; by default float32.
     State:
         rand_proj: [C, channels, D], the published name.
+    Examples:
+        >>> split = kvb.splitters.RandomProjection(64, num_codebooks=4, dim_keys=8)
+        >>> split(torch.randn(5, 7, 7, 64)).shape
+        torch.Size([5, 4, 7, 7, 8])
     """
 
     num_channels: int
@@ -179,6 +191,11 @@ class SparseProjection(RandomProjection):
 
     Source: Li, Hastie and Church, Very sparse random projections, KDD 2006. In the published code
     "sparse_projection" is a name without code.
+
+    Examples:
+        >>> split = kvb.splitters.SparseProjection(64, num_codebooks=4, dim_keys=8)
+        >>> (split.rand_proj != 0).sum(1).unique()  # channels that an output looks at
+        tensor([8])
     """
 
     def _draw(self, heads: int, generator: torch.Generator | None) -> Tensor:
@@ -203,6 +220,10 @@ class LearnedProjection(OneNode):
         device, dtype: of the weight.
     State:
         proj.weight: [D*C, channels], the published name and order.
+    Examples:
+        >>> split = kvb.splitters.LearnedProjection(64, num_codebooks=4, dim_keys=8)
+        >>> split(torch.randn(5, 64)).shape
+        torch.Size([5, 4, 8])
     """
 
     num_channels: int

@@ -39,6 +39,9 @@ class InitKeys(Callback):
         options: of ``init_keys``: ``inputs_extractor=``, ``mask_extractor=``, ``generator=``, ``progress=``.
     Attributes:
         reports: what ``init_keys`` returned, by the module's name.
+    Examples:
+        >>> from kvb.integrations.lightning import InitKeys
+        >>> trainer = lightning.pytorch.Trainer(logger=False, callbacks=[InitKeys("kmeans++", epochs=2)])
     """
 
     method: Any
@@ -76,6 +79,9 @@ class FreezeKeys(Callback):
     Args:
         epoch: counted from 0.
         submodule: the name of the one module; None for all.
+    Examples:
+        >>> from kvb.integrations.lightning import FreezeKeys, InitKeys
+        >>> trainer = lightning.pytorch.Trainer(logger=False, callbacks=[InitKeys(freeze=False), FreezeKeys(epoch=2)])
     """
 
     epoch: int
@@ -104,6 +110,9 @@ class LogUsage(Callback):
         pictures: give the loggers that take figures, TensorBoard's for one, those of ``kvb.plots`` after every so many
             epochs; 0 for never. Needs matplotlib.
         options: of Lightning's ``log``: ``sync_dist=``, ``logger=``, ``prog_bar=``.
+    Examples:
+        >>> from kvb.integrations.lightning import LogUsage
+        >>> trainer = lightning.pytorch.Trainer(logger=False, callbacks=[LogUsage(prog_bar=True)])
     """
 
     submodule: str | None
@@ -142,6 +151,11 @@ def bottlenecks(model: nn.Module, name: str | None = None) -> dict[str, Any]:
 
     Raises:
         ValueError: there is none. TypeError: the module of that name is none.
+    Examples:
+        >>> from kvb.integrations.lightning import bottlenecks
+        >>> model = torch.nn.ModuleDict({"memory": kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)})
+        >>> list(bottlenecks(model))
+        ['memory']
     """
     kinds = (KeyValueBottleneck, BottleneckWrapper)
     if name is not None:

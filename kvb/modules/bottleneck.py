@@ -72,6 +72,14 @@ class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
     Not for two threads at once while keys learn or are counted; eval-mode forwards are safe.
 
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10, init_mode="sample")
+        >>> report = bottleneck.init_keys(torch.randn(100, 4, 8), progress=False)
+        >>> values = bottleneck.freeze_keys()(torch.randn(5, 4, 8))  # a decoder makes logits of them
+        >>> values.shape
+        torch.Size([5, 4, 10])
+        >>> bottleneck(torch.randn(5, 4, 8), pool="mean").shape
+        torch.Size([5, 10])
     """
 
     __call__: Lookup
@@ -223,6 +231,10 @@ class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
             dtype: torch.int64, int32 or int16, or "auto" for the smallest of the last two that holds K - 1.
         Raises:
             as ``forward``; ValueError: dtype too small.
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> bottleneck.encode(torch.randn(5, 4, 8), dtype="auto").dtype
+            torch.int16
         """
         storage = validation.code_dtype(dtype, self.key_value_pairs_per_codebook)
         queries = self._queries(x, mask)
@@ -244,6 +256,11 @@ class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
         Raises:
             TypeError: not integers, or a mask that is not bool. ValueError: shape or pool. IndexError: an index outside
             [0, K). RuntimeError: ``fully_shard`` has split the values together with a module around.
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> x = torch.randn(5, 4, 8)
+            >>> torch.equal(bottleneck.decode(bottleneck.encode(x)), bottleneck(x))
+            True
         """
         validation.integer("decode", "indices", indices)
         table = self._table()

@@ -37,6 +37,10 @@ class DiscreteKeyValueBottleneckConfig:
         others: the options of ``KeyValueBottleneck``, but for ``return_values_only``, with ``decay`` as published.
     Raises:
         TypeError, ValueError: a size that is no positive integer. TypeError: an encoder or splitter that is no module.
+    Examples:
+        >>> config = kvb.DiscreteKeyValueBottleneckConfig(dim=8, dim_embed=64, num_memories=16, num_memory_codebooks=4)
+        >>> kvb.DiscreteKeyValueBottleneck(config)(torch.randn(5, 64)).shape
+        torch.Size([5, 8])
     """
 
     dim: int
@@ -96,6 +100,10 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
     Methods:
         those of ``KeyValueBottleneck``, which take what ``forward`` takes.
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
+    Examples:
+        >>> memory = kvb.DiscreteKeyValueBottleneck(dim=64, num_memories=16, num_memory_codebooks=4)
+        >>> memory(torch.randn(2, 7, 64)).shape
+        torch.Size([2, 7, 64])
     """
 
     __call__: Recall[Intermediates]

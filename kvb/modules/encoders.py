@@ -75,6 +75,11 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         ``requires_grad`` never is.
 
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
+    Examples:
+        >>> encoder = torch.nn.Linear(32, 64)
+        >>> model = kvb.BottleneckedEncoder(encoder, 64, 4, 16, dim_keys=8, dim_values=10, init_mode="sample")
+        >>> model.prepare(torch.randn(100, 32), progress=False)(torch.randn(5, 32)).shape
+        torch.Size([5, 4, 10])
     """
 
     __call__: Encoding
@@ -277,6 +282,11 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         """Freeze the encoder and the splitter, initialise the keys, and freeze them: afterwards only values learn.
 
         Equivalent to ``freeze_encoder().freeze_splitter().initialize_keys(loader, epochs).freeze_keys()``.
+
+        Examples:
+            >>> model = kvb.BottleneckedEncoder(torch.nn.Linear(32, 64), 64, 4, 16, dim_keys=8, dim_values=10)
+            >>> model.prepare(torch.randn(100, 32), progress=False).keys_frozen
+            True
         """
         self.freeze_encoder().freeze_splitter()
         self.initialize_keys(loader, epochs, inputs_extractor, generator=generator, progress=progress)

@@ -48,6 +48,10 @@ class OnHub:
         Raises:
             AttributeError: a subclass that does not keep an argument of its constructor. OSError, RuntimeError,
             TypeError: as ``kvb.save``.
+        Examples:
+            >>> kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).save_pretrained("memory")
+            >>> kvb.KeyValueBottleneck.from_pretrained("memory").values.shape
+            torch.Size([4, 16, 10])
         """
         folder = Path(folder)
         arguments = self._arguments()

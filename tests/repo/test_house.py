@@ -29,6 +29,7 @@ FLOORS = {
     "optim": 8,
     "optim_audit": 7,
     "optim_growth": 7,
+    "optim_groups": 6,
     "training": 7,
     "unlearning": 7,
     "modules.wrapping": 7,
