@@ -34,8 +34,10 @@ def needs(text: str) -> list[str]:
 
 
 def cells(text: str) -> list[Cell]:
-    """A page, cut into prose and code."""
-    parts = re.split(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", text, flags=re.DOTALL | re.MULTILINE)
+    """A page, cut into prose and code; a block under a comment of its own, which names packages, is prose."""
+    parts = re.split(
+        r"(?<!-->\n)^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", text, flags=re.DOTALL | re.MULTILINE
+    )
     found = [Cell(False, re.sub(r"<!--.*?-->", "", parts[0]).strip())]
     for code, shown, prose in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         found += [Cell(True, code.rstrip(), shown), Cell(False, prose.strip())]

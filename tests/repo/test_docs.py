@@ -20,7 +20,12 @@ sys.path.insert(0, str(ROOT / "docs"))
 notebooks = importlib.import_module("notebooks")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = [path for path in PAGES if notebooks.needs(path.read_text())]
-HOSTS = {"arxiv.org", "github.com"}  # that links may lead to; nothing is asked over the network
+HOSTS = {
+    "arxiv.org",
+    "avalanche.continualai.org",
+    "capymoa.org",
+    "github.com",
+}  # that links may lead to; nothing is asked over the network
 README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "docs" / "guide.md").read_text()
 
 
