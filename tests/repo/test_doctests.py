@@ -32,7 +32,9 @@ def public(module: str) -> dict[str, str]:
     """The docstrings of the functions and classes that a module offers."""
     room = importlib.import_module(module)
     names = getattr(room, "__all__", None) or [
-        name for name, thing in vars(room).items() if getattr(thing, "__module__", "") == module and name[0] != "_"
+        name
+        for name, thing in vars(room).items()
+        if name[0] != "_" and getattr(thing, "__module__", "").startswith("kvb." if module == "kvb" else module)
     ]
     found = {name: getattr(room, name) for name in names}
     return {
