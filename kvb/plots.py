@@ -26,6 +26,10 @@ def usage(bottleneck: Any, axes: Axes | None = None) -> Axes:
 
     Args:
         bottleneck: a ``KeyValueBottleneck``, or a module around one.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> _ = bottleneck.train()(torch.randn(100, 4, 8))  # which counts hits
+        >>> kvb.plots.usage(bottleneck).figure.savefig("usage.png")
     """
     shares = _shares(bottleneck)
     axes = _axes(axes)
@@ -44,6 +48,11 @@ def lorenz(bottleneck: Any, axes: Axes | None = None) -> Axes:
     """The Lorenz curve of hits: the share of hits that the least used pairs get, a line per codebook and their mean.
 
     The straight line stands for equal use; the title names the mean Gini coefficient, 0 for equal use.
+
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> _ = bottleneck.train()(torch.randn(100, 4, 8))  # which counts hits
+        >>> kvb.plots.lorenz(bottleneck).figure.savefig("lorenz.png")
     """
     shares = _shares(bottleneck).sort(-1).values.cumsum(-1)
     curves = torch.nn.functional.pad(shares, (1, 0))
@@ -60,7 +69,13 @@ def lorenz(bottleneck: Any, axes: Axes | None = None) -> Axes:
 
 
 def key_map(bottleneck: Any, codebook: int = 0, axes: Axes | None = None) -> Axes:
-    """The keys of a codebook on the plane of their largest spread; the area of a point is its share of hits."""
+    """The keys of a codebook on the plane of their largest spread; the area of a point is its share of hits.
+
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> _ = bottleneck.train()(torch.randn(100, 4, 8))  # which counts hits
+        >>> kvb.plots.key_map(bottleneck).figure.savefig("key_map.png")
+    """
     own, shares = _inner(bottleneck), _shares(bottleneck)
     keys = own.keys[_codebook(own, codebook)].detach().float().cpu()
     centred = keys - keys.mean(0)
@@ -89,6 +104,9 @@ def values(bottleneck: Any, codebook: int = 0, axes: Axes | None = None, names: 
 
     Args:
         names: of the V entries, where they are classes.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> kvb.plots.values(bottleneck).figure.savefig("values.png")
     """
     own = _inner(bottleneck)
     table = own.values[_codebook(own, codebook)].detach().float().cpu()
@@ -121,12 +139,20 @@ def overlap(shared: Tensor, axes: Axes | None = None, names: Sequence[str] | Non
     """What classes share, from ``kvb.unlearning.overlap`` [L, L]: 1 for equal use of pairs, 0 for none in common.
 
     The diagonal, what a class shares with itself, stays white, so that colours tell the others apart.
+    Examples:
+        >>> shared = kvb.unlearning.overlap(torch.randint(9, (3, 4, 16)))
+        >>> kvb.plots.overlap(shared, names=["cat", "dog", "cow"]).figure.savefig("overlap.png")
     """
     return _matrix(shared, "shared", "share of fetched pairs in common", axes, names, diagonal=False)
 
 
 def accuracies(matrix: Tensor, axes: Axes | None = None, names: Sequence[str] | None = None) -> Axes:
-    """An accuracy matrix [T, T]: row i after learning task i, column j of task j; NaN stays white."""
+    """An accuracy matrix [T, T]: row i after learning task i, column j of task j; NaN stays white.
+
+    Examples:
+        >>> matrix = torch.tensor([[0.9, torch.nan], [0.8, 0.7]])
+        >>> kvb.plots.accuracies(matrix).figure.savefig("accuracies.png")
+    """
     axes = _matrix(matrix, "matrix", "test accuracy", axes, names, diagonal=True)
     axes.set_xlabel("tested on task")
     axes.set_ylabel("after learning task")

@@ -86,6 +86,10 @@ def write(source: _Path, out: _Path, data: _Path | None = None, accuracies: _Pat
     Raises:
         CheckpointError: the file is damaged or no checkpoint. ValueError: no bottleneck in it, several, codes of
         another one, or accuracies that are no such list. OSError: a file cannot be read or written.
+    Examples:
+        >>> kvb.save(kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10), "memory.pt")
+        >>> kvb.report.write("memory.pt", "report.html").name
+        'report.html'
     """
     path = Path(source)
     path = path / WEIGHTS if path.is_dir() else path
@@ -115,13 +119,22 @@ def _rows(path: _Path) -> Tensor:
     """The numbers in a file of accuracies."""
     try:
         rows = json.loads(Path(path).read_bytes())
-        return torch.tensor([[torch.nan if number is None else number for number in row] for row in rows])
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"expected a JSON list of rows of numbers in {path}: {error}") from error
+    lists = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
+    if not lists or not all(isinstance(number, int | float | None) for row in rows for number in row):
+        raise ValueError(f"expected a JSON list of rows of numbers in {path}, null where nothing was measured")
+    return torch.tensor([[torch.nan if number is None else number for number in row] for row in rows])
 
 
 def bottleneck_of(state: Mapping[str, Tensor], source: Any) -> KeyValueBottleneck:
-    """The one bottleneck in a state_dict, whatever is around it."""
+    """The one bottleneck in a state_dict, whatever is around it.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), kvb.KeyValueBottleneck(4, 16, 8, 10))
+        >>> kvb.report.bottleneck_of(model.state_dict(), "model").values.shape
+        torch.Size([4, 16, 10])
+    """
     needed = {"keys", "values", "cluster_size"}
     prefixes = [name.removesuffix("keys_avg") for name in state if name.rpartition(".")[2] == "keys_avg"]
     found = [prefix for prefix in prefixes if all(prefix + name in state for name in needed)]

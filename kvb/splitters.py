@@ -5,7 +5,7 @@ Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 3.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ def make(mode: Mode | nn.Module, num_channels: int, num_codebooks: int, dim_keys
     Raises:
         ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C. TypeError: neither a mode nor a
         module.
+    Examples:
+        >>> kvb.splitters.make("random_projection", 64, num_codebooks=4, dim_keys=8)(torch.randn(5, 64)).shape
+        torch.Size([5, 4, 8])
     """
     if isinstance(mode, nn.Module):
         return mode
@@ -74,7 +77,16 @@ class Chunk(OneNode):
         num_codebooks: C.
     Raises:
         ValueError: the channels do not divide evenly.
+    Examples:
+        >>> kvb.splitters.Chunk(6, num_codebooks=3)(torch.arange(6.0)[None])
+        tensor([[[0., 1.],
+                 [2., 3.],
+                 [4., 5.]]])
     """
+
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
 
     def __init__(self, num_channels: int, num_codebooks: int) -> None:
         super().__init__()
@@ -104,22 +116,39 @@ class RandomProjection(OneNode):
         num_channels: size of the last axis of the features.
         num_codebooks: C.
         dim_keys: D.
-        generator: draws the matrix; PyTorch's default otherwise.
+        generator: draws the matrix, on its own device; PyTorch's default otherwise.
+        device, dtype: of the matrix; by default float32.
     State:
         rand_proj: [C, channels, D], the published name.
+    Examples:
+        >>> split = kvb.splitters.RandomProjection(64, num_codebooks=4, dim_keys=8)
+        >>> split(torch.randn(5, 7, 7, 64)).shape
+        torch.Size([5, 4, 7, 7, 8])
     """
 
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
     rand_proj: Tensor
 
     def __init__(
-        self, num_channels: int, num_codebooks: int, dim_keys: int, *, generator: torch.Generator | None = None
+        self,
+        num_channels: int,
+        num_codebooks: int,
+        dim_keys: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
-        with torch.inference_mode(False):  # autograd refuses tensors created in inference mode
-            self.register_buffer("rand_proj", self._unit(num_codebooks, generator))
+        # Autograd refuses tensors created in inference mode.
+        with torch.inference_mode(False), validation.placed(generator.device if generator else device):
+            matrix = self._unit(num_codebooks, generator)
+            self.register_buffer("rand_proj", matrix.to(device=device, dtype=validation.float_dtype(dtype)))
 
     def _unit(self, heads: int, generator: torch.Generator | None) -> Tensor:
         """A matrix for so many heads, with unit columns."""
@@ -162,6 +191,11 @@ class SparseProjection(RandomProjection):
 
     Source: Li, Hastie and Church, Very sparse random projections, KDD 2006. In the published code
     "sparse_projection" is a name without code.
+
+    Examples:
+        >>> split = kvb.splitters.SparseProjection(64, num_codebooks=4, dim_keys=8)
+        >>> (split.rand_proj != 0).sum(1).unique()  # channels that an output looks at
+        tensor([8])
     """
 
     def _draw(self, heads: int, generator: torch.Generator | None) -> Tensor:
@@ -183,17 +217,36 @@ class LearnedProjection(OneNode):
         num_channels: size of the last axis of the features.
         num_codebooks: C.
         dim_keys: D.
+        device, dtype: of the weight.
     State:
         proj.weight: [D*C, channels], the published name and order.
+    Examples:
+        >>> split = kvb.splitters.LearnedProjection(64, num_codebooks=4, dim_keys=8)
+        >>> split(torch.randn(5, 64)).shape
+        torch.Size([5, 4, 8])
     """
 
-    def __init__(self, num_channels: int, num_codebooks: int, dim_keys: int) -> None:
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
+    proj: nn.Linear
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_codebooks: int,
+        dim_keys: int,
+        *,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        place: dict[str, Any] = {"device": device, "dtype": validation.float_dtype(dtype)}
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
         with torch.inference_mode(False):  # parameters created in inference mode cannot learn
-            self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False)
+            self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D] in float32 or float64: one product, heads moved as a view."""

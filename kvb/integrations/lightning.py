@@ -39,7 +39,16 @@ class InitKeys(Callback):
         options: of ``init_keys``: ``inputs_extractor=``, ``mask_extractor=``, ``generator=``, ``progress=``.
     Attributes:
         reports: what ``init_keys`` returned, by the module's name.
+    Examples:
+        >>> from kvb.integrations.lightning import InitKeys
+        >>> trainer = lightning.pytorch.Trainer(logger=False, callbacks=[InitKeys("kmeans++", epochs=2)])
     """
+
+    method: Any
+    epochs: int
+    freeze: bool
+    submodule: str | None
+    options: dict[str, Any]
 
     def __init__(
         self,
@@ -70,7 +79,13 @@ class FreezeKeys(Callback):
     Args:
         epoch: counted from 0.
         submodule: the name of the one module; None for all.
+    Examples:
+        >>> from kvb.integrations.lightning import FreezeKeys, InitKeys
+        >>> trainer = lightning.pytorch.Trainer(logger=False, callbacks=[InitKeys(freeze=False), FreezeKeys(epoch=2)])
     """
+
+    epoch: int
+    submodule: str | None
 
     def __init__(self, epoch: int, *, submodule: str | None = None) -> None:
         super().__init__()
@@ -95,7 +110,14 @@ class LogUsage(Callback):
         pictures: give the loggers that take figures, TensorBoard's for one, those of ``kvb.plots`` after every so many
             epochs; 0 for never. Needs matplotlib.
         options: of Lightning's ``log``: ``sync_dist=``, ``logger=``, ``prog_bar=``.
+    Examples:
+        >>> from kvb.integrations.lightning import LogUsage
+        >>> trainer = lightning.pytorch.Trainer(logger=False, callbacks=[LogUsage(prog_bar=True)])
     """
+
+    submodule: str | None
+    pictures: int
+    options: dict[str, Any]
 
     def __init__(self, *, submodule: str | None = None, pictures: int = 0, **options: Any) -> None:
         super().__init__()
@@ -129,6 +151,11 @@ def bottlenecks(model: nn.Module, name: str | None = None) -> dict[str, Any]:
 
     Raises:
         ValueError: there is none. TypeError: the module of that name is none.
+    Examples:
+        >>> from kvb.integrations.lightning import bottlenecks
+        >>> model = torch.nn.ModuleDict({"memory": kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)})
+        >>> list(bottlenecks(model))
+        ['memory']
     """
     kinds = (KeyValueBottleneck, BottleneckWrapper)
     if name is not None:

@@ -20,7 +20,7 @@ from kvb.about import __version__
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
 _FIELDS = {"kvb_config", "kvb_version", "class", "options", "arguments"}
-_OF_THIS_RUN = {"self", "process_group"}  # which no file can hold
+_OF_THIS_RUN = {"self", "process_group", "device", "dtype"}  # which no file holds, or the tensors say
 _Self = TypeVar("_Self", bound="OnHub")
 
 
@@ -48,6 +48,10 @@ class OnHub:
         Raises:
             AttributeError: a subclass that does not keep an argument of its constructor. OSError, RuntimeError,
             TypeError: as ``kvb.save``.
+        Examples:
+            >>> kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).save_pretrained("memory")
+            >>> kvb.KeyValueBottleneck.from_pretrained("memory").values.shape
+            torch.Size([4, 16, 10])
         """
         folder = Path(folder)
         arguments = self._arguments()

@@ -30,6 +30,7 @@ class KvbOptions(TypedDict, total=False):
     init_values: ValuesStart
     sparse_grad: bool
     check_finite: bool
+    pool: Pool
 
 
 class BottleneckOptions(KvbOptions, total=False):
@@ -70,7 +71,7 @@ class BottleneckWrapper(OnHub, ReadsData, OneNode):
 
     def _pool(self, pool: Pool | None) -> Pool:
         """What None means."""
-        return pool or "none"
+        return pool or self.bottleneck.pool
 
     def _arranged(self, fetched: Tensor, pool: Pool) -> Tensor:
         """Values as the bottleneck returns them, in the layout of this module's output."""
