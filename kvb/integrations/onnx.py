@@ -55,6 +55,12 @@ def export(
         RuntimeError: a module in training mode. ValueError: an example of fewer than two samples, which PyTorch takes
         for the only number there is. torch.onnx's errors: something else in the module has no translation; draws at a
         temperature have none.
+    Examples:
+        >>> from kvb.integrations import onnx
+        >>> module = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=3).freeze_keys().eval()
+        >>> program = onnx.export(module, (torch.randn(2, 4, 8),), "memory.onnx")
+        >>> program.model.graph.inputs[0].shape
+        Shape([SymbolicDim('batch'), 4, 8])
     """
     if module.training:
         raise RuntimeError("export() expects a module in eval mode, in which keys do not learn: call module.eval()")
@@ -67,7 +73,13 @@ def export(
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The ``custom_translation_table`` of ``torch.onnx.export(..., dynamo=True)`` for kvb's operators."""
+    """The ``custom_translation_table`` of ``torch.onnx.export(..., dynamo=True)`` for kvb's operators.
+
+    Examples:
+        >>> from kvb.integrations import onnx
+        >>> sorted(operator.name() for operator in onnx.translations())
+        ['kvb::gather', 'kvb::lookup', 'kvb::nearest', 'kvb::pack_keys']
+    """
     kvb = torch.ops.kvb
     return {
         kvb.nearest.default: _nearest,

@@ -20,6 +20,13 @@ def log_usage(writer: Any, module: Any, step: int | None = None, *, tag: str = "
         tag: the name before the slash.
     Raises:
         TypeError: a writer without these methods.
+    Examples:
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> from kvb.integrations import tensorboard
+        >>> module = kvb.KeyValueBottleneck(2, 8, dim_keys=3, dim_values=4).freeze_keys()
+        >>> values = module(torch.randn(20, 2, 3))  # in training mode: counts what it fetches
+        >>> with SummaryWriter("runs") as writer:
+        ...     tensorboard.log_usage(writer, module, step=0)
     """
     _require(writer, "add_scalar", "add_histogram")
     shares = module.usage()
@@ -38,6 +45,12 @@ def log_pictures(writer: Any, module: Any, step: int | None = None, *, tag: str 
         module, step, tag: as for ``log_usage``.
     Raises:
         TypeError: a writer without that method.
+    Examples:
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> from kvb.integrations import tensorboard
+        >>> module = kvb.KeyValueBottleneck(2, 8, dim_keys=3, dim_values=4).freeze_keys()
+        >>> with SummaryWriter("runs") as writer:
+        ...     tensorboard.log_pictures(writer, module, step=0)  # the values; nothing was counted yet
     """
     _require(writer, "add_figure")
     counted = (plots.usage, plots.lorenz, plots.key_map) if bool(module.usage().any()) else ()
