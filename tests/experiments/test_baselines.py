@@ -80,7 +80,7 @@ def test_ridge_is_the_regression_of_scikit_learn(name, monkeypatch):
 
 
 def test_every_fifth_example_of_a_class_is_held_out():
-    """Whatever the batches: classes of few examples, or tasks of few batches, must not choose by a class that is gone."""
+    """Whatever the batches: a task of one batch must not choose for a class that is gone."""
     features, labels = torch.arange(24.0).double()[:, None], torch.tensor([0, 0, 1] * 8)
     for order in (torch.arange(24).split(24), torch.arange(24).split(7), torch.arange(24).split(1)):
         head = baselines.RidgeHead(1, 2)
