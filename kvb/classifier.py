@@ -65,6 +65,10 @@ class KeyValueClassifier(tabular.Estimator):
         1.0
     """
 
+    coder_: NearestCodes
+    counts_: ClassCounts
+    values_: Tensor
+
     def __init__(
         self,
         method: str = "count",

@@ -47,6 +47,7 @@ class ClassCounts(nn.Module):
         smoothing: > 0: what a class that never fetched a pair is worth there, as a share of even use.
         rank_weights: how much the rank t of a nearest pair counts in a prediction, [T]; None weighs them alike.
         dtype: of the counts: torch.int32, int64, float32 or float64. Integers are exact, and take integer weights.
+        device: of the counts.
     State:
         counts [C, K, V]; totals [C, 1, V], their sums over the pairs, int64 or float64.
     Examples:
@@ -59,6 +60,8 @@ class ClassCounts(nn.Module):
         False
     """
 
+    smoothing: float
+    rank_weights: tuple[float, ...] | None
     counts: Tensor
     totals: Tensor
 
@@ -71,6 +74,7 @@ class ClassCounts(nn.Module):
         smoothing: float = 0.1,
         rank_weights: Sequence[float] | None = None,
         dtype: torch.dtype = torch.int32,
+        device: validation.Device = None,
     ) -> None:
         super().__init__()
         C = validation.positive_int("num_codebooks", num_codebooks)
@@ -80,8 +84,9 @@ class ClassCounts(nn.Module):
             raise ValueError(f"dtype must be torch.int32, torch.int64, torch.float32 or torch.float64, got {dtype!r}")
         self.smoothing = validation.number("smoothing", smoothing, 0.0, float("inf"), open_low=True)
         self.rank_weights = None if rank_weights is None else tuple(map(float, rank_weights))
-        self.register_buffer("counts", torch.zeros(C, K, V, dtype=dtype))
-        self.register_buffer("totals", torch.zeros(C, 1, V, dtype=torch.float64 if self._fractional else torch.int64))
+        sums = torch.float64 if dtype.is_floating_point else torch.int64
+        self.register_buffer("counts", torch.zeros(C, K, V, dtype=dtype, device=device))
+        self.register_buffer("totals", torch.zeros(C, 1, V, dtype=sums, device=device))
         self._table: Tensor | None = None  # logarithms [C, K, V], made for a prediction
         self._stale = torch.ones(V, dtype=torch.bool)  # classes that have changed since
 

@@ -52,6 +52,11 @@ class AccidentalProjections(nn.Module):
         published class and is carried along unused.
     """
 
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
+    project_in: nn.Linear
+    project_out: nn.Linear
     rand_proj: Tensor | None
 
     def __init__(self, num_channels: int, num_codebooks: int, dim: int | None, dim_keys: int) -> None:
@@ -204,7 +209,7 @@ def _discrete_module(
     if projections is None or state["rand_proj"].dim() == 2:  # of version 0.0.x
         options = {"average_pool_memories": False, **options}
     sizes = {"num_memories": K, "num_memory_codebooks": C, "dim_memory": V, "dim_embed": channels, "codebook_dim": D}
-    module = discrete.DiscreteKeyValueBottleneck(D, **sizes, **options)
+    module = discrete.DiscreteKeyValueBottleneck(D, **{**sizes, **options})
     if mixed is not None:
         module.splitter = AccidentalProjections(channels, C, dim, D)
     elif projections is None:

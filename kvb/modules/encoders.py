@@ -9,14 +9,16 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import checkpoints, splitters, validation
 from kvb._torch import constant_when_compiled
 from kvb.functional import Pool
 from kvb.modules import key_learning
 from kvb.modules.adapters import FromLibraries
-from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.key_report import KeyReport
+from kvb.modules.outputs import BottleneckOutput, Encoding
 from kvb.modules.tables import ValuesStart
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
@@ -54,11 +56,13 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         topk: how many nearest pairs to fetch; > 1 adds an axis after C, or after B with concatenated values.
         outputs_extractor: takes the features out of what the encoder returns, if it is neither of the two. If it
             needs two arguments, the second is the encoder's input: for a mean over its attention mask, say.
-        sparse_grad, check_finite: as for ``KeyValueBottleneck``.
+        sparse_grad, check_finite, pool: as for ``KeyValueBottleneck``.
+        device: of the splitter and the bottleneck; the encoder stays where it is.
+        dtype: of the values.
     Methods:
         those of ``KeyValueBottleneck``, which take what ``forward`` takes.
     Attributes:
-        every argument under its name, as it was given.
+        every argument under its name, as it was given, but for device and dtype.
     Shape:
         | encoder output                | values          | concatenated    |
         | channel-first [B, d, *spatial] | [B, C, V, *spatial] | [B, C·V, *spatial] |
@@ -78,8 +82,13 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         torch.Size([5, 4, 10])
     """
 
+    __call__: Encoding
+    num_channels: int
+    splitter: nn.Module
+    bottleneck: KeyValueBottleneck
     encoder: nn.Module
     splitting_mode: splitters.Mode | nn.Module
+    pool: Pool = "none"  # also of a module pickled before there was a choice
 
     def __init__(
         self,
@@ -105,6 +114,9 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         init_values: ValuesStart = "random",
         sparse_grad: bool = False,
         check_finite: bool = False,
+        pool: Pool = "none",
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Module):
@@ -128,14 +140,18 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         self.init_values = init_values
         self.sparse_grad = sparse_grad
         self.check_finite = check_finite
+        self.pool = pool
         self.outputs_extractor = outputs_extractor
         self.transforms: Callable[[Any], Any] | None = None  # what makes the encoder's input of an image
         self.activate_pre_transform = False  # whether forward applies it
         self.frozen_encoder = self.frozen_splitter = False
         self.key_report: KeyReport | None = None  # of the last ``initialize_keys``
         self.encoder = encoder.eval()
-        self.splitter = self._init_splitter()
-        self.bottleneck = self._init_bottleneck()
+        with validation.placed(device):
+            self.splitter = self._init_splitter()
+            self.bottleneck = self._init_bottleneck()
+        values = self.bottleneck.values
+        values.data = values.data.to(dtype=validation.float_dtype(dtype))
 
     def _init_splitter(self) -> nn.Module:
         """The splitter of a new module, from the attributes of the constructor; subclasses may return another."""
@@ -174,6 +190,9 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
             shape does not fit, or that of a mask does not fit theirs. RuntimeError: keys that still wait for data in
             eval mode.
         """
+        if isinstance(x, Proxy):
+            options = {"mask": mask, "pool": pool, "return_values_only": return_values_only}
+            return self._call_of(x, more=encoder_options, **options)
         if x is None:
             x, encoder_options = encoder_options, {}
         own = self.bottleneck

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -45,6 +45,7 @@ class PretrainedEncoder(BottleneckedEncoder):
         package is missing that loads the backbone. NotImplementedError: there is nothing to load.
     """
 
+    transforms: Callable[[Any], Any] | None
     BACKBONES: ClassVar[Mapping[str, backbones.Backbone]]
     _more_options = KvbOptions.__optional_keys__
 
@@ -124,7 +125,7 @@ class DinoBottleneckedEncoder(PretrainedEncoder):
         torch.Size([5, 384])
     """
 
-    BACKBONES = backbones.DINO
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.DINO
 
 
 class SwavBottleneckedEncoder(PretrainedEncoder):
@@ -138,7 +139,7 @@ class SwavBottleneckedEncoder(PretrainedEncoder):
         torch.Size([5, 1024])
     """
 
-    BACKBONES = backbones.SWAV
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.SWAV
 
     @staticmethod
     def _wrapped(network: nn.Module) -> nn.Module:
@@ -156,7 +157,7 @@ class VICRegBottleneckedEncoder(PretrainedEncoder):
         torch.Size([5, 1024])
     """
 
-    BACKBONES = backbones.VICREG
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.VICREG
 
 
 class SLPretrainedBottleneckedEncoder(PretrainedEncoder):
@@ -171,7 +172,7 @@ class SLPretrainedBottleneckedEncoder(PretrainedEncoder):
         torch.Size([5, 64])
     """
 
-    BACKBONES = backbones.SUPERVISED
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.SUPERVISED
 
 
 class CLIPBottleneckedEncoder(PretrainedEncoder):
@@ -185,7 +186,7 @@ class CLIPBottleneckedEncoder(PretrainedEncoder):
         torch.Size([5, 512])
     """
 
-    BACKBONES = backbones.CLIP
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.CLIP
 
     @staticmethod
     def _wrapped(network: nn.Module) -> nn.Module:
@@ -203,4 +204,4 @@ class ConvMixerBottleneckedEncoder(PretrainedEncoder):
         torch.Size([5, 256])
     """
 
-    BACKBONES = backbones.CONVMIXER
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.CONVMIXER

@@ -26,6 +26,7 @@ def start_(values: Tensor, how: ValuesStart, generator: torch.Generator | None =
 class Tables(Modes):
     """The part of a ``KeyValueBottleneck`` that fills and grows its tables."""
 
+    values: nn.Parameter
     init_values: ValuesStart = "random"  # also of a module pickled before there was a choice
     _processes: Any
 
