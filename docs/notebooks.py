@@ -1,7 +1,7 @@
 """The tutorials as executed notebooks, made of their Markdown: python docs/notebooks.py OUT [PAGE ...]
 
 A ``python`` block becomes a cell, a ``text`` block after it is what the cell prints, and all between is prose. A page
-that begins with ``<!-- needs: package -->`` is written without output where that package is missing.
+that begins with ``<!-- needs package -->`` is written without output where that package is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Cell(NamedTuple):
 
 def needs(text: str) -> list[str]:
     """The packages of others that a page uses."""
-    found = re.match(r"<!-- needs: (.*?) -->", text)
+    found = re.match(r"<!-- needs (.*?) -->", text)
     return found[1].split(", ") if found else []
 
 

@@ -31,8 +31,9 @@ def with_examples() -> list[str]:
 def public(module: str) -> dict[str, str]:
     """The docstrings of the functions and classes that a module offers."""
     room = importlib.import_module(module)
+    home = "kvb." if module == "kvb" else module
     names = getattr(room, "__all__", None) or [
-        name for name, thing in vars(room).items() if getattr(thing, "__module__", "") == module and name[0] != "_"
+        name for name, it in vars(room).items() if getattr(it, "__module__", "").startswith(home) and name[0] != "_"
     ]
     found = {name: getattr(room, name) for name in names}
     return {
