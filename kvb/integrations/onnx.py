@@ -54,6 +54,12 @@ def export(
         RuntimeError: a module in training mode. ValueError: an example of fewer than two samples, which PyTorch takes
         for the only number there is. torch.onnx's errors: something else in the module has no translation; draws at a
         temperature have none.
+    Examples:
+        >>> from kvb.integrations import onnx
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys().eval()
+        >>> program = onnx.export(bottleneck, (torch.randn(2, 4, 8),), "memory.onnx", verbose=False)
+        >>> [value.name for value in program.model.graph.inputs]
+        ['x']
     """
     if module.training:
         raise RuntimeError("export() expects a module in eval mode, in which keys do not learn: call module.eval()")
@@ -66,7 +72,13 @@ def export(
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The ``custom_translation_table`` of ``torch.onnx.export(..., dynamo=True)`` for kvb's operators."""
+    """The ``custom_translation_table`` of ``torch.onnx.export(..., dynamo=True)`` for kvb's operators.
+
+    Examples:
+        >>> from kvb.integrations import onnx
+        >>> torch.ops.kvb.nearest.default in onnx.translations()
+        True
+    """
     kvb = torch.ops.kvb
     return {
         kvb.nearest.default: _nearest,

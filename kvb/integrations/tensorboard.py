@@ -20,6 +20,12 @@ def log_usage(writer: Any, module: Any, step: int | None = None, *, tag: str = "
         tag: the name before the slash.
     Raises:
         TypeError: a writer without these methods.
+    Examples:
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> from kvb.integrations import tensorboard
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> with SummaryWriter("runs") as writer:
+        ...     tensorboard.log_usage(writer, bottleneck, step=0)
     """
     _require(writer, "add_scalar", "add_histogram")
     shares = module.usage()
@@ -38,6 +44,12 @@ def log_pictures(writer: Any, module: Any, step: int | None = None, *, tag: str 
         module, step, tag: as for ``log_usage``.
     Raises:
         TypeError: a writer without that method.
+    Examples:
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> from kvb.integrations import tensorboard
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> with SummaryWriter("runs") as writer:
+        ...     tensorboard.log_pictures(writer, bottleneck, step=0)
     """
     _require(writer, "add_figure")
     counted = (plots.usage, plots.lorenz, plots.key_map) if bool(module.usage().any()) else ()

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 # Imported with kvb or by name; what is public in them is their ``__all__``, or else all that they define.
 ROOMS = ["", "functional", "splitters", "decoders", "training", "optim", "unlearning", "counting", "growth", "compat"]
 ROOMS = [f"kvb.{room}".rstrip(".") for room in [*ROOMS, "distributed", "plots", "report"]]
-INTEGRATIONS = {"kvb.integrations.lightning": "lightning", "kvb.integrations.torchmetrics": "torchmetrics"}
+NEEDED = {"lightning": "lightning", "torchmetrics": "torchmetrics", "tensorboard": "tensorboard", "onnx": "onnxscript"}
+INTEGRATIONS = {f"kvb.integrations.{name}": package for name, package in NEEDED.items()}
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 REFERENCE = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
 
