@@ -1,7 +1,7 @@
 """The tutorials as executed notebooks, made of their Markdown: python docs/notebooks.py OUT [PAGE ...]
 
 A ``python`` block becomes a cell, a ``text`` block after it is what the cell prints, and all between is prose. A page
-that begins with ``<!-- needs package -->`` is written without output where that package is missing.
+that begins with ``<!-- needs: package -->`` is written without output where that package is missing.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ class Cell(NamedTuple):
 
 def needs(text: str) -> list[str]:
     """The packages of others that a page uses."""
-    found = re.match(r"<!-- needs (.*?) -->", text)
+    found = re.match(r"<!-- needs: (.*?) -->", text)
     return found[1].split(", ") if found else []
 
 
 def cells(text: str) -> list[Cell]:
-    """A page, cut into prose and code."""
-    parts = re.split(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", text, flags=re.DOTALL | re.MULTILINE)
+    """A page, cut into prose and code; a block under a comment of its own, which names packages, is prose."""
+    parts = re.split(
+        r"(?<!-->\n)^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", text, flags=re.DOTALL | re.MULTILINE
+    )
     found = [Cell(False, re.sub(r"<!--.*?-->", "", parts[0]).strip())]
     for code, shown, prose in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         found += [Cell(True, code.rstrip(), shown), Cell(False, prose.strip())]

@@ -1,4 +1,4 @@
-"""Blocks on the pages that need packages of others: ``<!-- needs avalanche -->`` above one names them."""
+"""Blocks on the pages that need packages of others: ``<!-- needs: avalanche -->`` above one names them."""
 
 import importlib
 import re
@@ -8,7 +8,7 @@ import pytest
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")]  # of the packages
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"(?:<!-- needs ([\w, .]+) -->\n)?```python\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(?:<!-- needs: ([\w, .]+) -->\n)?```python\n(.*?)```", re.DOTALL)
 CASES = [
     pytest.param(page, number, id=f"{page.stem}-{needs}")
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -25,12 +25,7 @@ README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "docs" / "guide.md").r
 
 def blocks(text: str) -> list[str]:
     """Those that need kvb alone; tests/integrations/test_pages.py runs the others."""
-    return [cell.source for cell in notebooks.cells(alone(text)) if cell.code]
-
-
-def alone(text: str) -> str:
-    """A page without the blocks that name packages of others."""
-    return re.sub(r"<!-- needs [^>]* -->\n```python\n.*?^```\n", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"(?<!-->\n)```python\n(.*?)```", text, re.DOTALL)
 
 
 def anchors(text: str) -> set[str]:
@@ -57,8 +52,8 @@ def run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # which would outlive the page
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)  # what torchrun sets
-    cells = notebooks.cells(alone(page.read_text()))
-    assert sum(cell.code for cell in cells) == alone(page.read_text()).count("```python\n")
+    cells = notebooks.cells(page.read_text())
+    assert [cell.source for cell in cells if cell.code] == [block.rstrip() for block in blocks(page.read_text())]
     for cell, output in zip(cells, notebooks.printed(cells), strict=True):
         assert cell.shown is None or without_numbers(cell.shown) == without_numbers(output)
 
