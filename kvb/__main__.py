@@ -174,9 +174,11 @@ def _demo(chosen: argparse.Namespace) -> None:
 
 def _unlearn(chosen: argparse.Namespace) -> None:
     def run(unlearning: Any, data: Any) -> None:
+        from kvb.experiments.unlearning import ClassesError  # with packages that not every command needs
+
         try:
             unlearning.main(data.STUDY, chosen.out, chosen.seed, classes=chosen.classes)
-        except unlearning.ClassesError as error:
+        except ClassesError as error:
             raise WrongUsage(f"--{error}") from None
 
     _experiment("unlearning", chosen, run)

@@ -119,9 +119,12 @@ def _rows(path: _Path) -> Tensor:
     """The numbers in a file of accuracies."""
     try:
         rows = json.loads(Path(path).read_bytes())
-        return torch.tensor([[torch.nan if number is None else number for number in row] for row in rows])
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"expected a JSON list of rows of numbers in {path}: {error}") from error
+    lists = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
+    if not lists or not all(isinstance(number, int | float | None) for row in rows for number in row):
+        raise ValueError(f"expected a JSON list of rows of numbers in {path}, null where nothing was measured")
+    return torch.tensor([[torch.nan if number is None else number for number in row] for row in rows])
 
 
 def bottleneck_of(state: Mapping[str, Tensor], source: Any) -> KeyValueBottleneck:

@@ -22,7 +22,7 @@ void move_numbers(T* __restrict values, const Sum* __restrict grad, int64_t coun
 }
 
 // One step, in three passes over the codebooks: sum the values, sum the gradients for their norm, sum them again and
-// move the rows. Sums of a codebook are made anew, which takes no longer than to fetch them from far away.
+// move the rows. Sums of a codebook are made twice, which takes no longer than to fetch them from far away.
 template <class T>
 class CrowdedStep {
   using Sum = Accumulator<T>;
