@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-# kvb asks these for a base class only, and the site is built without them.
+# The site is built without the packages of others. Of these kvb asks for names only.
 for package, base in {"lightning.pytorch": "Callback", "torchmetrics": "Metric"}.items():
     sys.modules[package] = ModuleType(package)
     setattr(sys.modules[package], base, type(base, (), {}))
@@ -86,6 +86,11 @@ def read(app: Any, page: str, source: list[str]) -> None:
 LITERAL = re.compile(r"(^ *>>> .*?(?=\n *\n|\n *\w+:\n|\Z)|::\n(?:\n| +[^\n]*\n)+|``.*?``)", re.MULTILINE | re.DOTALL)
 
 
+def table(found: re.Match[str]) -> str:
+    """The lines of a table, each of which stays a line."""
+    return "\n" + re.sub(r"^( +)\\\|", r"\1|", found[0], flags=re.M) + "\n"
+
+
 def escape(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Nothing else in a docstring is markup."""
     parts = LITERAL.split("\n".join(lines) + "\n")
@@ -93,6 +98,7 @@ def escape(app: Any, what: str, name: str, thing: Any, options: Any, lines: list
         text = re.sub(r"[*|`]|(?<=\w)_(?!\w)", r"\\\g<0>", parts[place])
         text = re.sub(r"^( +[\w, ]+: [A-Z])\.", r"\1\\.", text, flags=re.M)  # "C." is no item of a list
         text = re.sub(r"^Examples:$", r"\n\g<0>", text, flags=re.M)
+        text = re.sub(r"(^ +\\\|.*\n)+", table, text, flags=re.M)
         # These are prose here, not lists of types.
         text = re.sub(
             r"^Returns:\n(    \w+: )?", lambda m: f"Outputs:\n{m[1]}" if m[1] else "Output:\n", text, flags=re.M

@@ -18,12 +18,8 @@ ROOT = Path(__file__).parents[2]
 # Imported with kvb or by name; what is public in them is their ``__all__``, or else all that they define.
 ROOMS = ["", "functional", "splitters", "decoders", "training", "optim", "unlearning", "counting", "growth", "compat"]
 ROOMS = [f"kvb.{room}".rstrip(".") for room in [*ROOMS, "distributed", "plots", "report"]]
-INTEGRATIONS = {
-    "kvb.integrations.lightning": "lightning",
-    "kvb.integrations.torchmetrics": "torchmetrics",
-    "kvb.integrations.tensorboard": "tensorboard",
-    "kvb.integrations.onnx": "onnxscript",
-}
+NEEDED = {"lightning": "lightning", "torchmetrics": "torchmetrics", "tensorboard": "tensorboard", "onnx": "onnxscript"}
+INTEGRATIONS = {f"kvb.integrations.{name}": package for name, package in NEEDED.items()}
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 REFERENCE = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
 
@@ -36,10 +32,9 @@ def with_examples() -> list[str]:
 def public(module: str) -> dict[str, str]:
     """The docstrings of the functions and classes that a module offers."""
     room = importlib.import_module(module)
+    home = "kvb." if module == "kvb" else module
     names = getattr(room, "__all__", None) or [
-        name
-        for name, thing in vars(room).items()
-        if name[0] != "_" and getattr(thing, "__module__", "").startswith("kvb." if module == "kvb" else module)
+        name for name, it in vars(room).items() if getattr(it, "__module__", "").startswith(home) and name[0] != "_"
     ]
     found = {name: getattr(room, name) for name in names}
     return {
