@@ -18,7 +18,7 @@ from kvb.experiments.data.graphs import Graph
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.splitters import RandomProjection
 
-# All chosen on validation facts of nations and umls.
+# All chosen on validation facts.
 RANK, EPOCHS, BATCH, RATE, PENALTY, START = 64, 60, 500, 0.1, 0.01, 0.01  # of the embedding
 CODEBOOKS, PAIRS, DIM_KEYS, PASSES, STEP, VALUES_BATCH = 64, 512, 48, 3, 3.0, 256  # of the bottleneck
 NEIGHBOURS = (1, 3, 10, 30)  # to choose from, on validation facts
