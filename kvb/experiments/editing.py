@@ -6,36 +6,26 @@ GRACE, NeurIPS 2023 (arXiv:2211.11031).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvb.experiments import demo, plots
+from kvb.experiments import demo, results
 from kvb.experiments.demo import Problem
 from kvb.experiments.edited import MODELS, MOST, Counts, Edited
 from kvb.experiments.plots import Panel
+from kvb.experiments.results import Found, Say
 from kvb.experiments.studies import Study
-from kvb.experiments.versions import versions
 
 SIZES, REPEATS = (1, 10, 50), 10
 SUBSETS = 100
 CONTINUAL = 1500  # samples that get a wrong label, and then the right one again; three quarters where there are fewer
 POINTS = 40  # of the curve
-Say = Callable[[str], None]
-
-
-class Found(NamedTuple):
-    """What a study gives: its records, a table, and what to draw."""
-
-    records: list[dict[str, Any]]
-    table: str
-    panels: list[Panel]
 
 
 def _yes(is_so: bool) -> str:
@@ -275,14 +265,13 @@ def continual(study: Study, problem: Problem, seed: int, say: Say, *, count: int
 STUDIES: dict[str, Callable[..., Found]] = {"edits": edits, "forgetting": forgetting, "continual": continual}
 
 
-def main(study: Study, name: str, out: Path, seed: int, say: Say = lambda line: print(line, flush=True)) -> None:
+def main(study: Study, name: str, out: Path, seed: int, say: Say = results.aloud) -> None:
     """Run one of the studies; writes ``NAME-DATA.json``, ``.md`` and ``.png`` into the folder ``out``."""
-    begun = time.perf_counter()
-    found = STUDIES[name](study, demo.load(study, seed, out), seed, say)
-    path = out / f"{name}-{study.name}"
-    record = {"data": study.name, "seed": seed, "versions": versions(), "records": found.records}
-    path.with_name(path.name + ".json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
-    path.with_name(path.name + ".md").write_text(found.table + "\n")
-    title = f"{study.title.partition(',')[0]}, seed {seed}"
-    plots.panels(found.panels, title=title, path=path.with_name(path.name + ".png"))
-    say(f"\nWritten: {path}.json, .md and .png\nTook {time.perf_counter() - begun:.0f} s.")
+    about, title = {"data": study.name, "seed": seed}, f"{study.title.partition(',')[0]}, seed {seed}"
+    results.write(
+        out / f"{name}-{study.name}",
+        about,
+        title,
+        lambda: STUDIES[name](study, demo.load(study, seed, out), seed, say),
+        say,
+    )

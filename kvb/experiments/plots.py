@@ -1,4 +1,4 @@
-"""Figures of results: of a class-incremental run, the protocol and its ablations, unlearning, edits, and the toy."""
+"""Figures of results: of a class-incremental run, the protocol and its ablations, unlearning, studies, and the toy."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def ablation(results: Mapping[str, Mapping[str, Spread]], *, axis: str, title: s
     figure.savefig(path)
 
 
-# --- edits ------------------------------------------------------------------------------------------------------------
+# --- studies ----------------------------------------------------------------------------------------------------------
 
 
 class Panel(NamedTuple):
@@ -328,4 +328,17 @@ def panels(parts: Sequence[Panel], *, title: str, path: Path) -> None:
         axes.set_ylabel(part.y)
         axes.legend(frameon=False)
         _plain(axes)
+    figure.savefig(path)
+
+
+def images(parts: Mapping[str, Tensor], *, title: str, path: Path) -> None:
+    """Images [classes, each, side * side] as a PNG: a block for every name, a row for every class."""
+    figure = Figure(figsize=(2.4 * len(parts) + 0.4, 3.4), dpi=150, layout=ConstrainedLayoutEngine())
+    figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
+    for axes, (name, given) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
+        side = round(given.shape[2] ** 0.5)
+        framed = np.pad(given.unflatten(2, (side, side)).numpy(), ((0, 0), (0, 0), (1, 0), (1, 0)))
+        axes.imshow(framed.transpose(0, 2, 1, 3).reshape(len(framed) * (side + 1), -1), cmap="gray_r")
+        axes.set_title(name, fontsize=9, color=INK)
+        axes.set_axis_off()
     figure.savefig(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import urllib.request
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_a_wrong_label_is_first_and_the_right_one_last(model):
 
 
 @pytest.mark.parametrize("name", ["edits", "forgetting", "continual"])
-def test_the_command_writes_a_table_a_figure_and_numbers(name, small, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_table_a_figure_and_numbers(offline, name, small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "load", lambda *_: small)
     monkeypatch.setattr(editing, "SIZES", (1, 2))
     few = {"edits": {"repeats": 1}, "forgetting": {"subsets": 2}, "continual": {"count": 10}}[name]
@@ -126,6 +127,11 @@ def test_the_command_writes_a_table_a_figure_and_numbers(name, small, tmp_path, 
     printed = capsys.readouterr().out
     assert (tmp_path / f"{name}-digits.md").read_text().splitlines()[-1] in printed
     assert (tmp_path / f"{name}-digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_offline_means_that_nothing_can_be_fetched(offline):
+    with pytest.raises(OSError, match="no network"):
+        urllib.request.urlopen("http://localhost:1", timeout=1)
 
 
 def test_unknown_studies_are_refused(capsys):

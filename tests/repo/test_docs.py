@@ -114,6 +114,24 @@ def test_the_edits_are_those_of_the_file():
     assert all(editing.row(editing.Edit(**record)) in page for record in records)
 
 
+def test_the_studies_are_those_of_the_files():
+    names = ("codes", "facts", "generate")
+    pytest.importorskip("kvb.experiments.codes", reason="needs kvb[demo]", exc_type=ModuleNotFoundError)
+    codes, facts, generate = (importlib.import_module(f"kvb.experiments.{name}") for name in names)
+    page = (ROOT / "docs" / "studies.md").read_text()
+
+    def records(name):
+        record = json.loads((ROOT / "docs" / f"{name}.json").read_text())
+        assert all(version in page for version in record["versions"].values())
+        return record["records"]
+
+    for data in ("mnist", "20ng", "digits"):
+        assert codes.table(records(f"codes-{data}")) in page
+    assert generate.table(records("generate-digits")) in page
+    assert facts.link_table([one for one in records("facts") if "MRR" in one]) in page
+    assert facts.edit_table([facts.Edits(**one) for one in records("facts") if "MRR" not in one]) in page
+
+
 def test_the_readme_is_short_and_starts_with_use():
     lines = README.splitlines()
     assert len(lines) <= 140

