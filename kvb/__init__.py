@@ -7,11 +7,12 @@ CodeDataset             codes of a whole data set, to train on without an encode
 load, save              a module from and to a file, all or nothing
 info                    versions, devices, and which backend runs on them
 
-Rooms: functional (the operators), splitters, decoders, training, optim, unlearning, counting, compat, distributed,
-experiments. ``help(kvb.KeyValueBottleneck)`` tells of one name; what follows here is everything of all of them.
+Rooms: functional (the operators), splitters, decoders, training, optim, unlearning, counting, memory, compat,
+distributed, experiments. ``help(kvb.KeyValueBottleneck)`` tells of one name; what follows here is everything of all of
+them.
 """
 
-from kvb import compat, counting, decoders, functional, growth, optim, splitters, training, unlearning
+from kvb import compat, counting, decoders, functional, growth, memory, optim, splitters, training, unlearning
 from kvb.about import __version__, info
 from kvb.checkpoints import CheckpointError, save
 from kvb.classifier import KeyValueClassifier
@@ -55,6 +56,7 @@ __all__ = [
     "growth",
     "info",
     "load",
+    "memory",
     "optim",
     "save",
     "splitters",

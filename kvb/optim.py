@@ -16,18 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from kvb import _torch, validation
-from kvb.optim_audit import Finding, audit, value_tables
+from kvb.optim_audit import Finding, audit
 from kvb.optim_growth import grow
+from kvb.optim_rows import RowCounts, keep_rows_, select_rows
+from kvb.optim_tables import param_groups
 
 __all__ = [
     "Finding",
+    "RowCounts",
     "RowwiseAdagrad",
     "RowwiseAdam",
     "RowwiseSGD",
     "audit",
     "clip_grad_norm_",
     "grow",
+    "keep_rows_",
     "param_groups",
+    "select_rows",
 ]
 
 
@@ -347,7 +352,7 @@ class RowwiseAdam(_Rowwise):
         param.sub_(average / root * (group["lr"] / (1 - first**step)).to(param.dtype))
 
 
-# --- clipping and groups ----------------------------------------------------------------------------------------------
+# --- clipping ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -413,36 +418,3 @@ def _norm(numbers: list[Any], norm_type: float, error_if_nonfinite: bool, foreac
     norms: list[Any] = [nn.utils.get_total_norm(each, norm_type, False, foreach) for each in by_mesh.values()]
     norms = [norm if _is_whole(norm) else norm.full_tensor() for norm in norms]
     return nn.utils.get_total_norm(norms, norm_type, error_if_nonfinite, foreach)
-
-
-def param_groups(model: nn.Module, lr: float, values_lr: float | None = None) -> list[dict[str, Any]]:
-    """The parameters of a model in two groups for an optimizer: value tables, and the rest, if any.
-
-    Value tables get ``rowwise=True`` and neither weight decay nor momentum, whatever the optimizer's defaults are. So
-    the groups suit ``torch.optim`` as well, except for Adam's averages, which need ``RowwiseAdam``.
-
-    Equivalent to ``[{"params": rest, "lr": lr}, {"params": [bottleneck.values], "lr": values_lr, "rowwise": True,
-    "weight_decay": 0.0, "momentum": 0.0}]``.
-
-    Args:
-        model: any module that holds one ``KeyValueBottleneck`` or more.
-        lr: of the rest.
-        values_lr: of the value tables; ``lr`` by default.
-    Returns:
-        one or two groups, without parameters that require no gradient.
-    Raises:
-        TypeError: not a module. ValueError: a rate below 0, or a model without a value table that learns.
-    """
-    validation.number("lr", lr, 0.0, float("inf"))
-    rate = lr if values_lr is None else validation.number("values_lr", values_lr, 0.0, float("inf"))
-    tables = [table for table in value_tables(model).values() if table.requires_grad]
-    if not tables:
-        raise ValueError(
-            f"expected a model with a KeyValueBottleneck whose values require a gradient, got {type(model).__name__} "
-            "without one; its parameters need no groups"
-        )
-    known = set(map(id, tables))
-    rest = [param for param in model.parameters() if param.requires_grad and id(param) not in known]
-    still = {"rowwise": True, "weight_decay": 0.0, "momentum": 0.0}
-    groups: list[dict[str, Any]] = [{"params": rest, "lr": lr}] if rest else []
-    return [*groups, {"params": tables, "lr": rate, **still}]

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kvb.optim_tables import value_tables
+
 BEFORE, AFTER = 20, 200  # steps of the rehearsal on one task, and then on another
 _WIDTH = 8  # numbers in a rehearsed row
 _UNKNOWN = float("nan")
@@ -44,18 +46,6 @@ class Finding(NamedTuple):
             f"{self.table}: {self.cause} of {self.optimizer} moves a row by {self.drift:.2g} of {what} "
             f"during {AFTER} steps on other rows"
         )
-
-
-def value_tables(model: nn.Module) -> dict[str, Tensor]:
-    """The value tables of a model by name: parameters ``values`` [C, K, V], as in kvb and the published packages.
-
-    Raises:
-        TypeError: not a module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    named = model.named_parameters()
-    return {name: param for name, param in named if name.rpartition(".")[2] == "values" and param.dim() == 3}
 
 
 def audit(optimizer: torch.optim.Optimizer, model: nn.Module, *, warn: bool = True) -> list[Finding]:

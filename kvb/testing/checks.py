@@ -26,6 +26,9 @@ from kvb.testing.expectations import (
     require_like,
     table_rows,
 )
+from kvb.testing.memory_checks import check_gather_dot as check_gather_dot
+from kvb.testing.memory_checks import check_gather_weighted as check_gather_weighted
+from kvb.testing.memory_checks import check_product_nearest as check_product_nearest
 
 
 @dataclasses.dataclass(frozen=True)
