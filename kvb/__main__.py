@@ -20,6 +20,12 @@ from kvb.checkpoints import CheckpointError
 FEATURES = {"digits": "data.digits", "mnist": "data.mnist", "20ng": "data.newsgroups"}  # modules of kvb.experiments
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # there is no room for what is to be written
 STUDIES = {**FEATURES, "toy": "toy"}
+DATA = {**STUDIES, "texts": "data.texts"}
+# `study NAME`: the module of kvb.experiments that runs it, and the data that it is about, the default first.
+STUDIES_OF_DATA = {
+    **dict.fromkeys(("edits", "forgetting", "continual"), ("editing", tuple(FEATURES))),
+    "memory": ("memories", ("texts",)),
+}
 
 
 def _seed(text: str) -> int:
@@ -105,9 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
     unlearn.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
-    study = commands.add_parser("study", help="edit samples, forget them, edit thousands: what changes besides")
-    study.add_argument("name", choices=("edits", "forgetting", "continual"), help="which one")
-    study.add_argument("--data", choices=FEATURES, default="digits", help="as for demo (%(default)s)")
+    study = commands.add_parser("study", help="edits and what changes besides; a memory layer in a language model")
+    study.add_argument("name", choices=STUDIES_OF_DATA, help="which one")
+    study.add_argument("--data", choices=[*FEATURES, "texts"], help="as for demo (digits; memory: texts)")
     study.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
     study.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
     report = commands.add_parser("report", help="write a page about the bottleneck in a file: sizes, usage, pictures")
@@ -129,7 +135,7 @@ def _experiment(name: str, chosen: argparse.Namespace, run: Callable[[Any, Any],
     try:
         from kvb.experiments.data.packages import MissingPackageError
 
-        modules = [importlib.import_module(f"kvb.experiments.{module}") for module in (name, STUDIES[chosen.data])]
+        modules = [importlib.import_module(f"kvb.experiments.{module}") for module in (name, DATA[chosen.data])]
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("numpy", "sklearn", "matplotlib"):
             raise
@@ -162,7 +168,11 @@ def _unlearn(chosen: argparse.Namespace) -> None:
 
 
 def _study(chosen: argparse.Namespace) -> None:
-    _experiment("editing", chosen, lambda editing, data: editing.main(data.STUDY, chosen.name, chosen.out, chosen.seed))
+    module, of = STUDIES_OF_DATA[chosen.name]
+    chosen.data = chosen.data or of[0]
+    if chosen.data not in of:
+        sys.exit(f"--data of study {chosen.name} must be one of {', '.join(of)}; got {chosen.data!r}")
+    _experiment(module, chosen, lambda study, data: study.main(data.STUDY, chosen.name, chosen.out, chosen.seed))
 
 
 def _protocol(chosen: argparse.Namespace) -> None:

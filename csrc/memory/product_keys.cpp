@@ -2,12 +2,15 @@
 #include "../ops.h"
 #include "best.h"
 
+#include <atomic>
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 namespace kvb {
 namespace {
 
-constexpr int64_t kHeldScores = 1 << 18; // half scores of a tile for each thread: 1 MB, so that they stay in an L2 cache
+constexpr int64_t kHeldScores = 1 << 18; // half scores of a tile: 1 MB, so that they stay in an L2 cache
+constexpr int64_t kFewestRows = 16; // of a tile: products of fewer rows are slow
 constexpr int64_t kMostHalves = 1 << 16; // keys of a half, so that 32 bits number all pairs
 
 struct Pair {
@@ -122,38 +125,71 @@ void multiply(const Tensor& queries, const Tensor& keys, Tensor& scores) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(scores.get(), queries.get(), keys.get()));
 }
 
+// Queries [rows, D / 2] of both halves, from row ``first`` on. Views are made before threads start: they take no part
+// in autograd there.
+struct Tile {
+  int64_t first, rows;
+  Tensor halves[2];
+};
+
+std::vector<Tile> tiles_of(Tensor& queries, int64_t c, int64_t size) {
+  using torch::stable::narrow;
+  const int64_t N = queries.size(0), half = queries.size(2) / 2;
+  std::vector<Tile> tiles;
+  for (int64_t n = 0; n < N; n += size) {
+    Tensor rows = narrow(queries, 0, n, std::min(size, N - n));
+    Tensor book = torch::stable::select(rows, 1, c);
+    tiles.push_back({n, std::min(size, N - n), {narrow(book, 1, 0, half), narrow(book, 1, half, half)}});
+  }
+  return tiles;
+}
+
+// Memory for the half scores of one tile, and views of it for a whole tile and for the last one.
+struct Scores {
+  Tensor halves[2], last[2];
+};
+
+std::vector<Scores> memory_for(const Tensor& like, int64_t count, int64_t size, int64_t last, int64_t K) {
+  std::vector<Scores> found;
+  for (int64_t i = 0; i < count; ++i) {
+    Tensor first = new_tensor(like, {size, K}, like.scalar_type());
+    Tensor second = new_tensor(like, {size, K}, like.scalar_type());
+    found.push_back(
+        {{first, second}, {torch::stable::narrow(first, 0, 0, last), torch::stable::narrow(second, 0, 0, last)}});
+  }
+  return found;
+}
+
 template <class T>
 void find_all(Tensor& queries, const Tensor& keys, int64_t topk, int64_t* indices, Accumulator<T>* scores) {
-  using torch::stable::narrow;
   using torch::stable::select;
-  const int64_t N = queries.size(0), C = queries.size(1), K = keys.size(2), half = keys.size(3);
+  const int64_t N = queries.size(0), C = queries.size(1), K = keys.size(2);
+  if (N == 0) return;
   const std::vector<Pair> pairs = pairs_of_ranks(std::min(K, topk), topk);
-  const int64_t tile = std::max<int64_t>(16, kHeldScores * torch::stable::get_num_threads() / (2 * K));
-  Tensor scratch = new_tensor(queries, {2, std::min(N, tile), K}, queries.scalar_type());
+  const int64_t size = std::min(N, std::max<int64_t>(kFewestRows, kHeldScores / (2 * K)));
+  const int64_t count = (N + size - 1) / size, last = N - (count - 1) * size;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  std::vector<Scores> memory = memory_for(queries, threads, size, last, K);
   for (int64_t c = 0; c < C; ++c) {
     const Tensor book = select(keys, 0, c);
     const Tensor across[] = {
         torch::stable::transpose(select(book, 0, 0), 0, 1), torch::stable::transpose(select(book, 0, 1), 0, 1)};
-    for (int64_t n = 0; n < N; n += tile) {
-      const int64_t rows = std::min(tile, N - n);
-      Tensor part = narrow(queries, 0, n, rows);
-      part = select(part, 1, c);
-      const T* data[2];
-      for (int h = 0; h < 2; ++h) {
-        Tensor of_half = select(scratch, 0, h);
-        of_half = narrow(of_half, 0, 0, rows);
-        Tensor piece = narrow(part, 1, h * half, half);
-        multiply(piece, across[h], of_half);
-        data[h] = of_half.const_data_ptr<T>();
-      }
-      parallel(rows, 16, [&](int64_t begin, int64_t end) {
-        Finder<T> finder(K, topk, pairs);
-        for (int64_t row = begin; row < end; ++row) {
-          const int64_t to = ((n + row) * C + c) * topk;
-          finder.find(data[0] + row * K, data[1] + row * K, indices + to, scores + to);
+    const std::vector<Tile> tiles = tiles_of(queries, c, size);
+    std::atomic<int64_t> taken{0};
+    parallel(count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+      Scores& mine = memory[taken++];
+      Finder<T> finder(K, topk, pairs);
+      for (int64_t t = begin; t < end; ++t) {
+        const Tile& tile = tiles[t];
+        Tensor* const of = tile.rows == size ? mine.halves : mine.last;
+        for (int h = 0; h < 2; ++h) multiply(tile.halves[h], across[h], of[h]);
+        const T *first = of[0].const_data_ptr<T>(), *second = of[1].const_data_ptr<T>();
+        for (int64_t row = 0; row < tile.rows; ++row) {
+          const int64_t to = ((tile.first + row) * C + c) * topk;
+          finder.find(first + row * K, second + row * K, indices + to, scores + to);
         }
-      });
-    }
+      }
+    });
   }
 }
 
