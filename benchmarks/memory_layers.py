@@ -39,11 +39,12 @@ class Problem(NamedTuple):
 
 
 @functools.cache
-def problem() -> Problem:
+def problem(queries: int = QUERIES, keys: int = KEYS) -> Problem:
     generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(QUERIES, 1, DIM, generator=generator).mul(BITS).round().div(BITS)
-    keys = torch.randn(1, 2, KEYS, DIM // 2, generator=generator).mul(BITS).round().div(BITS)
-    return Problem(queries, keys, torch.randn(KEYS**2, DIM, generator=generator))
+    drawn = torch.randn(queries, 1, DIM, generator=generator), torch.randn(1, 2, keys, DIM // 2, generator=generator)
+    return Problem(
+        *(each.mul(BITS).round().div(BITS) for each in drawn), torch.randn(keys**2, DIM, generator=generator)
+    )
 
 
 def kvb_read(queries: Tensor, keys: Tensor, values: Tensor, sparse_grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +62,7 @@ def plain_read(
         (queries[:, 0, part] @ keys[0, half].T).topk(TOPK) for half, part in enumerate(_halves())
     )
     scores, best = (first[:, :, None] + second[:, None, :]).flatten(1).topk(TOPK)
-    rows = i.gather(1, best // TOPK) * KEYS + j.gather(1, best % TOPK)
+    rows = i.gather(1, best // TOPK) * keys.shape[2] + j.gather(1, best % TOPK)
     weights = scores.softmax(-1)
     out = F.embedding_bag(rows, values, per_sample_weights=weights, mode="sum", sparse=sparse_grad)
     return rows, scores, out

@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvb, CPU, m) {
   m.impl("product_nearest", TORCH_BOX(&kvb::product_nearest));
   m.impl("gather_weighted", TORCH_BOX(&kvb::gather_weighted));
   m.impl("gather_dot", TORCH_BOX(&kvb::gather_dot));
+  m.impl("scatter_weighted_rows", TORCH_BOX(&kvb::scatter_weighted_rows));
   m.impl("accumulate", TORCH_BOX(&kvb::accumulate));
   m.impl("count", TORCH_BOX(&kvb::count));
 }

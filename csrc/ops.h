@@ -44,6 +44,7 @@ std::tuple<Tensor, Tensor> product_nearest(Tensor queries, Tensor keys, int64_t 
 // memory/weighted.cpp
 Tensor gather_weighted(Tensor values, Tensor indices, Tensor weights);
 Tensor gather_dot(Tensor values, Tensor indices, Tensor vectors);
+std::tuple<Tensor, Tensor, Tensor> scatter_weighted_rows(Tensor vectors, Tensor indices, Tensor weights, int64_t K);
 
 // table/statistics.cpp
 std::tuple<Tensor, Tensor> accumulate(Tensor queries, Tensor indices, int64_t K);

@@ -1,7 +1,10 @@
-// Rows of a table by index, with weights: gather_weighted, and its derivative for the weights, gather_dot.
+// Rows of a table by index, with weights: gather_weighted, and its derivatives for the weights, gather_dot, and for the
+// table, scatter_weighted_rows.
 #include "../ops.h"
 #include "../table/rows.h"
 #include "memory.h"
+
+#include <bit>
 
 namespace kvb {
 namespace {
@@ -94,6 +97,70 @@ Accumulator<T> dot(const T* left, const T* right, int64_t V) {
   return total;
 }
 
+// --- the gradient of the table ---------------------------------------------------------------------------------------
+
+// Numbers the rows that indices name in ascending order, and lists them; how many there are.
+int64_t number_rows(const int64_t* indices, int64_t count, int64_t K, int32_t* slots, int64_t* rows) {
+  Vector<uint64_t> bits((K + 63) / 64);
+  for (int64_t i = 0; i < count; ++i) bits[indices[i] / 64] |= uint64_t{1} << (indices[i] % 64);
+  int64_t found = 0;
+  for (size_t word = 0; word < bits.size(); ++word) {
+    for (uint64_t left = bits[word]; left; left &= left - 1, ++found) {
+      rows[found] = static_cast<int64_t>(word) * 64 + std::countr_zero(left);
+      slots[rows[found]] = static_cast<int32_t>(found);
+    }
+  }
+  return found;
+}
+
+// Sums of the slots [first, last), in batch order. The first vector of a sum is written, not added: nothing is cleared.
+template <class T, class Sum>
+void sum_slots(
+    const Fetch& fetch, const T* vectors, const T* weights, const int32_t* slots, int64_t first, int64_t last, Sum* sums) {
+  Vector<char> begun(last - first);
+  Vector<Row> listed;
+  listed.reserve(kListedRows);
+  const auto add_listed = [&] {
+    const int64_t count = static_cast<int64_t>(listed.size());
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + kAhead < count) prefetch(sums + listed[i + kAhead].target * fetch.V, fetch.V * sizeof(Sum));
+      const int64_t slot = listed[i].target;
+      const Sum weight = widen<Sum>(weights[listed[i].place]);
+      const T* const vector = vectors + listed[i].place / fetch.T * fetch.V;
+      Sum* const sum = sums + slot * fetch.V;
+      if (begun[slot - first])
+        for (int64_t v = 0; v < fetch.V; ++v) sum[v] += weight * widen<Sum>(vector[v]);
+      else
+        for (int64_t v = 0; v < fetch.V; ++v) sum[v] = weight * widen<Sum>(vector[v]);
+      begun[slot - first] = true;
+    }
+    listed.clear();
+  };
+  for (int64_t at = 0; at < fetch.N * fetch.T; ++at) {
+    const int64_t slot = slots[fetch.indices[at]];
+    if (slot < first || slot >= last) continue;
+    listed.push_back({at, slot});
+    if (static_cast<int64_t>(listed.size()) == kListedRows) add_listed();
+  }
+  add_listed();
+}
+
+template <class T>
+void sum_rows(const Fetch& fetch, const T* vectors, const T* weights, const int32_t* slots, int64_t count, T* out) {
+  using Sum = Accumulator<T>;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t share = std::max<int64_t>((count + threads - 1) / threads, samples_per_thread(fetch));
+  parallel(count, share, [&](int64_t first, int64_t last) {
+    if constexpr (std::is_same_v<T, Sum>) {
+      sum_slots(fetch, vectors, weights, slots, first, last, out);
+    } else {
+      Vector<Sum> sums((last - first) * fetch.V);
+      sum_slots(fetch, vectors, weights, slots, first, last, sums.data() - first * fetch.V);
+      std::transform(sums.begin(), sums.end(), out + first * fetch.V, [](Sum sum) { return static_cast<T>(sum); });
+    }
+  });
+}
+
 } // namespace
 
 const MemoryKernels* memory_kernels() {
@@ -129,6 +196,41 @@ Tensor gather_dot(Tensor values, Tensor indices, Tensor vectors) {
     });
   });
   return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> scatter_weighted_rows(Tensor vectors, Tensor indices, Tensor weights, int64_t K) {
+  require_floating(vectors, "vectors");
+  require_floating(weights, "weights");
+  require_cpu(indices, "indices");
+  require_shape(indices, "indices", {-1, -1});
+  require(indices.scalar_type() == ScalarType::Long, "expected indices torch.int64, got ",
+          dtype_name(indices.scalar_type()));
+  const int64_t N = indices.size(0), T = indices.size(1);
+  require_shape(vectors, "vectors", {N, -1});
+  require_shape(weights, "weights", {N, T});
+  require(weights.scalar_type() == vectors.scalar_type(), "expected weights ", dtype_name(vectors.scalar_type()),
+          " as vectors, got ", dtype_name(weights.scalar_type()));
+  require(K >= 0 && K <= std::numeric_limits<int32_t>::max(), "expected K from 0 to 2^31 - 1, got ", K);
+  vectors = compact(vectors), indices = compact(indices), weights = compact(weights);
+  require_rows(indices, K);
+  const int64_t size = std::min(N * T, K), V = vectors.size(1);
+  const Fetch fetch = {indices.const_data_ptr<int64_t>(), N, T, V, V};
+  Tensor rows = new_tensor(vectors, {size}, ScalarType::Long);
+  Tensor grads = new_tensor(vectors, {size, V}, vectors.scalar_type());
+  Tensor count = new_tensor(vectors, {1}, ScalarType::Long);
+  const Buffer<int32_t> slots = new_buffer<int32_t>(K); // only those of touched rows are ever read
+  int64_t* const to = rows.mutable_data_ptr<int64_t>();
+  const int64_t touched = number_rows(fetch.indices, N * T, K, slots.get(), to);
+  std::fill(to + touched, to + size, int64_t{-1});
+  with_floating(vectors.scalar_type(), [&](auto value) {
+    using Number = decltype(value);
+    Number* const out = grads.mutable_data_ptr<Number>();
+    sum_rows(
+        fetch, vectors.const_data_ptr<Number>(), weights.const_data_ptr<Number>(), slots.get(), touched, out);
+    std::fill(out + touched * V, out + size * V, Number{});
+  });
+  *count.mutable_data_ptr<int64_t>() = touched;
+  return {rows, grads, count};
 }
 
 } // namespace kvb

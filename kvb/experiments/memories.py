@@ -41,9 +41,9 @@ class Plan:
 
     seeds: int = 3
     bytes: int = 400_000
-    steps: int = 300
+    steps: int = 500
     rate: float = 2e-3
-    more: int = 50
+    more: int = 80
     every: int = 10
     gain: float = 0.1
     rows: int = 512
@@ -68,9 +68,9 @@ WAYS = {
 RATES = {
     "all": (2e-4, 1e-3),
     "low-rank": (1e-3, 5e-3),
-    "rows": (3e-3, 3e-2),
-    "tfidf": (1e-2, 1e-1),
-    "kl": (1e-2, 1e-1),
+    "rows": (1e-2, 3e-2),
+    "tfidf": (1e-2, 3e-2),
+    "kl": (1e-2, 3e-2),
 }
 
 

@@ -18,7 +18,8 @@ Shapes:
     ``move_rows_`` writes values [R, V]; it takes rows int64 [M], ascending, and grads [M, V], and returns nothing.
     ``product_nearest`` takes queries [N, C, D] and half keys [C, 2, K, D / 2], and returns indices int64 below K * K
     and scores, both [N, C, T]. ``gather_weighted`` and ``gather_dot`` take values [K, V], indices int64 [N, T], and
-    weights [N, T] or vectors [N, V]; they return [N, V] and [N, T].
+    weights [N, T] or vectors [N, V]; they return [N, V] and [N, T]. ``scatter_weighted_rows`` takes vectors, indices
+    and weights, and returns what ``gather_backward_rows`` returns.
     ``tally_`` writes counts [C, K, V], int32, int64, float32 or float64; it takes targets int64 [B] and weights
     [B, S, C] of the counts' dtype, and returns the lowest counter that it left, [].
     ``update_keys_`` writes keys, keys_avg [C, K, D] and cluster_size [C, K], all of one dtype; it takes hits [C, K] and

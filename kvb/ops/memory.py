@@ -16,28 +16,26 @@ from kvb.ops.gradients import _forward, _learns, _save, differentiate
 from kvb.reference.shared import TILE, accumulator
 
 
-def _blocks(vectors: Tensor, indices: Tensor, weights: Tensor) -> list[Tensor]:
-    """Each of [N, T, 1, block]: what rows gain, a few columns at a time, as [N, T, V] would not fit."""
-    dtype, width = accumulator(vectors.dtype), max(1, TILE // max(1, indices.numel()))
-    scaled = weights.to(dtype)[..., None, None]
-    return [scaled * block.to(dtype)[:, None, None] for block in vectors.split(width, -1)]
-
-
 def _scattered(vectors: Tensor, indices: Tensor, weights: Tensor, K: int) -> Tensor:
-    """A table [K, V] to whose rows ``indices[n, t]`` the vectors ``weights[n, t] * vectors[n]`` are added."""
-    blocks = _blocks(vectors, indices, weights)
-    parts = [torch.ops.kvb.gather_backward(block, indices[..., None], K, "none")[0] for block in blocks]
+    """A table [K, V] to whose rows ``indices[n, t]`` the vectors ``weights[n, t] * vectors[n]`` are added.
+
+    A few columns at a time: what rows gain, [N, T, V], would not fit.
+    """
+    dtype, width = accumulator(vectors.dtype), max(1, TILE // max(1, indices.numel()))
+    scaled, codes = weights.to(dtype)[..., None, None], indices[..., None]
+    parts = [
+        torch.ops.kvb.gather_backward(scaled * block.to(dtype)[:, None, None], codes, K, "none")[0]
+        for block in vectors.split(width, -1)
+    ]
     return torch.cat(parts, -1).to(vectors.dtype)
 
 
 def _scattered_rows(vectors: Tensor, indices: Tensor, weights: Tensor, K: int) -> Tensor:
     """The same as a coalesced sparse tensor."""
-    blocks = _blocks(vectors, indices, weights)
-    found = [torch.ops.kvb.gather_backward_rows(block, indices[..., None], K, "none") for block in blocks]
-    n = int(found[0][2])  # on another device the host waits here: a sparse tensor knows its size
-    rows, merged = found[0][0][None, :n], torch.cat([grads[:n] for _, grads, _ in found], -1).to(vectors.dtype)
+    rows, merged, count = torch.ops.kvb.scatter_weighted_rows(vectors, indices, weights, K)
+    n = int(count)  # on another device the host waits here: a sparse tensor knows its size
     shape = (K, vectors.shape[-1])
-    return torch.sparse_coo_tensor(rows, merged, shape, check_invariants=False, is_coalesced=True)
+    return torch.sparse_coo_tensor(rows[None, :n], merged[:n], shape, check_invariants=False, is_coalesced=True)
 
 
 class _GatherWeighted(torch.autograd.Function):
@@ -171,6 +169,32 @@ class _ProductNearest(torch.autograd.Function):
             return None, None if each is None else each.view(shape).sum(2).to(accumulator(keys.dtype))
 
 
+class _ScatterWeightedRows(torch.autograd.Function):
+    """Nothing differentiates merged rows, and nobody shall believe so."""
+
+    @staticmethod
+    def forward(vectors: Tensor, indices: Tensor, weights: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(torch.ops.kvb.scatter_weighted_rows.default, vectors, indices, weights, K)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[0], output[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(_ROWS)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(_ROWS)
+
+
+_ROWS = (
+    "torch.ops.kvb.scatter_weighted_rows, which makes the gradients of sparse_grad=True, has no derivative of its own: "
+    "use sparse_grad=False for second derivatives"
+)
+
+
 def _halves(queries: Tensor, keys: Tensor) -> Tensor:
     """Queries [N, C, D] as [N * C * 2, D / 2]."""
     return queries.reshape(-1, keys.shape[-1])
@@ -186,3 +210,4 @@ def _rows_of_halves(indices: Tensor, keys: Tensor) -> Tensor:
 differentiate("product_nearest", _ProductNearest, learns=(0, 1))
 differentiate("gather_weighted", _GatherWeighted, learns=(0, 2))
 differentiate("gather_dot", _GatherDot, learns=(0, 2))
+differentiate("scatter_weighted_rows", _ScatterWeightedRows, learns=(0, 2))

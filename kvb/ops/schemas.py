@@ -187,6 +187,13 @@ def gather_dot(values: Tensor, indices: Tensor, vectors: Tensor) -> Tensor:
     return values.new_empty(indices.shape)
 
 
+@_operator("(Tensor vectors, Tensor indices, Tensor weights, SymInt K) -> (Tensor, Tensor, Tensor)")
+def scatter_weighted_rows(vectors: Tensor, indices: Tensor, weights: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    size = torch.sym_min(indices.numel(), K)
+    rows = vectors.new_empty((size,), dtype=torch.int64)
+    return rows, vectors.new_empty((size, vectors.shape[1])), vectors.new_empty((1,), dtype=torch.int64)
+
+
 @_operator("(Tensor queries, Tensor indices, SymInt K) -> (Tensor, Tensor)")
 def accumulate(queries: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
     C, D = queries.shape[2:]

@@ -17,6 +17,7 @@ from kvb.reference.shared import (
     require_shape,
     require_tensors,
 )
+from kvb.reference.values import gather_backward_rows
 
 
 def product_nearest(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -104,6 +105,28 @@ def gather_dot(values: Tensor, indices: Tensor, vectors: Tensor) -> Tensor:
         fetched = values.index_select(0, rows.flatten()).view(*rows.shape, V).to(dtype)
         part.copy_((fetched * each.to(dtype)[:, None]).sum(-1))
     return out
+
+
+def scatter_weighted_rows(vectors: Tensor, indices: Tensor, weights: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of ``gather_weighted`` for its table [K, V], as merged rows; vectors [N, V] are that of its result.
+
+    Ascending rows [M] (tail -1), their gradients [M, V], and how many there are, [1]; M is N * T, or K if that is less.
+    """
+    require_tensors(vectors=vectors, indices=indices, weights=weights)
+    require_floating(vectors=vectors, weights=weights)
+    require_shape("indices", indices, "N", "T")
+    require_shape("vectors", vectors, len(indices), "V")
+    require_shape("weights", weights, *indices.shape)
+    require(indices.dtype == torch.int64, f"expected indices torch.int64, got {indices.dtype}")
+    require(weights.dtype == vectors.dtype, f"expected weights {vectors.dtype} as vectors, got {weights.dtype}")
+    require_in_table(indices, K)
+    dtype, width = accumulator(vectors.dtype), _samples(1, indices.numel())
+    scaled, codes = weights.to(dtype)[..., None, None], indices[..., None]
+    parts = []
+    for block in vectors.split(width, -1):  # a few columns at a time
+        rows, grads, count = gather_backward_rows(scaled * block.to(dtype)[:, None, None], codes, K, "none")
+        parts.append(grads)
+    return rows, torch.cat(parts, -1).to(vectors.dtype), count
 
 
 def _samples(T: int, V: int) -> int:

@@ -82,3 +82,20 @@ def check_gather_dot(op: Any, problem: Problem) -> None:
     require(found.dtype == values.dtype, f"expected products {values.dtype}, got {found.dtype}")
     fetched = values.cpu().double()[indices.cpu()]
     _judge("inner products", found, fetched * vectors.cpu().double()[:, None], 2)
+
+
+def check_scatter_weighted_rows(op: Any, problem: Problem) -> None:
+    (K, V), (_, indices, weights, vectors) = problem.values.shape[1:], _fetch(problem)
+    rows, grads, count = op.scatter_weighted_rows(vectors, indices, weights, K)
+    touched, M = indices.cpu().unique(), min(indices.numel(), K)
+    rows = require_like("rows", rows, (M,), torch.int64)
+    grads = require_like("gradients", grads, (M, V), vectors.dtype)
+    n = int(require_like("the number of rows", count, (1,), torch.int64))
+    require(n == len(touched), f"expected {len(touched)} rows, got {n}")
+    require(torch.equal(rows[:n], touched), "expected the touched rows, ascending")
+    require((rows[n:] == -1).all() and (grads[n:] == 0).all(), "expected rows -1 and gradients 0 in the tail")
+    each = weights.cpu().double()[..., None] * vectors.cpu().double()[:, None]
+    flat, empty = indices.cpu().flatten(), torch.zeros(K, V, dtype=torch.float64)
+    exact, size = (empty.index_add(0, flat, one.flatten(0, 1))[touched] for one in (each, each.abs()))
+    rounding = (indices.numel() + 4) * UNIT[accumulator(grads.dtype)] * size + 2 * UNIT[grads.dtype] * exact.abs()
+    require_close("gradients", grads[:n], exact, rounding + torch.finfo(grads.dtype).smallest_normal)

@@ -51,6 +51,7 @@ def arguments(case):
         "product_nearest": (queries.flatten(0, 2)[:, None].repeat(1, 2, 2), keys[[[0, -1], [-1, 0]]], min(3, K)),
         "gather_weighted": (values.detach()[0].requires_grad_(), indices.flatten(1), torch.randn(B, S * C)),
         "gather_dot": (values.detach()[0].requires_grad_(), indices.flatten(1), torch.randn(B, V)),
+        "scatter_weighted_rows": (torch.randn(B, V), indices.flatten(1), torch.randn(B, S * C), K),
         "accumulate": (queries, indices, K),
         "count": (queries, indices, K),
         "lookup": (queries, keys, packed, values, None, "mean"),

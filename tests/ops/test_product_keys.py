@@ -130,6 +130,8 @@ def test_nothing_to_do():
         (IndexError, "index -1 is out of bounds", lambda q, k, v, i: op.gather_dot(v, i - 5, v[:3])),
         (RuntimeError, "expected weights", lambda q, k, v, i: op.gather_weighted(v, i, i[:, :1].float())),
         (RuntimeError, "expected vectors", lambda q, k, v, i: op.gather_dot(v, i, v[:2])),
+        (IndexError, "index 4 is out of bounds", lambda q, k, v, i: op.scatter_weighted_rows(v[:3], i, i.float(), 4)),
+        (RuntimeError, "expected weights", lambda q, k, v, i: op.scatter_weighted_rows(v[:3], i, v, 5)),
         (RuntimeError, "indices torch.int64", lambda q, k, v, i: op.gather_dot(v, i.int(), v[:3])),
     ],
 )
@@ -169,6 +171,9 @@ def test_gradients_as_rows_are_those_of_the_dense_table(monkeypatch):
     dense = torch.autograd.grad(op.gather_weighted(values, rows, weights), (values, weights), grad)
     for width in (1 << 22, 12, 24):  # columns at a time
         monkeypatch.setattr(ops.memory, "TILE", width)
+        monkeypatch.setattr(reference.memory, "TILE", width)
+        again = torch.autograd.grad(op.gather_weighted(values, rows, weights), values, grad)
+        assert torch.equal(again[0], dense[0])
         sparse = torch.autograd.grad(ops.gather_weighted_row_grad(values, rows, weights), (values, weights), grad)
         assert sparse[0].is_coalesced()
         assert torch.equal(sparse[0].indices()[0], rows.unique())

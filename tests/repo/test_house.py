@@ -89,7 +89,7 @@ FLOORS = {
     "reference.search": -1,
     "reference.histograms": -2,
     "reference.statistics": -1,
-    "reference.memory": -2,
+    "reference.memory": -1,
     "reference.packing": -2,
     "reference.values": -2,
     "reference.arithmetic": -3,
