@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from kvb import _torch, validation
 from kvb.optim_audit import Finding, audit
+from kvb.optim_groups import param_groups
 from kvb.optim_growth import grow
 from kvb.optim_rows import RowCounts, keep_rows_, select_rows
-from kvb.optim_tables import param_groups
 
 __all__ = [
     "Finding",
@@ -226,6 +226,11 @@ class RowwiseSGD(_Rowwise):
     Raises:
         TypeError, ValueError: an option out of its range.
     Source: Träuble et al., ICML 2023 (arXiv:2207.11240), appendix on training.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> optimizer = kvb.optim.RowwiseSGD([bottleneck.values], lr=0.1)
+        >>> bottleneck(torch.randn(5, 4, 8), pool="mean").square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -266,6 +271,11 @@ class RowwiseAdagrad(_Rowwise):
     Raises:
         TypeError, ValueError: an option out of its range.
     Source: Duchi et al., Adaptive Subgradient Methods, JMLR 12, 2011.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> optimizer = kvb.optim.RowwiseAdagrad([bottleneck.values], lr=0.1)
+        >>> bottleneck(torch.randn(5, 4, 8), pool="mean").square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -314,6 +324,11 @@ class RowwiseAdam(_Rowwise):
         TypeError, ValueError: an option out of its range.
     Source: Kingma and Ba, Adam, ICLR 2015 (arXiv:1412.6980); Loshchilov and Hutter, Decoupled Weight Decay
     Regularization, ICLR 2019 (arXiv:1711.05101).
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> optimizer = kvb.optim.RowwiseAdam([bottleneck.values], lr=0.1)
+        >>> bottleneck(torch.randn(5, 4, 8), pool="mean").square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -379,6 +394,11 @@ def clip_grad_norm_(
         the norm before clipping, [].
     Raises:
         RuntimeError: the norm is not finite, with ``error_if_nonfinite``; gradients on different devices.
+    Examples:
+        >>> table = torch.zeros(2, 3, 4, requires_grad=True)
+        >>> table.sum().backward()
+        >>> kvb.optim.clip_grad_norm_(table, 1.0)
+        tensor(4.8990)
     """
     owners = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     numbers, parts = [], []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvb.optim_tables import value_tables
+from kvb.optim_groups import value_tables
 
 BEFORE, AFTER = 20, 200  # steps of the rehearsal on one task, and then on another
 _WIDTH = 8  # numbers in a rehearsed row
@@ -31,6 +31,12 @@ class Finding(NamedTuple):
     table: its name in the model. optimizer: the class. cause: "momentum", "weight decay", "Adam's averages" or the
     like. drift: how far 200 steps on other rows move a row, relative to what the row learned before (in 20 steps), or,
     for weight decay, to its size; NaN where the optimizer could not be tried.
+
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> optimizer = torch.optim.SGD([bottleneck.values], lr=0.1, momentum=0.9)
+        >>> [finding.cause for finding in kvb.optim.audit(optimizer, bottleneck, warn=False)]
+        ['momentum']
     """
 
     table: str
@@ -65,6 +71,10 @@ def audit(optimizer: torch.optim.Optimizer, model: nn.Module, *, warn: bool = Tr
     Raises:
         TypeError: not an optimizer, or not a module.
     Source: the measurement is ours; PyTorch considers the behaviour to be by design (pytorch #18404).
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> kvb.optim.audit(kvb.optim.RowwiseAdam([bottleneck.values]), bottleneck)
+        []
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")

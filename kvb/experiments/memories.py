@@ -267,7 +267,7 @@ def verdict(courses: list[Course], gain: float) -> str:
     chosen = best_of_rates(courses, gain)
     least = min(chosen, key=lambda way: _rank(chosen[way], gain))
     found = "forget" if WAYS[least][1] in ("tfidf", "kl") else "do not forget"
-    return f"At a gain of {gain:g} bits sparse updates of the memory {found} least; the least has “{least}”."
+    return f"At a gain of {gain:g} bits sparse updates of the memory {found} least: “{least}” does."
 
 
 def _panels(courses: list[Course], gain: float) -> list[Panel]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,11 +69,16 @@ def test_forgetting_at_equal_gain():
     table = memories.forgetting([half, slow, sparse], 0.1)
     assert "| dense, all weights | 0.01 | +0.100 ± 0.000 | +0.100 ± 0.000 | +0.100 ± 0.000 | 5 numbers |" in table
     assert "| memory, rows by KL | 0.1 | not reached | +0.050 ± 0.000 | +0.010 ± 0.000 | 5 rows |" in table
-    assert "do not forget least; the least has “dense, all weights”" in memories.verdict([half, slow, sparse], 0.1)
+    assert "do not forget least: “dense, all weights” does" in memories.verdict([half, slow, sparse], 0.1)
     assert "memory forget least" in memories.verdict([half, slow, sparse], 0.04)
 
 
-def test_a_small_part(tmp_path):
+def test_a_small_part_without_a_network(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError("there is no network")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
     lines: list[str] = []
     memories.main(texts.STUDY, "memory", tmp_path, 0, lines.append, TINY)
     record = json.loads((tmp_path / "memory.json").read_text())
@@ -82,3 +89,15 @@ def test_a_small_part(tmp_path):
     for one in record["courses"]:
         assert [point["step"] for point in one["points"]] == [0, 2, 4]
     assert "| memory, low-rank |" in (tmp_path / "memory.md").read_text()
+
+
+def test_the_page_shows_the_file():
+    docs = Path(__file__).parents[2] / "docs"
+    record, page = json.loads((docs / "memory.json").read_text()), (docs / "memory.md").read_text()
+    plan = Plan(**{**record["plan"], "shape": Shape(**record["plan"]["shape"])})
+    courses = [Course(**{**one, "points": [Point(**point) for point in one["points"]]}) for one in record["courses"]]
+    assert memories.losses(record["blocks"], plan) in page
+    assert memories.forgetting(courses, plan.gain) in page
+    assert memories.verdict(courses, plan.gain) in page
+    assert all(version in page for version in record["versions"].values())
+    assert sorted({one.seed for one in courses}) == [0, 1, 2]

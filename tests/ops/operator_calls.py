@@ -48,7 +48,11 @@ def arguments(case):
             ),
             *(torch.randn(C, 3, keys.shape[2]), torch.tensor([0, 3] * C)[:C], 0.5, 1e-5, 0.8, 1.0, False),
         ),
-        "product_nearest": (queries.flatten(0, 2)[:, None].repeat(1, 2, 2), keys[[[0, -1], [-1, 0]]], min(3, K)),
+        "product_nearest": (
+            queries.flatten(0, 2)[:, None].repeat(1, 2, 2),
+            keys[[0, -1, -1, 0]].unflatten(0, (2, 2)),
+            min(3, K),
+        ),
         "gather_weighted": (values.detach()[0].requires_grad_(), indices.flatten(1), torch.randn(B, S * C)),
         "gather_dot": (values.detach()[0].requires_grad_(), indices.flatten(1), torch.randn(B, V)),
         "scatter_weighted_rows": (torch.randn(B, V), indices.flatten(1), torch.randn(B, S * C), K),

@@ -1,4 +1,4 @@
-"""The value tables of a model, and the group that an optimizer puts them into."""
+"""The value tables of a model, and groups of parameters for an optimizer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ def value_tables(model: nn.Module) -> dict[str, Tensor]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    named = model.named_parameters()
     memories = {id(module.values) for module in model.modules() if isinstance(module, ProductKeyMemory)}
     return {
         name: param
-        for name, param in named
+        for name, param in model.named_parameters()
         if name.rpartition(".")[2] == "values" and (param.dim() == 3 or id(param) in memories)
     }
 
@@ -45,6 +44,11 @@ def param_groups(model: nn.Module, lr: float, values_lr: float | None = None) ->
         one or two groups, without parameters that require no gradient.
     Raises:
         TypeError: not a module. ValueError: a rate below 0, or a model without a value table that learns.
+    Examples:
+        >>> model = torch.nn.Sequential(kvb.KeyValueBottleneck(4, 16, 8, 10), torch.nn.Linear(10, 2))
+        >>> optimizer = kvb.optim.RowwiseAdam(kvb.optim.param_groups(model, lr=1e-3, values_lr=0.03))
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.001, 0.03]
     """
     validation.number("lr", lr, 0.0, float("inf"))
     rate = lr if values_lr is None else validation.number("values_lr", values_lr, 0.0, float("inf"))
