@@ -116,7 +116,8 @@ int64_t number_rows(const int64_t* indices, int64_t count, int64_t K, int32_t* s
 // Sums of the slots [first, last), in batch order. The first vector of a sum is written, not added: nothing is cleared.
 template <class T, class Sum>
 void sum_slots(
-    const Fetch& fetch, const T* vectors, const T* weights, const int32_t* slots, int64_t first, int64_t last, Sum* sums) {
+    const Fetch& fetch, const T* vectors, const T* weights, const int32_t* slots, int64_t first, int64_t last,
+    Sum* sums) {
   Vector<char> begun(last - first);
   Vector<Row> listed;
   listed.reserve(kListedRows);
