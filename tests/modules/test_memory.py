@@ -12,7 +12,7 @@ import kvb
 from kvb.memory import ProductKeyMemory
 from kvb.optim import RowCounts
 
-pytestmark = pytest.mark.contract
+pytestmark = pytest.mark.fallback
 
 SMALL = {"num_keys": 6, "topk": 4, "heads": 2, "dim_key": 8}
 

@@ -8,10 +8,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from kvb import ops, reference
 
-pytestmark = pytest.mark.contract
+pytestmark = pytest.mark.fallback
 
 op = torch.ops.kvb
-INTERPRETED = ops.backend("cpu") == "triton"  # every number takes its time there
 
 
 def brute(queries, keys, topk):
@@ -144,7 +143,7 @@ def test_errors_name_the_argument(error, message, call):
 
 
 def test_derivatives_of_scores():
-    C, K = (1, 3) if INTERPRETED else (2, 5)
+    C, K = 2, 5
     queries = torch.randn(2, C, 4, dtype=torch.float64, requires_grad=True)
     keys = torch.randn(C, 2, K, 2, dtype=torch.float64, requires_grad=True)
 
