@@ -25,6 +25,10 @@ STABLE_TORCH_LIBRARY_IMPL(kvb, CPU, m) {
   m.impl("move_rows_", TORCH_BOX(&kvb::move_rows_));
   m.impl("tally_", TORCH_BOX(&kvb::tally_));
   m.impl("update_keys_", TORCH_BOX(&kvb::update_keys_));
+  m.impl("product_nearest", TORCH_BOX(&kvb::product_nearest));
+  m.impl("gather_weighted", TORCH_BOX(&kvb::gather_weighted));
+  m.impl("gather_dot", TORCH_BOX(&kvb::gather_dot));
+  m.impl("scatter_weighted_rows", TORCH_BOX(&kvb::scatter_weighted_rows));
   m.impl("accumulate", TORCH_BOX(&kvb::accumulate));
   m.impl("count", TORCH_BOX(&kvb::count));
 }

@@ -38,6 +38,14 @@ Tensor update_keys_(
     Tensor keys, Tensor keys_avg, Tensor cluster_size, Tensor hits, Tensor sums, std::optional<Tensor> spare,
     std::optional<Tensor> usable, double decay, double eps, double threshold, double start, bool rescale_all);
 
+// memory/product_keys.cpp
+std::tuple<Tensor, Tensor> product_nearest(Tensor queries, Tensor keys, int64_t topk);
+
+// memory/weighted.cpp
+Tensor gather_weighted(Tensor values, Tensor indices, Tensor weights);
+Tensor gather_dot(Tensor values, Tensor indices, Tensor vectors);
+std::tuple<Tensor, Tensor, Tensor> scatter_weighted_rows(Tensor vectors, Tensor indices, Tensor weights, int64_t K);
+
 // table/statistics.cpp
 std::tuple<Tensor, Tensor> accumulate(Tensor queries, Tensor indices, int64_t K);
 Tensor count(Tensor queries, Tensor indices, int64_t K);

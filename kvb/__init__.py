@@ -18,6 +18,7 @@ Rooms
     functional                    the operators
     splitters, decoders           before the bottleneck, and after it
     training, optim               one fused step; optimizers that move fetched rows alone
+    memory                        tables of millions of rows behind product keys
     unlearning, counting, growth  masks and forgetting; class histograms; pairs for what no key is near to
     compat                        the published packages, under their names
     distributed, integrations,    many processes; Lightning and torchmetrics; the studies;
@@ -57,12 +58,16 @@ if typing.TYPE_CHECKING:
     from kvb import decoders as decoders
     from kvb import functional as functional
     from kvb import growth as growth
+    from kvb import memory as memory
     from kvb import optim as optim
     from kvb import splitters as splitters
     from kvb import training as training
     from kvb import unlearning as unlearning
 else:
-    _ROOMS = ("compat", "counting", "decoders", "functional", "growth", "optim", "splitters", "training", "unlearning")
+    _ROOMS = (
+        *("compat", "counting", "decoders", "functional", "growth", "memory", "optim", "splitters", "training"),
+        "unlearning",
+    )
 
     def __getattr__(name):
         """A room, imported when it is first asked for."""

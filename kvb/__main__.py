@@ -20,13 +20,14 @@ from kvb.checkpoints import CheckpointError
 FEATURES = {"digits": "data.digits", "mnist": "data.mnist", "20ng": "data.newsgroups"}  # modules of kvb.experiments
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # there is no room for what is to be written
 STUDIES = {**FEATURES, "toy": "toy"}
-DATA = {**STUDIES, "graphs": "data.graphs"}
+DATA = {**STUDIES, "graphs": "data.graphs", "texts": "data.texts"}
 # `study NAME`: the module of kvb.experiments that runs it, and the data that it is about, the default first.
 STUDIES_OF_DATA = {
     **dict.fromkeys(("edits", "forgetting", "continual"), ("editing", tuple(FEATURES))),
     "codes": ("codes", tuple(FEATURES)),
     "facts": ("facts", ("graphs",)),
     "generate": ("generate", ("digits",)),
+    "memory": ("memories", ("texts",)),
 }
 
 
@@ -131,10 +132,13 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
     unlearn.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
     study = commands.add_parser(
-        "study", help="edits and what changes besides, codes instead of features, facts of a graph, a generative model"
+        "study",
+        help="edits and what changes besides, codes instead of features, facts, a generative and a language model",
     )
     study.add_argument("name", choices=STUDIES_OF_DATA, help="which one")
-    study.add_argument("--data", choices=[*FEATURES, "graphs"], help="as for demo (digits; facts: graphs)")
+    study.add_argument(
+        "--data", choices=[*FEATURES, "graphs", "texts"], help="as for demo (the first that the study knows)"
+    )
     study.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="as for demo (%(default)s)")
     study.add_argument("--seed", type=_seed, default=0, metavar="S", help="of everything random (%(default)s)")
     report = commands.add_parser("report", help="write a page about the bottleneck in a file: sizes, usage, pictures")

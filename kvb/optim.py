@@ -19,16 +19,20 @@ from kvb import _torch, validation
 from kvb.optim_audit import Finding, audit
 from kvb.optim_groups import param_groups
 from kvb.optim_growth import grow
+from kvb.optim_rows import RowCounts, keep_rows_, select_rows
 
 __all__ = [
     "Finding",
+    "RowCounts",
     "RowwiseAdagrad",
     "RowwiseAdam",
     "RowwiseSGD",
     "audit",
     "clip_grad_norm_",
     "grow",
+    "keep_rows_",
     "param_groups",
+    "select_rows",
 ]
 
 

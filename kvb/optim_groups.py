@@ -7,18 +7,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvb import validation
+from kvb.memory import ProductKeyMemory
 
 
 def value_tables(model: nn.Module) -> dict[str, Tensor]:
-    """The value tables of a model by name: parameters ``values`` [C, K, V], as in kvb and the published packages.
+    """The value tables of a model by name: parameters ``values`` [C, K, V], as in kvb and the published packages, and
+    [K, V] of a ``ProductKeyMemory``.
 
     Raises:
         TypeError: not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    named = model.named_parameters()
-    return {name: param for name, param in named if name.rpartition(".")[2] == "values" and param.dim() == 3}
+    memories = {id(module.values) for module in model.modules() if isinstance(module, ProductKeyMemory)}
+    return {
+        name: param
+        for name, param in model.named_parameters()
+        if name.rpartition(".")[2] == "values" and (param.dim() == 3 or id(param) in memories)
+    }
 
 
 def param_groups(model: nn.Module, lr: float, values_lr: float | None = None) -> list[dict[str, Any]]:

@@ -16,15 +16,20 @@ Shapes:
     ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
     ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].
     ``move_rows_`` writes values [R, V]; it takes rows int64 [M], ascending, and grads [M, V], and returns nothing.
+    ``product_nearest`` takes queries [N, C, D] and half keys [C, 2, K, D / 2], and returns indices int64 below K * K
+    and scores, both [N, C, T]. ``gather_weighted`` and ``gather_dot`` take values [K, V], indices int64 [N, T], and
+    weights [N, T] or vectors [N, V]; they return [N, V] and [N, T]. ``scatter_weighted_rows`` takes vectors, indices
+    and weights, and returns what ``gather_backward_rows`` returns.
     ``tally_`` writes counts [C, K, V], int32, int64, float32 or float64; it takes targets int64 [B] and weights
     [B, S, C] of the counts' dtype, and returns the lowest counter that it left, [].
     ``update_keys_`` writes keys, keys_avg [C, K, D] and cluster_size [C, K], all of one dtype; it takes hits [C, K] and
     sums [C, K, D] in float32 (float64 for float64 keys), spare rows [C, R, D] like the keys, and int64 usable [C].
 """
 
-from kvb.ops import batching, gradients, kept
+from kvb.ops import batching, gradients, kept, memory
 from kvb.ops.backends import CPU_CAPABILITIES, absent, backend
 from kvb.ops.gradients import gather, gather_row_grad, lookup
+from kvb.ops.memory import gather_weighted_row_grad
 from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, operators
 from kvb.ops.together import gather_together
 
@@ -39,8 +44,10 @@ __all__ = [
     "gather",
     "gather_row_grad",
     "gather_together",
+    "gather_weighted_row_grad",
     "gradients",
     "kept",
     "lookup",
+    "memory",
     "operators",
 ]

@@ -327,13 +327,13 @@ class _Lookup(torch.autograd.Function):
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def _differentiate(name: str, function: type[torch.autograd.Function], learns: int) -> None:
-    """Let ``function`` run where argument ``learns`` requires a gradient, or while forward-mode tangents exist."""
+def differentiate(name: str, function: type[torch.autograd.Function], learns: tuple[int, ...]) -> None:
+    """Let ``function`` run where one of the arguments requires a gradient, or while forward-mode tangents exist."""
     operator = getattr(torch.ops.kvb, name).default
     record = record_of(function)
 
     def run(*args: Any) -> Any:
-        if not (_learns(args[learns]) or tangents_possible()):
+        if not (any(_learns(args[place]) for place in learns) or tangents_possible()):
             return _below_autograd(operator, *args)
         if not transforms_active():
             return record(*args)
@@ -344,13 +344,13 @@ def _differentiate(name: str, function: type[torch.autograd.Function], learns: i
     library.impl(name, run, "Autograd")
 
 
-_differentiate("nearest", _Nearest, learns=0)
-_differentiate("sample", _Sample, learns=0)
-_differentiate("gather", _Gather, learns=0)
-_differentiate("gather_backward", _GatherBackward, learns=0)
-_differentiate("gather_backward_rows", _GatherBackwardRows, learns=0)
-_differentiate("accumulate", _Accumulate, learns=0)
-_differentiate("lookup", _Lookup, learns=3)
+differentiate("nearest", _Nearest, learns=(0,))
+differentiate("sample", _Sample, learns=(0,))
+differentiate("gather", _Gather, learns=(0,))
+differentiate("gather_backward", _GatherBackward, learns=(0,))
+differentiate("gather_backward_rows", _GatherBackwardRows, learns=(0,))
+differentiate("accumulate", _Accumulate, learns=(0,))
+differentiate("lookup", _Lookup, learns=(3,))
 
 
 def _directly(name: str, function: type[torch.autograd.Function], learns: int) -> Callable[..., Any]:

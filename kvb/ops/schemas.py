@@ -171,6 +171,29 @@ def update_keys_(keys: Tensor, *rest: Any) -> Tensor:
     return pack_keys(keys)
 
 
+@_operator("(Tensor queries, Tensor keys, int topk) -> (Tensor, Tensor)")
+def product_nearest(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    shape = (*queries.shape[:2], topk)
+    return queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape, dtype=_sum_dtype(queries))
+
+
+@_operator("(Tensor values, Tensor indices, Tensor weights) -> Tensor")
+def gather_weighted(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    return values.new_empty((indices.shape[0], values.shape[1]))
+
+
+@_operator("(Tensor values, Tensor indices, Tensor vectors) -> Tensor")
+def gather_dot(values: Tensor, indices: Tensor, vectors: Tensor) -> Tensor:
+    return values.new_empty(indices.shape)
+
+
+@_operator("(Tensor vectors, Tensor indices, Tensor weights, SymInt K) -> (Tensor, Tensor, Tensor)")
+def scatter_weighted_rows(vectors: Tensor, indices: Tensor, weights: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    size = torch.sym_min(indices.numel(), K)
+    rows = vectors.new_empty((size,), dtype=torch.int64)
+    return rows, vectors.new_empty((size, vectors.shape[1])), vectors.new_empty((1,), dtype=torch.int64)
+
+
 @_operator("(Tensor queries, Tensor indices, SymInt K) -> (Tensor, Tensor)")
 def accumulate(queries: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
     C, D = queries.shape[2:]

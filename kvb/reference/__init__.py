@@ -5,6 +5,7 @@ T nearest keys asked for. Nothing of size B*S*C*K is ever allocated: all work go
 """
 
 from kvb.reference.histograms import tally_
+from kvb.reference.memory import gather_dot, gather_weighted, product_nearest, scatter_weighted_rows
 from kvb.reference.packing import pack_keys, packed_matches, packed_nbytes
 from kvb.reference.search import lookup, nearest, sample
 from kvb.reference.statistics import accumulate, count, update_keys_
@@ -16,13 +17,17 @@ __all__ = [
     "gather",
     "gather_backward",
     "gather_backward_rows",
+    "gather_dot",
+    "gather_weighted",
     "lookup",
     "move_rows_",
     "nearest",
     "pack_keys",
     "packed_matches",
     "packed_nbytes",
+    "product_nearest",
     "sample",
+    "scatter_weighted_rows",
     "sgd_step_",
     "tally_",
     "update_keys_",

@@ -105,6 +105,17 @@ def require_codes(indices: Tensor, C: int, K: int) -> None:
     _require_in_range(indices, K)
 
 
+def require_in_table(indices: Tensor, limit: int) -> None:
+    """Rows of a table, in any order: raise IndexError on the CPU; elsewhere assert on the device."""
+    if indices.numel() == 0:
+        return
+    low, high = indices.aminmax()
+    if indices.device.type != "cpu":
+        assert_async((low >= 0) & (high < limit), f"an index is out of bounds for a table of {limit} rows")
+    elif low < 0 or high >= limit:
+        raise IndexError(f"index {int(low) if low < 0 else int(high)} is out of bounds for a table of {limit} rows")
+
+
 def require_classes(targets: Tensor, V: int) -> None:
     """Raise IndexError on the CPU; elsewhere assert on the device, without making the host wait."""
     if targets.numel() == 0:

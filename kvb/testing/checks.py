@@ -26,6 +26,10 @@ from kvb.testing.expectations import (
     require_like,
     table_rows,
 )
+from kvb.testing.memory_checks import check_gather_dot as check_gather_dot
+from kvb.testing.memory_checks import check_gather_weighted as check_gather_weighted
+from kvb.testing.memory_checks import check_product_nearest as check_product_nearest
+from kvb.testing.memory_checks import check_scatter_weighted_rows as check_scatter_weighted_rows
 
 
 @dataclasses.dataclass(frozen=True)

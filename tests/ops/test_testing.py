@@ -73,6 +73,10 @@ BROKEN = {
     "another lowest count": ("tally_", lambda found: found + 1, "expected 0 where nothing is removed"),
     "shrunk sums": ("accumulate", lambda found: (found[0], found[1] * 0.999), "sums of queries"),
     "values of other keys": ("lookup", lambda found: (found[0], next_index(found[::-1])[0]), ""),
+    "another pair": ("product_nearest", lambda found: ((found[0] + 1) % 1600, found[1]), "not among the best"),
+    "sums of others": ("gather_weighted", lambda found: found.flip(-1), "weighted sums"),
+    "lost weights": ("scatter_weighted_rows", lambda found: (found[0], found[1] * 0.999, found[2]), "gradients"),
+    "shrunk products": ("gather_dot", lambda found: found * 0.999, "inner products"),
     "far draws": ("sample", next_index, "a far key"),
 }
 

@@ -16,8 +16,8 @@ import kvb
 
 ROOT = Path(__file__).parents[2]
 # Imported with kvb or by name; what is public in them is their ``__all__``, or else all that they define.
-ROOMS = ["", "functional", "splitters", "decoders", "training", "optim", "unlearning", "counting", "growth", "compat"]
-ROOMS = [f"kvb.{room}".rstrip(".") for room in [*ROOMS, "distributed", "plots", "report"]]
+ROOMS = ["", "functional", "memory", "splitters", "decoders", "training", "optim", "unlearning", "counting", "growth"]
+ROOMS = [f"kvb.{room}".rstrip(".") for room in [*ROOMS, "compat", "distributed", "plots", "report"]]
 NEEDED = {"lightning": "lightning", "torchmetrics": "torchmetrics", "tensorboard": "tensorboard", "onnx": "onnxscript"}
 INTEGRATIONS = {f"kvb.integrations.{name}": package for name, package in NEEDED.items()}
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL

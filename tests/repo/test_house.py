@@ -30,6 +30,7 @@ FLOORS = {
     "optim_audit": 7,
     "optim_growth": 7,
     "optim_groups": 6,
+    "optim_rows": 7,
     "training": 7,
     "unlearning": 7,
     "modules.wrapping": 7,
@@ -48,6 +49,7 @@ FLOORS = {
     "classifier": 8,
     "classifier_files": 7,
     "growth": 7,
+    "memory": 5,
     "functional": 3,
     "modules.state": 3,
     "modules.outputs": 4,
@@ -64,6 +66,7 @@ FLOORS = {
     "testing.verdicts": 3,
     "testing.checks": 2,
     "testing.expectations": 1,
+    "testing.memory_checks": 1,
     "testing.cases": 0,
     "testing.attempts": 0,
     "testing.data": -1,
@@ -88,6 +91,7 @@ FLOORS = {
     "reference.search": -1,
     "reference.histograms": -2,
     "reference.statistics": -1,
+    "reference.memory": -1,
     "reference.packing": -2,
     "reference.values": -2,
     "reference.arithmetic": -3,
@@ -315,7 +319,7 @@ def test_each_kind_of_line_lives_in_its_room():
     rooms = {
         r"torch\.library|save_for_backward": {"ops"},
         r"register_buffer|nn\.Parameter": {
-            *("modules", "splitters", "decoders", "counting", "projection", "compat", "distributed")
+            *("modules", "splitters", "decoders", "counting", "projection", "memory", "compat", "distributed")
         },
         r"\btl\.": set(),
         r"perf_counter|time\.time|time\.monotonic": {"experiments", "testing"},
