@@ -173,9 +173,10 @@ def _demo(chosen: argparse.Namespace) -> None:
 
 def _unlearn(chosen: argparse.Namespace) -> None:
     def run(unlearning: Any, data: Any) -> None:
+        Refused = unlearning.ClassesError
         try:
             unlearning.main(data.STUDY, chosen.out, chosen.seed, classes=chosen.classes)
-        except unlearning.ClassesError as error:
+        except Refused as error:
             raise WrongUsage(f"--{error}") from None
 
     _experiment("unlearning", chosen, run)

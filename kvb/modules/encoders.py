@@ -83,6 +83,8 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
     encoder: nn.Module
     splitting_mode: splitters.Mode | nn.Module
     pool: Pool = "none"  # also of a module pickled before there was a choice
+    transforms: Callable[[Any], Any] | None = None  # what makes the encoder's input of an image
+    activate_pre_transform: bool = False  # whether forward applies it
 
     def __init__(
         self,
@@ -136,16 +138,17 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         self.check_finite = check_finite
         self.pool = pool
         self.outputs_extractor = outputs_extractor
-        self.transforms: Callable[[Any], Any] | None = None  # what makes the encoder's input of an image
-        self.activate_pre_transform = False  # whether forward applies it
         self.frozen_encoder = self.frozen_splitter = False
         self.key_report: KeyReport | None = None  # of the last ``initialize_keys``
         self.encoder = encoder.eval()
+        self._build(device, validation.float_dtype(dtype))
+
+    def _build(self, device: validation.Device, dtype: torch.dtype | None) -> None:
+        """Splitter and bottleneck on a device, values of a dtype."""
         with validation.placed(device):
             self.splitter = self._init_splitter()
             self.bottleneck = self._init_bottleneck()
-        values = self.bottleneck.values
-        values.data = values.data.to(dtype=validation.float_dtype(dtype))
+        self.bottleneck.values.data = self.bottleneck.values.data.to(dtype=dtype)
 
     def _init_splitter(self) -> nn.Module:
         """The splitter of a new module, from the attributes of the constructor; subclasses may return another."""
