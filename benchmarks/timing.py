@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from time import perf_counter, process_time
@@ -127,12 +125,6 @@ def processor_seconds(run: Callable[[], Any], calls: int, repeats: int) -> float
             run()
         found.append((process_time() - start) / calls)
     return min(found)
-
-
-def import_seconds(module: str, after: str, runs: int) -> list[float]:
-    """What importing a module costs a processor in new processes that have imported another one already."""
-    code = f"import time, {after}; begun = time.process_time(); import {module}; print(time.process_time() - begun)"
-    return [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(runs)]
 
 
 class HostClock:

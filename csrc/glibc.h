@@ -1,5 +1,5 @@
-// What newer versions of glibc changed, done without: a build made beside any glibc runs on all from 2.28 on, as
-// PyTorch does. `make wheels` checks it.
+// What newer versions of glibc changed, done without: a build made beside any glibc runs on all from 2.28 on, as does
+// PyTorch. `make wheels` checks it.
 #pragma once
 
 #include <cmath>

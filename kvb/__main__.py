@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a page about the bottleneck in a file: sizes, usage, pictures")
     report.add_argument("file", type=Path, help="of kvb.save, or a folder of save_pretrained")
     report.add_argument("--data", type=Path, metavar="CODES", help="count these codes, a .npy of encode_dataset")
+    report.add_argument("--accuracies", type=Path, metavar="JSON", help="draw these: a row of tasks after each task")
     report.add_argument("--out", type=Path, default=Path("report.html"), metavar="HTML", help="the page (%(default)s)")
     _add_bench(commands.add_parser("bench", help="how fast kvb is on this machine, against what you might use instead"))
     check = commands.add_parser("check", help="hold every operator of every backend of this machine to the contract")
@@ -173,10 +174,11 @@ def _demo(chosen: argparse.Namespace) -> None:
 
 def _unlearn(chosen: argparse.Namespace) -> None:
     def run(unlearning: Any, data: Any) -> None:
-        Refused = unlearning.ClassesError
+        from kvb.experiments.unlearning import ClassesError  # with packages that not every command needs
+
         try:
             unlearning.main(data.STUDY, chosen.out, chosen.seed, classes=chosen.classes)
-        except Refused as error:
+        except ClassesError as error:
             raise WrongUsage(f"--{error}") from None
 
     _experiment("unlearning", chosen, run)
@@ -247,7 +249,7 @@ def _check(device: str | None, **options: Any) -> int:
     return 0 if testing.run([there[device]] if device else list(there.values()), **options) else 1
 
 
-def _report(source: Path, out: Path, data: Path | None) -> int:
+def _report(source: Path, out: Path, data: Path | None, accuracies: Path | None) -> int:
     try:
         from kvb import report
     except ModuleNotFoundError as error:
@@ -256,7 +258,7 @@ def _report(source: Path, out: Path, data: Path | None) -> int:
         sys.exit("The report command needs matplotlib, which is not installed. Install it with: pip install matplotlib")
     _require_folder(out)
     try:
-        print(report.write(source, out, data))
+        print(report.write(source, out, data, accuracies))
     except FileNotFoundError as error:
         sys.exit(f"There is no file {error.filename}.")
     except CheckpointError as error:
@@ -280,7 +282,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     if chosen.command == "bench":
         return _bench(chosen.full, chosen.peers, chosen.json, chosen.plot)
     if chosen.command == "report":
-        return _report(chosen.file, chosen.out, chosen.data)
+        return _report(chosen.file, chosen.out, chosen.data, chosen.accuracies)
     if chosen.command == "demo":
         _demo(chosen)
     elif chosen.command == "protocol":

@@ -50,6 +50,14 @@ class ClassCounts(nn.Module):
         device: of the counts.
     State:
         counts [C, K, V]; totals [C, 1, V], their sums over the pairs, int64 or float64.
+    Examples:
+        >>> head = kvb.counting.ClassCounts(num_codebooks=1, pairs=3, num_classes=2)
+        >>> codes, labels = torch.tensor([[[0]], [[2]]]), torch.tensor([0, 1])
+        >>> head = head.add(codes, labels)
+        >>> head.predict(codes)
+        tensor([0, 1])
+        >>> bool(head.remove(codes, labels).counts.any())
+        False
     """
 
     smoothing: float
@@ -158,6 +166,14 @@ class ClassCounts(nn.Module):
 
         Raises:
             TypeError: no ``ClassCounts``, or counts of another dtype. ValueError: other sizes.
+        Examples:
+            >>> one, other = (kvb.counting.ClassCounts(1, pairs=3, num_classes=2) for _ in range(2))
+            >>> one = one.add(torch.tensor([[0]]), torch.tensor([0]))
+            >>> other = other.add(torch.tensor([[2]]), torch.tensor([1]))
+            >>> one.merge(other).counts
+            tensor([[[1, 0],
+                     [0, 0],
+                     [0, 1]]], dtype=torch.int32)
         """
         if not isinstance(other, ClassCounts) or other.counts.dtype != self.counts.dtype:
             kind = f"ClassCounts of {other.counts.dtype}" if isinstance(other, ClassCounts) else type(other).__name__
@@ -337,6 +353,9 @@ def distance_weights(distances: Tensor, *, levels: int | None = None) -> Tensor:
         [B, C, T] in [0, 1] or int64 in [0, levels]; 0 where the distance is not finite.
     Raises:
         TypeError: no floating-point tensor. ValueError: fewer than three axes, or no positive number of levels.
+    Examples:
+        >>> kvb.counting.distance_weights(torch.tensor([[[0.0, 1.0, 2.0]]]), levels=10)
+        tensor([[[10,  5,  0]]])
     """
     validation.floating("distance_weights", "distances", distances)
     if distances.dim() < 3:

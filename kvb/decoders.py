@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import validation
 from kvb._torch import saveable
+from kvb.modules.tracing import OneNode
 
 
-class CodebookVoting(nn.Module):
+class CodebookVoting(OneNode):
     """Each codebook and position votes with its value; the mean vote is the logits. Has no parameters.
 
     Equivalent to ``values.flatten(1, -2).mean(1)``; with ``topk`` to ``(values * weights).sum(2)`` over the T fetched
@@ -30,6 +32,10 @@ class CodebookVoting(nn.Module):
         device: of the weights.
     State:
         weights [T], for ``topk`` > 1 only.
+    Examples:
+        >>> votes = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]]])  # of three codebooks for two classes
+        >>> kvb.decoders.CodebookVoting(2)(votes)
+        tensor([[1.3333, 1.0000]])
     """
 
     num_classes: int
@@ -68,6 +74,8 @@ class CodebookVoting(nn.Module):
         Raises:
             TypeError: not a floating-point tensor, or a mask that is not bool. ValueError: a shape that does not fit.
         """
+        if isinstance(values, Proxy):
+            return self._call_of(values, mask)
         validation.floating("CodebookVoting", "values", values)
         ranks = self.topk > 1
         axis = -1 if self.channel_last else 2 + ranks
@@ -105,7 +113,7 @@ class CodebookVoting(nn.Module):
         return f"{self.num_classes} classes" + (f", topk={self.topk}" if self.topk > 1 else "")
 
 
-class LinearProbe(nn.Module):
+class LinearProbe(OneNode):
     """One linear layer on all values of a sample.
 
     Equivalent to ``linear(values.flatten(1))``.
@@ -115,6 +123,9 @@ class LinearProbe(nn.Module):
         num_classes: size of the output.
         bias: learn one.
         device, dtype: of the parameters.
+    Examples:
+        >>> kvb.decoders.LinearProbe(4 * 16, 10)(torch.randn(5, 4, 16)).shape
+        torch.Size([5, 10])
     """
 
     num_features: int
@@ -137,11 +148,13 @@ class LinearProbe(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """values [B, ...], ``num_features`` per sample, -> logits [B, num_classes]."""
+        if isinstance(values, Proxy):
+            return self._call_of(values)
         logits: Tensor = self.linear(_flat(type(self).__name__, values, self.num_features))
         return logits
 
 
-class MLP(nn.Module):
+class MLP(OneNode):
     """A network with one hidden layer (ReLU) on all values of a sample.
 
     Equivalent to ``output(relu(hidden(values.flatten(1))))``.
@@ -151,6 +164,9 @@ class MLP(nn.Module):
         num_classes: size of the output.
         hidden: size of the hidden layer; 128 in the authors' experiments.
         device, dtype: of the parameters.
+    Examples:
+        >>> kvb.decoders.MLP(4 * 16, 10)(torch.randn(5, 4, 16)).shape
+        torch.Size([5, 10])
     """
 
     num_features: int
@@ -174,6 +190,8 @@ class MLP(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """values [B, ...], ``num_features`` per sample, -> logits [B, num_classes]."""
+        if isinstance(values, Proxy):
+            return self._call_of(values)
         flat = _flat(type(self).__name__, values, self.num_features)
         logits: Tensor = self.output(self.hidden(flat).relu())
         return logits
@@ -203,6 +221,9 @@ def add_distance_to_values(values: Tensor, distances: Tensor, *, axis: int = -1)
     Raises:
         TypeError: not floating-point tensors. ValueError: shapes disagree, or there is no such axis.
     Source: the option of that name in the authors' experiments.
+    Examples:
+        >>> kvb.decoders.add_distance_to_values(torch.zeros(1, 1, 2), torch.ones(1, 1))
+        tensor([[[0., 0., 1.]]])
     """
     validation.floating("add_distance_to_values", "values", values)
     validation.floating("add_distance_to_values", "distances", distances)

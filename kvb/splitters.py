@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import validation
+from kvb.modules.tracing import OneNode
 
 Mode = Literal["chunk", "random_projection", "sparse_projection", "learned_projection"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -22,6 +24,9 @@ def make(mode: Mode | nn.Module, num_channels: int, num_codebooks: int, dim_keys
     Raises:
         ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C. TypeError: neither a mode nor a
         module.
+    Examples:
+        >>> kvb.splitters.make("random_projection", 64, num_codebooks=4, dim_keys=8)(torch.randn(5, 64)).shape
+        torch.Size([5, 4, 8])
     """
     if isinstance(mode, nn.Module):
         return mode
@@ -62,7 +67,7 @@ def _added_heads(wanted: int, now: int) -> int:
     return wanted - now
 
 
-class Chunk(nn.Module):
+class Chunk(OneNode):
     """Cut the channels into C consecutive heads of D.
 
     Equivalent to ``x.unflatten(-1, (C, D)).movedim(-2, 1)``; a view, no copy.
@@ -72,6 +77,11 @@ class Chunk(nn.Module):
         num_codebooks: C.
     Raises:
         ValueError: the channels do not divide evenly.
+    Examples:
+        >>> kvb.splitters.Chunk(6, num_codebooks=3)(torch.arange(6.0)[None])
+        tensor([[[0., 1.],
+                 [2., 3.],
+                 [4., 5.]]])
     """
 
     num_channels: int
@@ -88,6 +98,8 @@ class Chunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D]."""
+        if isinstance(x, Proxy):
+            return self._call_of(x)
         _check_features("Chunk", x, self.num_channels)
         return x.unflatten(-1, (self.num_codebooks, self.dim_keys)).movedim(-2, 1)
 
@@ -95,7 +107,7 @@ class Chunk(nn.Module):
         return f"{self.num_channels} channels -> {self.num_codebooks} heads of {self.dim_keys}"
 
 
-class RandomProjection(nn.Module):
+class RandomProjection(OneNode):
     """Project the features once per codebook with a fixed random matrix of unit columns.
 
     Equivalent to ``torch.einsum("b...d,cdk->bc...k", x, rand_proj)``. The matrix is a buffer and never learns.
@@ -108,6 +120,10 @@ class RandomProjection(nn.Module):
         device, dtype: of the matrix; by default float32.
     State:
         rand_proj: [C, channels, D], the published name.
+    Examples:
+        >>> split = kvb.splitters.RandomProjection(64, num_codebooks=4, dim_keys=8)
+        >>> split(torch.randn(5, 7, 7, 64)).shape
+        torch.Size([5, 4, 7, 7, 8])
     """
 
     num_channels: int
@@ -145,6 +161,8 @@ class RandomProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D] in float32 or float64: one product, heads moved as a view."""
+        if isinstance(x, Proxy):
+            return self._call_of(x)
         _check_features(type(self).__name__, x, self.num_channels)
         validation.same_device("x", x, "the projections", self.rand_proj)
         heads = _product(x, self.rand_proj.transpose(0, 1).flatten(1))
@@ -173,6 +191,11 @@ class SparseProjection(RandomProjection):
 
     Source: Li, Hastie and Church, Very sparse random projections, KDD 2006. In the published code
     "sparse_projection" is a name without code.
+
+    Examples:
+        >>> split = kvb.splitters.SparseProjection(64, num_codebooks=4, dim_keys=8)
+        >>> (split.rand_proj != 0).sum(1).unique()  # channels that an output looks at
+        tensor([8])
     """
 
     def _draw(self, heads: int, generator: torch.Generator | None) -> Tensor:
@@ -183,7 +206,7 @@ class SparseProjection(RandomProjection):
         return torch.zeros(shape, dtype=torch.float32).scatter_(1, places, signs)
 
 
-class LearnedProjection(nn.Module):
+class LearnedProjection(OneNode):
     """Project the features with one linear map without bias, a parameter.
 
     Equivalent to ``proj(x).unflatten(-1, (D, C)).movedim(-1, 1)``: key dim major, as published.
@@ -197,6 +220,10 @@ class LearnedProjection(nn.Module):
         device, dtype: of the weight.
     State:
         proj.weight: [D*C, channels], the published name and order.
+    Examples:
+        >>> split = kvb.splitters.LearnedProjection(64, num_codebooks=4, dim_keys=8)
+        >>> split(torch.randn(5, 64)).shape
+        torch.Size([5, 4, 8])
     """
 
     num_channels: int
@@ -223,6 +250,8 @@ class LearnedProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D] in float32 or float64: one product, heads moved as a view."""
+        if isinstance(x, Proxy):
+            return self._call_of(x)
         _check_features("LearnedProjection", x, self.num_channels)
         validation.same_device("x", x, "the projections", self.proj.weight)
         heads = _product(x, self.proj.weight.mT)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import collectives, functional, ops, validation
 from kvb.collectives import Group
@@ -19,9 +20,10 @@ from kvb.modules.learning import LearnsKeys
 from kvb.modules.outputs import BottleneckOutput, Lookup
 from kvb.modules.streams import Part
 from kvb.modules.tables import VALUES_STARTS, Tables, ValuesStart, start_
+from kvb.modules.tracing import OneNode
 
 
-class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
+class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
     """C codebooks of K key-value pairs: every head of the input fetches the value of its nearest key.
 
     Equivalent to, per codebook c: ``i = ((x[:, c, ..., None, :] - keys[c])**2).sum(-1).argmin(-1); values[c, i]``,
@@ -70,6 +72,14 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
     Not for two threads at once while keys learn or are counted; eval-mode forwards are safe.
 
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10, init_mode="sample")
+        >>> report = bottleneck.init_keys(torch.randn(100, 4, 8), progress=False)
+        >>> values = bottleneck.freeze_keys()(torch.randn(5, 4, 8))  # a decoder makes logits of them
+        >>> values.shape
+        torch.Size([5, 4, 10])
+        >>> bottleneck(torch.randn(5, 4, 8), pool="mean").shape
+        torch.Size([5, 10])
     """
 
     __call__: Lookup
@@ -176,6 +186,8 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
             TypeError: not a floating-point tensor, or a mask that is not bool. ValueError: a shape does not fit, or
             ``check_finite`` found NaN. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
+        if isinstance(x, Proxy):
+            return self._call_of(x, mask=mask, pool=pool, return_values_only=return_values_only)
         pool = self._pooled(pool)
         values_only = self.return_values_only if return_values_only is None else return_values_only
         queries = self._queries(x, mask)
@@ -219,6 +231,10 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
             dtype: torch.int64, int32 or int16, or "auto" for the smallest of the last two that holds K - 1.
         Raises:
             as ``forward``; ValueError: dtype too small.
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> bottleneck.encode(torch.randn(5, 4, 8), dtype="auto").dtype
+            torch.int16
         """
         storage = validation.code_dtype(dtype, self.key_value_pairs_per_codebook)
         queries = self._queries(x, mask)
@@ -240,6 +256,11 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
         Raises:
             TypeError: not integers, or a mask that is not bool. ValueError: shape or pool. IndexError: an index outside
             [0, K). RuntimeError: ``fully_shard`` has split the values together with a module around.
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> x = torch.randn(5, 4, 8)
+            >>> torch.equal(bottleneck.decode(bottleneck.encode(x)), bottleneck(x))
+            True
         """
         validation.integer("decode", "indices", indices)
         table = self._table()

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import splitters, validation
 from kvb.functional import Pool
@@ -36,6 +37,10 @@ class DiscreteKeyValueBottleneckConfig:
         others: the options of ``KeyValueBottleneck``, but for ``return_values_only``, with ``decay`` as published.
     Raises:
         TypeError, ValueError: a size that is no positive integer. TypeError: an encoder or splitter that is no module.
+    Examples:
+        >>> config = kvb.DiscreteKeyValueBottleneckConfig(dim=8, dim_embed=64, num_memories=16, num_memory_codebooks=4)
+        >>> kvb.DiscreteKeyValueBottleneck(config)(torch.randn(5, 64)).shape
+        torch.Size([5, 8])
     """
 
     dim: int
@@ -95,6 +100,10 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
     Methods:
         those of ``KeyValueBottleneck``, which take what ``forward`` takes.
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
+    Examples:
+        >>> memory = kvb.DiscreteKeyValueBottleneck(dim=64, num_memories=16, num_memory_codebooks=4)
+        >>> memory(torch.randn(2, 7, 64)).shape
+        torch.Size([2, 7, 64])
     """
 
     __call__: Recall[Intermediates]
@@ -168,6 +177,9 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
             TypeError: not a floating-point tensor, or arguments for an encoder that is not there. ValueError: the
             shape does not fit. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
+        if isinstance(x, Proxy):
+            options = {"mask": mask, "pool": pool}
+            return self._call_of(x, return_intermediates, average_pool_memories, more=encoder_arguments, **options)
         heads, mask = self._prepared(x, mask, encoder_arguments)
         if pool is None and average_pool_memories is not None:
             pool = "mean" if average_pool_memories else "none"

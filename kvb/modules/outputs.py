@@ -13,7 +13,14 @@ _Details = TypeVar("_Details", covariant=True)
 
 
 class BottleneckOutput(NamedTuple):
-    """What ``KeyValueBottleneck`` returns with ``return_values_only=False``; a topk axis follows C if topk > 1."""
+    """What ``KeyValueBottleneck`` returns with ``return_values_only=False``; a topk axis follows C if topk > 1.
+
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> found = bottleneck(torch.randn(5, 4, 8), return_values_only=False)
+        >>> found.values.shape, found.indices.shape
+        (torch.Size([5, 4, 10]), torch.Size([5, 4]))
+    """
 
     values: Tensor  # [B, C, *shape, V]
     keys: Tensor  # [B, C, *shape, D]

@@ -118,6 +118,11 @@ class DinoBottleneckedEncoder(PretrainedEncoder):
     """DINO (Caron et al., ICCV 2021): "dino_resnet50" or "dino_vits8" of torch.hub; arguments: ``PretrainedEncoder``.
 
     Channels: 256, 512, 1024 or 2048 by layer; 384.
+
+    Examples:
+        >>> model = kvb.DinoBottleneckedEncoder(4, 16, backbone="dino_vits8", input_is_embedding=True)
+        >>> model(torch.randn(5, 384)).shape
+        torch.Size([5, 384])
     """
 
     BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.DINO
@@ -127,6 +132,11 @@ class SwavBottleneckedEncoder(PretrainedEncoder):
     """SwAV (Caron et al., NeurIPS 2020): "swav_resnet50" or "swav_resnet50w2"; arguments: ``PretrainedEncoder``.
 
     Channels: 256, 512, 1024 or 2048 by layer; twice as many for "w2". On a GPU under autocast, as published.
+
+    Examples:
+        >>> model = kvb.SwavBottleneckedEncoder(4, 16, input_is_embedding=True)
+        >>> model(torch.randn(5, 1024)).shape
+        torch.Size([5, 1024])
     """
 
     BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.SWAV
@@ -140,6 +150,11 @@ class VICRegBottleneckedEncoder(PretrainedEncoder):
     """VICReg (Bardes et al., ICLR 2022): "vicreg_resnet50" or "vicreg_resnet50w2"; arguments: ``PretrainedEncoder``.
 
     Channels: 256, 512, 1024 or 2048 by layer; twice as many for "w2".
+
+    Examples:
+        >>> model = kvb.VICRegBottleneckedEncoder(4, 16, input_is_embedding=True)
+        >>> model(torch.randn(5, 1024)).shape
+        torch.Size([5, 1024])
     """
 
     BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.VICREG
@@ -150,6 +165,11 @@ class SLPretrainedBottleneckedEncoder(PretrainedEncoder):
 
     "cifar10_resnet56", "cifar10_resnet22", "cifar100_resnet56", "cifar100_resnet22": 16, 32 or 64 channels by layer.
     "resnet50_imagenet_v2", of torchvision: 256, 512, 1024 or 2048, and ``transforms`` for images.
+
+    Examples:
+        >>> model = kvb.SLPretrainedBottleneckedEncoder(4, 16, input_is_embedding=True)
+        >>> model(torch.randn(5, 64)).shape
+        torch.Size([5, 64])
     """
 
     BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.SUPERVISED
@@ -159,6 +179,11 @@ class CLIPBottleneckedEncoder(PretrainedEncoder):
     """CLIP (Radford et al., ICML 2021): "clip_vit_b32", 512 channels; arguments: ``PretrainedEncoder``.
 
     ``transforms`` makes its input of a PIL image. Loaded in float32 on the CPU: move the whole module with ``to``.
+
+    Examples:
+        >>> model = kvb.CLIPBottleneckedEncoder(4, 16, input_is_embedding=True)
+        >>> model(torch.randn(5, 512)).shape
+        torch.Size([5, 512])
     """
 
     BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.CLIP
@@ -172,6 +197,11 @@ class ConvMixerBottleneckedEncoder(PretrainedEncoder):
     """Embeddings of 256 numbers of a ConvMixer (Bricken et al., ICLR 2023); arguments: ``PretrainedEncoder``.
 
     Its weights are nowhere to be loaded from: ``input_is_embedding`` must be True.
+
+    Examples:
+        >>> model = kvb.ConvMixerBottleneckedEncoder(4, 16, input_is_embedding=True)
+        >>> model(torch.randn(5, 256)).shape
+        torch.Size([5, 256])
     """
 
     BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.CONVMIXER

@@ -18,6 +18,7 @@ from kvb.modules.hub import OnHub
 from kvb.modules.samples import cut
 from kvb.modules.streams import Part
 from kvb.modules.tables import ValuesStart
+from kvb.modules.tracing import OneNode
 
 BATCH = 256  # samples of one batch cut from a tensor for an encoder
 _Self = TypeVar("_Self", bound="BottleneckWrapper")
@@ -45,7 +46,7 @@ class BottleneckOptions(KvbOptions, total=False):
     topk: int
 
 
-class BottleneckWrapper(OnHub, ReadsData, nn.Module):
+class BottleneckWrapper(OnHub, ReadsData, OneNode):
     """An encoder (or None), a splitter and a bottleneck. A subclass says how they are built, and what goes in and out.
 
     Its inputs are whatever the encoder takes, the features themselves where there is none. Everything that is not
