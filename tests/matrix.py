@@ -93,8 +93,10 @@ def _checked(dist: Path) -> Path:
 def _environment(folder: Path, python: str, torch: str) -> Path:
     """The Python of a new environment that holds this PyTorch; LookupError where one of them is not to be had."""
     shutil.rmtree(folder, ignore_errors=True)
-    found = shutil.which(f"python{python}") or next(map(str, _of_pyenv(python)), None)
-    if found is None or _run(found, "-c", "import venv, ensurepip").returncode:
+    # What pyenv puts on the path may be a name without a Python behind it.
+    there = [path for path in (shutil.which(f"python{python}"), *map(str, _of_pyenv(python))) if path]
+    found = next((path for path in there if not _run(path, "-c", "import venv, ensurepip").returncode), None)
+    if found is None:
         raise LookupError(f"there is no Python {python}")
     if (done := _run(found, "-m", "venv", str(folder))).returncode:
         raise LookupError(_last(done))

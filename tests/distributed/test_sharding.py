@@ -45,6 +45,9 @@ def _looked_up(split, begin):
                 scale=4 * scale,
             )
             near(there.decode(codes, pool), alone.decode(codes, pool), f"{what}, {pool}", scale=4 * scale)
+        there.pool = "sum"  # as its constructor would have it
+        assert torch.equal(there.decode(codes), there.decode(codes, "sum")), what
+        assert torch.equal(there(x, return_values_only=True), there(x, pool="sum", return_values_only=True)), what
 
 
 @pytest.mark.parametrize("begin", HALVES)

@@ -247,6 +247,17 @@ def test_an_editable_build_leaves_no_extension_of_an_earlier_one(sources):
         assert len(said(done)) == (choice == "auto")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is on Linux only")
+def test_the_extension_needs_no_newer_glibc_than_pytorch():
+    """Whatever it was built beside; which libstdc++ it needs, `make wheels` sees to."""
+    extension = ROOT / "kvb" / "_C.abi3.so"
+    if not extension.exists():
+        pytest.skip("there is no extension")
+    found = re.findall(rb"\0GLIBC_2\.(\d+)[\d.]*(?=\0)", extension.read_bytes())
+    assert found
+    assert max(map(int, found)) <= 28
+
+
 def test_wheel_is_pure(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
 
