@@ -11,7 +11,8 @@ import pytest
 SOURCES = Path(__file__).parents[2] / "csrc"
 FILES = sorted(path for path in SOURCES.glob("**/*") if path.suffix in (".h", ".cpp", ".inc"))
 # What each instruction set defines again, and what each filter says of itself.
-PER_INSTRUCTION_SET = {"lanes256.inc", "lanes512.inc", "avx2.cpp", "avx512.cpp", "avx512_vnni.cpp", "avx_vnni.cpp"}
+PER_INSTRUCTION_SET = {"lanes128.inc", "lanes256.inc", "lanes512.inc"}
+PER_INSTRUCTION_SET |= {"avx2.cpp", "avx512.cpp", "avx512_vnni.cpp", "avx_vnni.cpp", "neon.cpp", "neon_dot.cpp"}
 
 
 def name_of(path: Path) -> str:
