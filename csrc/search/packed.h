@@ -31,10 +31,11 @@ constexpr int64_t kTileQuads = 16; // quadruples of coordinates in a hardware ti
 constexpr int64_t kInterleaved = 4; // tiles whose rows alternate in memory: their sums wait for nothing
 constexpr int64_t kTileRow = 64; // bytes of four coordinates in a tile
 // The byte that stands for zero in a tile: products on x86-64 take the bytes of one side as unsigned.
+constexpr int32_t kZeroByte =
 #if defined(__aarch64__)
-constexpr int32_t kZeroByte = 0;
+    0;
 #else
-constexpr int32_t kZeroByte = 128;
+    128;
 #endif
 
 struct Scale {
