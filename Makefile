@@ -124,9 +124,9 @@ $(ARM_TESTS): $(ARM)/passed-%: tests/ops/%.py $(ARM)/.kvb
 
 $(ARM)/.kvb: $(ARM)/.packages setup.py $(wildcard csrc/*.* csrc/*/*) $(shell find kvb kernels -name '*.py')
 	@echo "Building kvb for 64-bit Arm"
-	@rm -rf $(ARM)/kvb $(ARM)/build $(ARM)/*.whl $(ARM)/passed-*
-	@KVB_BUILD_EXT=1 CXX="aarch64-linux-gnu-g++ -idirafter $(ARM)/root/usr/include" $(call on_arm,$(ARM_CPU)) \
-		setup.py -q build --build-base $(ARM)/build bdist_wheel --dist-dir $(ARM)
+	@rm -rf $(ARM)/kvb $(ARM)/*.whl $(ARM)/passed-* build/*.linux-aarch64*
+	@KVB_BUILD_EXT=1 CXX=aarch64-linux-gnu-g++ CPLUS_INCLUDE_PATH=$(ARM)/root/usr/include/python3:$(ARM)/root/usr/include \
+		$(call on_arm,$(ARM_CPU)) setup.py -q bdist_wheel --dist-dir $(ARM) >$(ARM)/build.log 2>&1 || { tail -n 30 $(ARM)/build.log; exit 1; }
 	@$(call on_arm,$(ARM_CPU)) -m zipfile -e $(ARM)/kvb-*.whl $(ARM)/kvb
 	@touch $@
 
@@ -148,6 +148,7 @@ $(ARM)/.root:
 	@$(ARM_APT) update
 	@$(ARM_APT) install -y --download-only --no-install-recommends python3 libpython3-dev libstdc++6 >/dev/null
 	@for package in $(ARM)/apt/archives/*.deb; do dpkg-deb -x $$package $(ARM)/root || exit 1; done
+	@ln -s $$(ls $(ARM)/root/usr/include | grep '^python3') $(ARM)/root/usr/include/python3
 	@printf '%s\n' '#!/bin/sh' 'exec qemu-aarch64-static -L $(ARM)/root -0 "$$0" $(ARM)/root/usr/bin/python3 "$$@"' \
 		>$(ARM)/root/usr/bin/emulated
 	@chmod +x $(ARM)/root/usr/bin/emulated
