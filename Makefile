@@ -127,7 +127,7 @@ $(ARM)/.kvb: $(ARM)/.packages setup.py $(wildcard csrc/*.* csrc/*/*) $(shell fin
 	@rm -rf $(ARM)/kvb $(ARM)/*.whl $(ARM)/passed-* build/*.linux-aarch64*
 	@KVB_BUILD_EXT=1 CXX=aarch64-linux-gnu-g++ CPLUS_INCLUDE_PATH=$(ARM)/root/usr/include/python3:$(ARM)/root/usr/include \
 		$(call on_arm,$(ARM_CPU)) setup.py -q bdist_wheel --dist-dir $(ARM) >$(ARM)/build.log 2>&1 || { tail -n 30 $(ARM)/build.log; exit 1; }
-	@$(call on_arm,$(ARM_CPU)) -m zipfile -e $(ARM)/kvb-*.whl $(ARM)/kvb
+	@$(BIN)/python -m zipfile -e $(ARM)/kvb-*.whl $(ARM)/kvb
 	@touch $@
 
 $(ARM)/.packages: $(ARM)/.root | $(SETUP)
