@@ -12,7 +12,7 @@ EXT_test := $(or $(KVB_BUILD_EXT),1)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Tests may share the machine: threads that wait must not spin, or a busy neighbour slows them down a hundredfold.
-test test-all sanitize triton-versions: export OMP_WAIT_POLICY = PASSIVE
+test test-all sanitize triton-versions arm64: export OMP_WAIT_POLICY = PASSIVE
 
 BIN := $(VENV)/bin
 # With the environment's ninja within reach, compilers run side by side.
@@ -21,7 +21,7 @@ SETUP := $(VENV)/.kvb-$(shell echo '$(TORCH) $(TORCH_INDEX) $(KVB_BUILD_EXT)' | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo protocol bench data-mnist data-20ng data-graphs test test-all sanitize triton-versions integrations wheels matrix docs lint clean
+.PHONY: help demo protocol bench data-mnist data-20ng data-graphs test test-all sanitize triton-versions integrations wheels matrix docs arm64 lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -62,7 +62,7 @@ test: lint ## run the linters, the tests, and those of the contract once more on
 	wait $$triton || status=1; exit $$status
 
 # The kernels' slow tests run next to the rest: each keeps one core busy for an hour.
-test-all: test data-mnist data-graphs sanitize triton-versions integrations matrix docs ## the same, then sanitizers, other versions and packages, the site, and the slow tests
+test-all: test data-mnist data-graphs sanitize triton-versions integrations matrix docs arm64 ## the same, then sanitizers, other versions, packages and processors, the site, and the slow tests
 	@$(ON_CPP) $(BIN)/pytest -q -p no:cacheprovider -m slow -s $(OF_KERNELS) & kernels=$$!; \
 	$(ON_CPP) $(BIN)/pytest -q -m slow -s $(addprefix --ignore=,$(OF_KERNELS)) \
 		&& $(ON_TORCH) $(BIN)/pytest -q -m "(contract or fallback) and slow" -s \
@@ -120,6 +120,60 @@ REPAIR = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --only-plat --
 
 matrix: wheels ## install the wheel beside other versions of Python and PyTorch, those with CPU builds in reach, and test it there
 	@$(BIN)/python tests/matrix.py dist
+
+# 64-bit Arm, emulated: Debian's Python with the newest PyTorch for it that comes without CUDA. All of it stays in
+# $(ARM): nothing is installed on this machine. Python is emulated, the compiler that it calls is not.
+ARM := $(abspath build/arm64)
+ARM_CPU ?= neoverse-n1
+ARM_TOOLS := qemu-aarch64-static aarch64-linux-gnu-g++ aarch64-linux-gnu-objdump apt-get dpkg-deb
+ARM_PACKAGES := torch==2.10.0 filelock typing-extensions sympy mpmath networkx jinja2 markupsafe fsspec numpy tqdm \
+	'setuptools>=77' wheel pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers
+ARM_APT := apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Sandbox::User= \
+	-o Dir::State=$(ARM)/apt -o Dir::State::status=/dev/null -o Dir::Cache=$(ARM)/apt -o Debug::NoLocking=1
+# $(call on_arm,processor): Python on it.
+on_arm = PYTHONPATH=$(ARM)/kvb:$(ARM)/packages PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 QEMU_CPU=$1 $(ARM)/root/usr/bin/emulated
+PYTEST_ON_ARM = KVB_EXPECT_BACKEND=cpp KVB_EXPECT_FOLDER=$(ARM) $(call on_arm,$1) -m pytest -q -rs -p no:cacheprovider
+ARM_TESTS := $(patsubst tests/ops/%.py,$(ARM)/passed-%,$(wildcard tests/ops/test_*.py))
+
+arm64: $(ARM_TESTS) ## build the extension for 64-bit Arm and test its operators, emulated: hours, but files that passed stay passed
+	@$(call PYTEST_ON_ARM,cortex-a72) -k names_the_instruction_set tests/ops/test_extension.py
+
+$(ARM_TESTS): $(ARM)/passed-%: tests/ops/%.py $(ARM)/.kvb
+	@echo "Testing $< on an emulated $(ARM_CPU)"
+	@$(call PYTEST_ON_ARM,$(ARM_CPU)) $(ARGS) $<
+	@touch $@
+
+$(ARM)/.kvb: $(ARM)/.packages setup.py $(wildcard csrc/*.* csrc/*/*) $(shell find kvb kernels -name '*.py')
+	@echo "Building kvb for 64-bit Arm"
+	@rm -rf $(ARM)/kvb $(ARM)/*.whl $(ARM)/passed-* build/*.linux-aarch64*
+	@KVB_BUILD_EXT=1 CXX=aarch64-linux-gnu-g++ CPLUS_INCLUDE_PATH=$(ARM)/root/usr/include/python3:$(ARM)/root/usr/include \
+		$(call on_arm,$(ARM_CPU)) setup.py -q bdist_wheel --dist-dir $(ARM) >$(ARM)/build.log 2>&1 || { tail -n 30 $(ARM)/build.log; exit 1; }
+	@$(BIN)/python -m zipfile -e $(ARM)/kvb-*.whl $(ARM)/kvb
+	@touch $@
+
+$(ARM)/.packages: $(ARM)/.root | $(SETUP)
+	@echo "Installing PyTorch for 64-bit Arm in $(ARM)"
+	@rm -rf $(ARM)/packages
+	@$(PIP) install -q --target $(ARM)/packages --no-deps --only-binary=:all: --implementation cp \
+		--python-version $$(ls $(ARM)/root/usr/lib | sed -n 's/^python\(3\.[0-9]*\)$$/\1/p') \
+		$(foreach glibc,2_28 2_27 2_26 2_17,--platform manylinux_$(glibc)_aarch64) --platform manylinux2014_aarch64 $(ARM_PACKAGES)
+	@touch $@
+
+# Programs that the tests start are found by the path of a script that emulates Python.
+$(ARM)/.root:
+	@for tool in $(ARM_TOOLS); do command -v $$tool >/dev/null || { \
+		echo "There is no $$tool. On Debian or Ubuntu: apt install qemu-user-static g++-aarch64-linux-gnu" >&2; exit 1; }; done
+	@echo "Unpacking Debian's Python for 64-bit Arm in $(ARM)"
+	@rm -rf $(ARM)/apt $(ARM)/root
+	@mkdir -p $(ARM)/apt/lists/partial $(ARM)/apt/archives/partial $(ARM)/root/usr/bin
+	@$(ARM_APT) update
+	@$(ARM_APT) install -y --download-only --no-install-recommends python3 libpython3-dev libstdc++6 >/dev/null
+	@for package in $(ARM)/apt/archives/*.deb; do dpkg-deb -x $$package $(ARM)/root || exit 1; done
+	@ln -s $$(ls $(ARM)/root/usr/include | grep '^python3') $(ARM)/root/usr/include/python3
+	@printf '%s\n' '#!/bin/sh' 'exec qemu-aarch64-static -L $(ARM)/root -0 "$$0" $(ARM)/root/usr/bin/python3 "$$@"' \
+		>$(ARM)/root/usr/bin/emulated
+	@chmod +x $(ARM)/root/usr/bin/emulated
+	@touch $@
 
 lint: $(VENV)/.kvb-test ## check style, format and types
 	@$(BIN)/ruff check .

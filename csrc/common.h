@@ -158,7 +158,7 @@ inline void require_cpu(const Tensor& tensor, const char* name) {
   const int64_t bytes = Extent(tensor).bytes;
   if (bytes == 0) return;
   int64_t held = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &held));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &held));
   const int64_t needed = tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) + bytes;
   require(held >= needed, "expected ", name, " with memory for ", needed, " bytes, got a storage of ", held,
           " bytes: it was resized");

@@ -11,6 +11,11 @@ namespace {
 #include "vectors.inc"
 #include "lanes256.inc"
 
+template <int i>
+inline ivec spread(const int32_t* queries) {
+  return queries[i] - ivec{};
+}
+
 inline ivec dot(ivec sum, ivec keys, ivec query) {
   return reinterpret_cast<ivec>(_mm256_dpbusd_avx_epi32(
       reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(keys), reinterpret_cast<__m256i>(query)));

@@ -7,8 +7,11 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace kvb {
@@ -45,6 +48,20 @@ bool has_amx() {
   return false;
 #endif
 }
+
+#elif defined(__aarch64__)
+bool has_dot() {
+#if defined(__linux__)
+  constexpr unsigned long products_of_bytes = 1ul << 20; // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & products_of_bytes;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof(found);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found;
+#else
+  return false;
+#endif
+}
 #endif
 
 const Kernels* choose() {
@@ -57,6 +74,9 @@ const Kernels* choose() {
   if (allowed("avx512") && has_avx512()) return &avx512::kernels;
   if (allowed("avx_vnni") && has_avx_vnni()) return &avx_vnni::kernels;
   if (allowed("avx2") && has_avx2()) return &avx2::kernels;
+#elif defined(__aarch64__)
+  if (allowed("neon_dot") && has_dot()) return &neon_dot::kernels;
+  if (allowed("neon")) return &neon::kernels;
 #endif
   if (allowed("portable")) return &portable::kernels;
   return nullptr;

@@ -30,6 +30,13 @@ constexpr int64_t kAlignment = 64; // bytes, the alignment of every part
 constexpr int64_t kTileQuads = 16; // quadruples of coordinates in a hardware tile
 constexpr int64_t kInterleaved = 4; // tiles whose rows alternate in memory: their sums wait for nothing
 constexpr int64_t kTileRow = 64; // bytes of four coordinates in a tile
+// The byte that stands for zero in a tile: products on x86-64 take the bytes of one side as unsigned.
+constexpr int32_t kZeroByte =
+#if defined(__aarch64__)
+    0;
+#else
+    128;
+#endif
 
 struct Scale {
   float radius; // largest norm of a centred key
@@ -100,7 +107,7 @@ struct Layout {
 
   std::string id() const {
     std::string id = "kvb cpp 4: K=" + std::to_string(K) + " D=" + std::to_string(D);
-    id += float64 ? " float64" : tiled ? " int8" : " float32";
+    id += float64 ? " float64" : !tiled ? " float32" : kZeroByte ? " int8" : " int8 signed";
     id.resize(kAlignment, ' ');
     return id;
   }

@@ -62,7 +62,7 @@ void require_packed(const Tensor& packed, const Layout& layout, int64_t C) {
 Tensor found_packed(const Tensor& keys, const Tensor& packed) {
   if (packed.scalar_type() != ScalarType::Long) return packed;
   std::array<StableIValue, 2> stack{torch::stable::detail::from(keys), torch::stable::detail::from(packed)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("kvb::kept_packed", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("kvb::kept_packed", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

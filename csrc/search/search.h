@@ -15,6 +15,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace kvb {
@@ -77,6 +79,13 @@ namespace avx512_vnni {
 extern const Kernels kernels;
 }
 namespace amx {
+extern const Kernels kernels;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const Kernels kernels;
+}
+namespace neon_dot {
 extern const Kernels kernels;
 }
 #endif

@@ -17,7 +17,11 @@ from kvb import reference
 from kvb._torch import has_kernel
 
 _CHOSEN = "KVB_CPU_CAPABILITY=torch"
-CPU_CAPABILITIES = ("torch", "triton", "portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
+CPU_CAPABILITIES = (
+    *("torch", "triton", "portable"),
+    *("avx2", "avx_vnni", "avx512", "avx512_vnni", "amx"),  # of x86-64
+    *("neon", "neon_dot"),  # of 64-bit Arm
+)
 
 
 def _no_kernels() -> str:

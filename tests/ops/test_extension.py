@@ -3,6 +3,7 @@ reference."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import platform
@@ -11,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -25,7 +28,9 @@ from kvb import _C
 
 pytestmark = pytest.mark.memory
 
-CAPABILITIES = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
+MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+OF_MACHINES = {"x86_64": ("avx2", "avx_vnni", "avx512", "avx512_vnni", "amx"), "aarch64": ("neon", "neon_dot")}
+CAPABILITIES = ("portable", *OF_MACHINES.get(MACHINE, ()))
 LIBRARIES = (
     "libtorch_cpu",
     "libc10",
@@ -45,6 +50,7 @@ INSTRUCTIONS = {
     r"%zmm|%k[0-7]\b": WIDE,
     r"%ymm|\tv[a-z]": ("avx2", "avx_vnni", *WIDE),
 }
+PRODUCTS_OF_BYTES = r"\t[su]dot\tv\d+\.4s"
 
 
 def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -86,22 +92,53 @@ def test_it_calls_the_stable_abi_only(needed):
     assert [name for name in called if name.startswith("_Py_")] == []
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for instructions of x86-64")
-def test_instructions_stay_in_their_namespace(needed):
-    """No function that an old machine runs was compiled for a newer one: neither ours nor an inlined library's."""
-    here, strays, seen = "", set(), set()
-    for line in tool("objdump", "-d", "--no-show-raw-insn").splitlines():
+def disassembled() -> Iterator[tuple[str, str]]:
+    """Every instruction of the extension, with the function that it stands in."""
+    cross = f"{MACHINE}-linux-gnu-objdump"  # under an emulator the other one knows the host's instructions
+    here = ""
+    for line in tool(cross if shutil.which(cross) else "objdump", "-d", "--no-show-raw-insn").splitlines():
         if label := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
             here = label[1]
-            continue
+        else:
+            yield here, line
+
+
+def is_of(function: str, names: Sequence[str]) -> bool:
+    """Whether a function stands in the namespace of one of the instruction sets."""
+    return any(f"3kvb{len(name)}{name}" in function for name in names)
+
+
+@pytest.mark.skipif(MACHINE != "x86_64", reason="looks for instructions of x86-64")
+def test_instructions_stay_in_their_namespace(needed):
+    """No function that an old machine runs was compiled for a newer one: neither ours nor an inlined library's."""
+    strays, seen = set(), set()
+    for here, line in disassembled():
         for pattern, allowed in INSTRUCTIONS.items():
             if re.search(pattern, line):
                 seen.add(pattern)
-                if not any(f"3kvb{len(name)}{name}" in here for name in allowed):
+                if not is_of(here, allowed):
                     strays.add(f"{here}: {line.strip()}")
                 break
     assert not strays, "\n".join(sorted(strays)[:20])
     assert seen == set(INSTRUCTIONS)
+
+
+@pytest.mark.skipif(MACHINE != "aarch64", reason="looks for instructions of 64-bit Arm")
+def test_arm_searches_with_vectors(needed):
+    """Searches multiply vectors of float32, by a number in a lane, and of bytes where the processor has that alone."""
+    floats: Counter[str] = Counter()
+    bytes_: Counter[str] = Counter()
+    strays = set()
+    for here, line in disassembled():
+        name = next((name for name in ("neon", "neon_dot") if is_of(here, [name])), "other")
+        is_filter = re.search(r"FloatFilter|Int8Filter|search_small", here) is not None
+        floats[name] += is_filter and re.search(r"\tfmla\tv\d+\.4s", line) is not None
+        if re.search(PRODUCTS_OF_BYTES, line):
+            bytes_[name] += is_filter
+            strays.update([] if name == "neon_dot" else [f"{here}: {line.strip()}"])
+    assert not strays, "\n".join(sorted(strays)[:20])
+    assert min(floats["neon"], floats["neon_dot"]) >= 40  # 16 at once in the filter, 24 in small codebooks
+    assert bytes_["neon_dot"] >= 32  # 16 at once in both forms of the filter
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
@@ -110,6 +147,10 @@ def test_instructions_stay_in_their_namespace(needed):
 def test_info_names_the_instruction_set():
     capability = torch.ops.kvb.cpu_capability()
     assert capability in CAPABILITIES
+    if MACHINE == "aarch64" and sys.platform == "linux" and "KVB_CPU_CAPABILITY" not in os.environ:
+        hwcap, products_of_bytes = 16, 1 << 20  # AT_HWCAP, HWCAP_ASIMDDP
+        has_products = ctypes.CDLL(None).getauxval(hwcap) & products_of_bytes
+        assert capability == ("neon_dot" if has_products else "neon")
     assert kvb.info()["backend on cpu"] == f"cpp ({capability})"
 
 
@@ -120,7 +161,7 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_known_ones(wish):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: ")
     assert "KVB_CPU_CAPABILITY" in last
-    assert all(name in last for name in ("torch", *CAPABILITIES, "unset it"))
+    assert all(name in last for name in ("torch", "portable", *itertools.chain(*OF_MACHINES.values()), "unset it"))
 
 
 @pytest.mark.parametrize("name", ["torch", "reference"], ids=["its name", "its former name"])
