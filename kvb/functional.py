@@ -36,9 +36,9 @@ def _check_search(owner: str, queries: Tensor, keys: Tensor, mask: Tensor | None
 
 
 def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
-    """The packed keys that the caller passes, if they belong to these keys; new ones for None."""
+    """The packed keys that the caller passes, if they belong to these keys; what stands for none of them for None."""
     if given is None:
-        return torch.ops.kvb.pack_keys(keys)
+        return ops.kept.unpacked(keys)
     validation.tensor("nearest", "packed", given)
     validation.same_device("packed", given, "keys", keys)
     matches = torch.ops.kvb.packed_matches(keys, given)

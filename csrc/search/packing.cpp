@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kTiledMin = 5, kTiledMax = 4096;
 
 Layout layout_of(int64_t K, int64_t D, bool float64) {
-  return {K, D, float64, !float64 && kernels().tiles && D >= kTiledMin && D <= kTiledMax};
+  return {K, D, float64, kernels().tiles && D >= kTiledMin && D <= kTiledMax};
 }
 
 // Whether ``packed`` has the layout of C codebooks.
@@ -49,6 +49,10 @@ void require_keys(const Tensor& keys) {
   require(keys.dim() == 3 && keys.numel() > 0, "expected keys [C, K, D], none of them 0, got ", shape(keys));
 }
 
+bool is_unpacked(const Tensor& packed, int64_t C) {
+  return packed.scalar_type() == ScalarType::Byte && packed.dim() == 2 && packed.size(0) == C && packed.size(1) == 0;
+}
+
 void require_packed(const Tensor& packed, const Layout& layout, int64_t C) {
   require_cpu(packed, "packed");
   if (is_packed(packed, layout, C)) return;
@@ -73,8 +77,7 @@ Packing::Packing(const Tensor& keys)
       packed_(new_tensor(keys, {keys.size(0), layout_.nbytes()}, ScalarType::Byte)) {}
 
 Packing::Scratch Packing::scratch() const {
-  if (layout_.float64) return {};
-  const bool widened = keys_.scalar_type() != ScalarType::Float;
+  const bool widened = element_bytes(keys_.scalar_type()) == 2;
   return {Vector<float>(widened ? layout_.K * layout_.D : 0), Vector<double>(layout_.D)};
 }
 
@@ -86,10 +89,9 @@ void Packing::pack(int64_t c, Scratch& scratch) const {
   // First, so that a write while the keys are packed leaves a mark that no longer fits them.
   const uint64_t mark = fingerprint(keys_, c);
   std::memcpy(book + layout_.mark(), &mark, sizeof(mark));
-  if (layout_.float64) return;
-  if (keys_.scalar_type() == ScalarType::Float) {
-    kernels().pack(layout_, static_cast<const float*>(keys_.const_data_ptr()) + c * size, scratch.totals.data(), book);
-    return;
+  if (scratch.rows.empty()) {
+    const char* keys = static_cast<const char*>(keys_.const_data_ptr()) + c * size * element_bytes(keys_.scalar_type());
+    return kernels().pack(layout_, keys, scratch.totals.data(), book);
   }
   with_floating(keys_.scalar_type(), [&](auto type) {
     const auto* from = static_cast<const decltype(type)*>(keys_.const_data_ptr()) + c * size;

@@ -19,6 +19,8 @@ void require_keys(const Tensor& keys);
 
 // The packed keys that ``packed`` stands for: itself, or what kvb/ops/kept.py has for these keys.
 Tensor found_packed(const Tensor& keys, const Tensor& packed);
+// Whether ``packed`` stands for keys that were not packed: it has no bytes for each codebook.
+bool is_unpacked(const Tensor& packed, int64_t C);
 void require_packed(const Tensor& packed, const Layout& layout, int64_t C);
 
 // The packed keys of one tensor of contiguous keys [C, K, D]: memory for all codebooks, each written when asked.
@@ -28,7 +30,7 @@ class Packing {
 
   // What a thread needs to pack one codebook after the other.
   struct Scratch {
-    Vector<float> rows; // [K, D], where keys are not float32
+    Vector<float> rows; // [K, D], where keys are of 16 bits
     Vector<double> totals; // [D]
   };
   Scratch scratch() const;
