@@ -9,6 +9,7 @@
 #include "target.h"
 
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <functional>
 #include <tuple>
