@@ -70,20 +70,15 @@ Tensor found_packed(const Tensor& keys, const Tensor& packed) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Packing::Packing(const Tensor& keys)
-    : keys_(keys),
-      layout_(layout_of(keys)),
-      id_(layout_.id()),
-      packed_(new_tensor(keys, {keys.size(0), layout_.nbytes()}, ScalarType::Byte)) {}
+BookPacking::BookPacking(const Tensor& keys) : keys_(keys), layout_(layout_of(keys)), id_(layout_.id()) {}
 
-Packing::Scratch Packing::scratch() const {
+BookPacking::Scratch BookPacking::scratch() const {
   const bool widened = element_bytes(keys_.scalar_type()) == 2;
   return {Vector<float>(widened ? layout_.K * layout_.D : 0), Vector<double>(layout_.D)};
 }
 
-void Packing::pack(int64_t c, Scratch& scratch) const {
+void BookPacking::pack(int64_t c, Scratch& scratch, char* book) const {
   const int64_t size = layout_.K * layout_.D;
-  char* book = static_cast<char*>(packed_.mutable_data_ptr()) + c * layout_.nbytes();
   std::memset(book, 0, layout_.nbytes());
   std::memcpy(book, id_.data(), kAlignment);
   // First, so that a write while the keys are packed leaves a mark that no longer fits them.
@@ -98,6 +93,13 @@ void Packing::pack(int64_t c, Scratch& scratch) const {
     std::transform(from, from + size, scratch.rows.begin(), widen<float, decltype(type)>);
   });
   kernels().pack(layout_, scratch.rows.data(), scratch.totals.data(), book);
+}
+
+Packing::Packing(const Tensor& keys)
+    : books_(keys), packed_(new_tensor(keys, {keys.size(0), layout_of(keys).nbytes()}, ScalarType::Byte)) {}
+
+void Packing::pack(int64_t c, Scratch& scratch) const {
+  books_.pack(c, scratch, static_cast<char*>(packed_.mutable_data_ptr()) + c * packed_.size(1));
 }
 
 Tensor pack_keys(Tensor keys) {

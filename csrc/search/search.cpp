@@ -14,8 +14,12 @@ namespace {
 constexpr double kQueryOverhead = 8e3;
 // In a small codebook: half of that, and a product in float32 takes as long as two of a filter.
 constexpr double kSmallQueryOverhead = 4e3, kSmallProduct = 2;
-// A difference, squared, of keys as they lie; a key takes as long as so many coordinates more; packing a coordinate.
-constexpr double kDirectProduct = 8, kDirectKey = 28, kPackedProduct = 500;
+// A product of a key that is read as it lies, and what else a key takes, in products.
+constexpr double kDirectProduct = 8, kDirectKey = 28;
+// Packing a key takes as long as so many queries take to be compared with it as it lies, whatever its coordinates.
+constexpr int64_t kFewQueries = 16;
+// Up to so many queries, packing all codebooks at once costs a large part of the search: memory is new for each call.
+constexpr int64_t kSomeQueries = 1024;
 // Copying the mask of a pair takes about a nanosecond: this many pairs pay for another thread.
 constexpr int64_t kMaskGrain = 1 << 15;
 
@@ -63,6 +67,11 @@ struct Masked {
   Vector<float> bias;
 };
 
+// Memory for packed keys.
+struct alignas(kAlignment) Line {
+  char bytes[kAlignment];
+};
+
 bool in_float64(const Tensor& queries, const Tensor& keys) {
   return queries.scalar_type() == ScalarType::Double || keys.scalar_type() == ScalarType::Double;
 }
@@ -77,10 +86,20 @@ double cost_directly(const Layout& layout) {
   return kDirectProduct * layout.K * (layout.D + kDirectKey) + kSmallQueryOverhead;
 }
 
-// Whether ``N`` queries are too few to pack a codebook for.
-bool are_few(int64_t N, const Layout& layout, bool small) {
-  const double packing = kPackedProduct * layout.K * layout.D;
-  return N * cost_directly(layout) <= packing + N * cost_packed(layout, small);
+// Packs each codebook into the same memory, and searches it before the next one.
+void pack_in_turn(Search all, const Tensor& keys, SearchRows search_rows) {
+  const BookPacking packing(keys);
+  parallel(all.C, packing_grain(all.layout.K, all.layout.D), [&](int64_t begin, int64_t end) {
+    BookPacking::Scratch scratch = packing.scratch();
+    const Buffer<Line> book = new_buffer<Line>(all.layout.nbytes() / kAlignment);
+    Search search = all;
+    search.packed = book.get()->bytes;
+    search.packed_step = 0;
+    for (int64_t c = begin; c < end; ++c) {
+      packing.pack(c, scratch, book.get()->bytes);
+      search_rows(search, c, 0, search.B * search.S);
+    }
+  });
 }
 
 // The search of arguments that fit: writes [B, S, C, topk] of each, distances in float64 where ``in_float64``.
@@ -92,8 +111,9 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
   const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2), N = B * S;
   const bool float64 = in_float64(queries, keys), small = is_small(layout) && !float64;
 
-  const bool unpacked = is_unpacked(packed, C), directly = unpacked && are_few(N, layout, small);
-  if (unpacked && !directly) packed = pack_keys(keys);
+  const bool unpacked = is_unpacked(packed, C), directly = unpacked && N <= kFewQueries;
+  const bool in_turn = unpacked && !directly && !mask && N <= kSomeQueries && C >= torch::stable::get_num_threads();
+  if (unpacked && !directly && !in_turn) packed = pack_keys(keys);
   const char* const from = directly ? nullptr : static_cast<const char*>(packed.const_data_ptr());
   std::optional<Tensor> allowed;
   if (mask) allowed = compact(*mask);
@@ -116,6 +136,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
       .mask = some,
       .layout = layout,
       .packed = from,
+      .packed_step = layout.nbytes(),
       .masked_bits = masked ? masked->bits.data() : nullptr,
       .masked_bias = masked ? masked->bias.data() : nullptr,
       .topk = topk,
@@ -125,9 +146,12 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
   };
   const double cost = directly ? cost_directly(layout) : cost_packed(layout, small);
   const SearchRows search_rows = small && !directly ? kernels().search_small : kernels().search;
-  over_positions(N, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
-    search_rows(search, c, begin, end);
-  });
+  if (in_turn)
+    pack_in_turn(search, keys, search_rows);
+  else
+    over_positions(N, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
+      search_rows(search, c, begin, end);
+    });
   require(
       !stale, "packed keys do not fit the keys, which have changed since; pack the keys again with pack_keys(keys)");
 }

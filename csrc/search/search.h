@@ -31,7 +31,8 @@ struct Search {
   bool float64; // queries or keys are: then distances are
   const bool* mask; // null, or [C, K]: which keys may be found
   Layout layout;
-  const char* packed; // of the first codebook; null for keys that are read as they lie
+  const char* packed; // of the first codebook, or of the only one at hand; null for keys that are read as they lie
+  int64_t packed_step; // bytes from one codebook to the next
   const uint16_t* masked_bits; // null, or [C, blocks]: the packed ones without the masked pairs
   const float* masked_bias; // null, or [C, Biases::count, 16], likewise
   int64_t topk;
@@ -39,6 +40,9 @@ struct Search {
   int64_t* indices; // [B, S, C, T]
   void* distances; // [B, S, C, T], double or float
 
+  const char* packed_book(int64_t codebook) const {
+    return packed + codebook * packed_step;
+  }
   // Where the results of a row begin.
   int64_t result_offset(int64_t row, int64_t codebook) const {
     return (row * C + codebook) * topk;
@@ -57,8 +61,8 @@ struct Search {
 
 // Searches rows [begin, end) of the B*S positions in one codebook.
 using SearchRows = void (*)(const Search& search, int64_t codebook, int64_t begin, int64_t end);
-// Packs one codebook of keys, float64 or float32 rows as the layout says, but for its id and fingerprint; ``totals`` [D]
-// is scratch memory.
+// Packs one codebook of keys, rows of float64 or float32 as the layout says, but for its id and fingerprint; ``totals``
+// [D] is scratch memory.
 using PackCodebook = void (*)(const Layout& layout, const void* keys, double* totals, char* packed);
 // A fingerprint of bytes, whatever the instruction set, that takes -0 for +0 where ``signs`` has the sign bits of the
 // numbers in a word.
