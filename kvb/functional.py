@@ -36,9 +36,9 @@ def _check_search(owner: str, queries: Tensor, keys: Tensor, mask: Tensor | None
 
 
 def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
-    """The packed keys that the caller passes, if they belong to these keys; new ones for None."""
+    """The packed keys that the caller passes, if they belong to these keys; what stands for none of them for None."""
     if given is None:
-        return torch.ops.kvb.pack_keys(keys)
+        return ops.kept.unpacked(keys)
     validation.tensor("nearest", "packed", given)
     validation.same_device("packed", given, "keys", keys)
     matches = torch.ops.kvb.packed_matches(keys, given)
@@ -54,7 +54,7 @@ def _packed(keys: Tensor, given: Tensor | None) -> Tensor:
 
 
 def pack_keys(keys: Tensor) -> Tensor:
-    """Prepare keys for many searches: pass the result as ``packed`` to ``nearest`` and ``lookup``.
+    """Prepare keys for several searches: pass the result as ``packed`` to ``nearest`` and ``lookup``.
 
     The bytes belong to the backend and device that made them; after any change of ``keys``, pack again.
 
@@ -91,6 +91,8 @@ def nearest(
         queries: [B, S, C, D] float16, bfloat16, float32 or float64, any strides.
         keys: [C, K, D], same device. float64 on either side makes the whole search float64.
         packed: ``pack_keys(keys)``, to share between calls; every call reads the keys once to check that they match.
+            Pack where the same keys serve several calls, not for one: up to 16 queries (B * S) read the keys as they
+            lie, on the CPU several times as fast as packing them, and for more the call packs them itself.
         mask: [C, K] bool, True where a key may be found.
         topk: how many keys, nearest first.
     Returns:
@@ -205,7 +207,7 @@ def lookup(
         queries: [B, S, C, D] float16, bfloat16, float32 or float64; one head per codebook.
         keys: [C, K, D], same device as ``queries``.
         values: [C, K, V].
-        packed: ``pack_keys(keys)``, to share between calls.
+        packed: ``pack_keys(keys)``, to share between calls; when it pays, says ``nearest``.
         mask: [C, K] bool, True where a pair may be fetched.
         pool: "none", "mean" or "sum" over codebooks.
     Returns:

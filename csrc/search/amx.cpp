@@ -166,8 +166,8 @@ struct TileFilter : QuantizedQueries<Each> {
 constexpr int64_t kNarrow = 24;
 
 void search_tiles(const Search& search, int64_t codebook, int64_t begin, int64_t end) {
-  const bool fits = search.layout.tiled && search.layout.D > kNarrow;
-  (!fits ? search_rows : keeps_each(search.layout) ? search_with<TileFilter<true>> : search_with<TileFilter<false>>)(
+  const bool fits = search.packed && search.layout.tiled && search.layout.D > kNarrow;
+  (!fits ? search_rows : keeps_each(search) ? search_with<TileFilter<true>> : search_with<TileFilter<false>>)(
       search, codebook, begin, end);
 }
 

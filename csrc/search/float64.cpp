@@ -1,8 +1,6 @@
-// The search of float64 on either side: every key by direct difference, in float64.
+// The search of float64 for numbers of every magnitude: every key by direct difference.
 #include "float64.h"
 
-#include "../numbers.h"
-#include "positions.h"
 #include "search.h"
 
 #include <cmath>
@@ -10,9 +8,6 @@
 
 namespace kvb {
 namespace {
-
-// Squared distances outside these limits, or some of their terms, may have overflowed or underflowed.
-constexpr double kLeast = 0x1p-900, kMost = 0x1p1000;
 
 // A key and its squared distance, size * 2^power: 2^0 within the limits, else with a size in [0.5, 1) that nothing was
 // lost of. So powers, then sizes, are in the order of distances.
@@ -28,17 +23,6 @@ struct Found {
     return power == 0 ? size : std::ldexp(size, static_cast<int>(power));
   }
 };
-
-// The sum of squares of ``terms``, by halving as in kvb/reference: one order of summation everywhere.
-inline double sum_squares(double* terms, int64_t count) {
-  for (int64_t d = 0; d < count; ++d) terms[d] *= terms[d];
-  for (int64_t size = count; size > 1; size = size / 2 + size % 2) {
-    const int64_t half = size / 2;
-    for (int64_t d = 0; d < half; ++d) terms[d] += terms[half + d];
-    if (size % 2) terms[half] = terms[size - 1];
-  }
-  return terms[0];
-}
 
 // The positions of one codebook.
 template <class Q, class Key>
@@ -107,22 +91,20 @@ class Float64Search {
 
 } // namespace
 
-void search_float64(const Tensor& queries, const Tensor& keys, const bool* mask, int64_t topk, int64_t* indices,
-                    double* distances) {
-  const int64_t S = queries.size(1), C = queries.size(2), K = keys.size(1), D = keys.size(2);
-  const int64_t strides[] = {queries.stride(0), queries.stride(1), queries.stride(2)};
-  // A multiplication waits for a conversion, a difference, and the sum before it: eight times a filter's.
-  const double cost = static_cast<double>(K) * D * 8;
-  with_floating(queries.scalar_type(), [&](auto q) {
-    with_floating(keys.scalar_type(), [&](auto k) {
-      const auto* const from = static_cast<const decltype(q)*>(queries.const_data_ptr());
-      const auto* const table = static_cast<const decltype(k)*>(keys.const_data_ptr());
-      over_positions(queries.size(0) * S, C, D, cost, [&](int64_t c, int64_t begin, int64_t end) {
-        Float64Search<decltype(q), decltype(k)> search(table + c * K * D, mask ? mask + c * K : nullptr, K, D);
-        for (int64_t row = begin; row < end; ++row)
-          search.run(from + row / S * strides[0] + row % S * strides[1] + c * strides[2], topk,
-                     indices + (row * C + c) * topk, distances + (row * C + c) * topk);
-      });
+void search_float64(const Search& search, int64_t codebook, const int64_t* rows, int64_t count) {
+  if (count == 0) return;
+  const int64_t K = search.layout.K, D = search.layout.D;
+  with_floating(search.queries_type, [&](auto q) {
+    with_floating(search.keys_type, [&](auto k) {
+      const auto* const queries = static_cast<const decltype(q)*>(search.queries);
+      const auto* const keys = static_cast<const decltype(k)*>(search.keys) + codebook * K * D;
+      Float64Search<decltype(q), decltype(k)> found(keys, search.mask ? search.mask + codebook * K : nullptr, K, D);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = rows[i], out = search.result_offset(row, codebook);
+        const int64_t at =
+            row / search.S * search.stride_b + row % search.S * search.stride_s + codebook * search.stride_c;
+        found.run(queries + at, search.topk, search.indices + out, static_cast<double*>(search.distances) + out);
+      }
     });
   });
 }

@@ -13,8 +13,7 @@
 //
 // The float32 filter reads the blocks. The 8-bit filter reads the tiles, four side by side: tile t of group g holds the
 // keys g*256 + l*16 + t in its lanes l = 0..15, so that the maximum of one lane over the 16 tiles of a group stands for
-// the 16 neighbours of one block. Every part starts at a multiple of 64 bytes. Keys in float64 are searched by direct
-// difference alone, and their packed form is the id and the mark.
+// the 16 neighbours of one block. Every part starts at a multiple of 64 bytes.
 #pragma once
 
 #include "../common.h"
@@ -101,13 +100,13 @@ struct Layout {
     return bias() + 4 * groups() * kGroup;
   }
   int64_t nbytes() const {
-    if (float64) return scale();
     return tiled ? tiles() + tile(groups(), 0) : bias();
   }
 
   std::string id() const {
-    std::string id = "kvb cpp 4: K=" + std::to_string(K) + " D=" + std::to_string(D);
-    id += float64 ? " float64" : !tiled ? " float32" : kZeroByte ? " int8" : " int8 signed";
+    std::string id = "kvb cpp 5: K=" + std::to_string(K) + " D=" + std::to_string(D);
+    id += !tiled ? " float32" : kZeroByte ? " int8" : " int8 signed";
+    id += float64 ? " of float64" : "";
     id.resize(kAlignment, ' ');
     return id;
   }

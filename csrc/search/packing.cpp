@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kTiledMin = 5, kTiledMax = 4096;
 
 Layout layout_of(int64_t K, int64_t D, bool float64) {
-  return {K, D, float64, !float64 && kernels().tiles && D >= kTiledMin && D <= kTiledMax};
+  return {K, D, float64, kernels().tiles && D >= kTiledMin && D <= kTiledMax};
 }
 
 // Whether ``packed`` has the layout of C codebooks.
@@ -49,6 +49,10 @@ void require_keys(const Tensor& keys) {
   require(keys.dim() == 3 && keys.numel() > 0, "expected keys [C, K, D], none of them 0, got ", shape(keys));
 }
 
+bool is_unpacked(const Tensor& packed, int64_t C) {
+  return packed.scalar_type() == ScalarType::Byte && packed.dim() == 2 && packed.size(0) == C && packed.size(1) == 0;
+}
+
 void require_packed(const Tensor& packed, const Layout& layout, int64_t C) {
   require_cpu(packed, "packed");
   if (is_packed(packed, layout, C)) return;
@@ -66,36 +70,36 @@ Tensor found_packed(const Tensor& keys, const Tensor& packed) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Packing::Packing(const Tensor& keys)
-    : keys_(keys),
-      layout_(layout_of(keys)),
-      id_(layout_.id()),
-      packed_(new_tensor(keys, {keys.size(0), layout_.nbytes()}, ScalarType::Byte)) {}
+BookPacking::BookPacking(const Tensor& keys) : keys_(keys), layout_(layout_of(keys)), id_(layout_.id()) {}
 
-Packing::Scratch Packing::scratch() const {
-  if (layout_.float64) return {};
-  const bool widened = keys_.scalar_type() != ScalarType::Float;
+BookPacking::Scratch BookPacking::scratch() const {
+  const bool widened = element_bytes(keys_.scalar_type()) == 2;
   return {Vector<float>(widened ? layout_.K * layout_.D : 0), Vector<double>(layout_.D)};
 }
 
-void Packing::pack(int64_t c, Scratch& scratch) const {
+void BookPacking::pack(int64_t c, Scratch& scratch, char* book) const {
   const int64_t size = layout_.K * layout_.D;
-  char* book = static_cast<char*>(packed_.mutable_data_ptr()) + c * layout_.nbytes();
   std::memset(book, 0, layout_.nbytes());
   std::memcpy(book, id_.data(), kAlignment);
   // First, so that a write while the keys are packed leaves a mark that no longer fits them.
   const uint64_t mark = fingerprint(keys_, c);
   std::memcpy(book + layout_.mark(), &mark, sizeof(mark));
-  if (layout_.float64) return;
-  if (keys_.scalar_type() == ScalarType::Float) {
-    kernels().pack(layout_, static_cast<const float*>(keys_.const_data_ptr()) + c * size, scratch.totals.data(), book);
-    return;
+  if (scratch.rows.empty()) {
+    const char* keys = static_cast<const char*>(keys_.const_data_ptr()) + c * size * element_bytes(keys_.scalar_type());
+    return kernels().pack(layout_, keys, scratch.totals.data(), book);
   }
   with_floating(keys_.scalar_type(), [&](auto type) {
     const auto* from = static_cast<const decltype(type)*>(keys_.const_data_ptr()) + c * size;
     std::transform(from, from + size, scratch.rows.begin(), widen<float, decltype(type)>);
   });
   kernels().pack(layout_, scratch.rows.data(), scratch.totals.data(), book);
+}
+
+Packing::Packing(const Tensor& keys)
+    : books_(keys), packed_(new_tensor(keys, {keys.size(0), layout_of(keys).nbytes()}, ScalarType::Byte)) {}
+
+void Packing::pack(int64_t c, Scratch& scratch) const {
+  books_.pack(c, scratch, static_cast<char*>(packed_.mutable_data_ptr()) + c * packed_.size(1));
 }
 
 Tensor pack_keys(Tensor keys) {

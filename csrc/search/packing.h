@@ -19,21 +19,40 @@ void require_keys(const Tensor& keys);
 
 // The packed keys that ``packed`` stands for: itself, or what kvb/ops/kept.py has for these keys.
 Tensor found_packed(const Tensor& keys, const Tensor& packed);
+// Whether ``packed`` stands for keys that were not packed: it has no bytes for each codebook.
+bool is_unpacked(const Tensor& packed, int64_t C);
 void require_packed(const Tensor& packed, const Layout& layout, int64_t C);
 
-// The packed keys of one tensor of contiguous keys [C, K, D]: memory for all codebooks, each written when asked.
-class Packing {
+// Packs codebooks of contiguous keys [C, K, D], one at a time, wherever it is told to.
+class BookPacking {
  public:
-  explicit Packing(const Tensor& keys);
+  explicit BookPacking(const Tensor& keys);
 
   // What a thread needs to pack one codebook after the other.
   struct Scratch {
-    Vector<float> rows; // [K, D], where keys are not float32
+    Vector<float> rows; // [K, D], where keys are of 16 bits
     Vector<double> totals; // [D]
   };
   Scratch scratch() const;
 
   // Pack the keys of codebook ``c`` as they are now; takes no memory.
+  void pack(int64_t c, Scratch& scratch, char* book) const;
+
+ private:
+  Tensor keys_;
+  Layout layout_;
+  std::string id_;
+};
+
+// The packed keys of such a tensor: memory for all codebooks, each written when asked.
+class Packing {
+ public:
+  explicit Packing(const Tensor& keys);
+
+  using Scratch = BookPacking::Scratch;
+  Scratch scratch() const {
+    return books_.scratch();
+  }
   void pack(int64_t c, Scratch& scratch) const;
 
   const Tensor& packed() const {
@@ -41,9 +60,7 @@ class Packing {
   }
 
  private:
-  Tensor keys_;
-  Layout layout_;
-  std::string id_;
+  BookPacking books_;
   Tensor packed_;
 };
 

@@ -1,7 +1,6 @@
 // nearest and lookup: checks, memory, and how the work is cut; the instruction set does the rest.
 #include "../numbers.h"
 #include "../ops.h"
-#include "float64.h"
 #include "packing.h"
 #include "positions.h"
 #include "search.h"
@@ -15,6 +14,12 @@ namespace {
 constexpr double kQueryOverhead = 8e3;
 // In a small codebook: half of that, and a product in float32 takes as long as two of a filter.
 constexpr double kSmallQueryOverhead = 4e3, kSmallProduct = 2;
+// A product of a key that is read as it lies, and what else a key takes, in products.
+constexpr double kDirectProduct = 8, kDirectKey = 28;
+// Packing a key takes as long as so many queries take to be compared with it as it lies, whatever its coordinates.
+constexpr int64_t kFewQueries = 16;
+// Up to so many queries, packing all codebooks at once costs a large part of the search: memory is new for each call.
+constexpr int64_t kSomeQueries = 1024;
 // Copying the mask of a pair takes about a nanosecond: this many pairs pay for another thread.
 constexpr int64_t kMaskGrain = 1 << 15;
 
@@ -26,7 +31,7 @@ void require_search(const Tensor& queries, const Tensor& keys, const Tensor& pac
   require(is_floating(queries.scalar_type()), "expected floating-point queries");
   require(queries.dim() == 4 && queries.size(2) == C && queries.size(3) == D, "expected queries [B, S, ", C, ", ", D,
           "] for keys ", shape(keys), ", got ", shape(queries));
-  require_packed(packed, layout_of(keys), C);
+  if (!is_unpacked(packed, C)) require_packed(packed, layout_of(keys), C);
   if (mask) {
     require_cpu(*mask, "mask");
     require(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == C &&
@@ -38,10 +43,8 @@ void require_search(const Tensor& queries, const Tensor& keys, const Tensor& pac
 
 // The bits and biases of a search without the pairs that a mask bars.
 struct Masked {
-  Masked(const Tensor& mask_, const Layout& layout, const char* packed, int64_t C)
+  Masked(const bool* allowed, const Layout& layout, const char* packed, int64_t C)
       : bits(C * layout.blocks()), bias(C * Biases::count(layout) * kLanes) {
-    const Tensor mask = compact(mask_);
-    const bool* allowed = static_cast<const bool*>(mask.const_data_ptr());
     parallel(C, std::max<int64_t>(1, kMaskGrain / layout.K), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         const char* book = packed + c * layout.nbytes();
@@ -64,29 +67,59 @@ struct Masked {
   Vector<float> bias;
 };
 
+// Memory for packed keys.
+struct alignas(kAlignment) Line {
+  char bytes[kAlignment];
+};
+
 bool in_float64(const Tensor& queries, const Tensor& keys) {
   return queries.scalar_type() == ScalarType::Double || keys.scalar_type() == ScalarType::Double;
 }
 
+// What one query costs in a codebook that is packed, in multiplications of a filter, and what it costs directly.
+double cost_packed(const Layout& layout, bool small) {
+  const double products = static_cast<double>(layout.K) * layout.D;
+  return small ? kSmallProduct * products + kSmallQueryOverhead : products + kQueryOverhead;
+}
+
+double cost_directly(const Layout& layout) {
+  return kDirectProduct * layout.K * (layout.D + kDirectKey) + kSmallQueryOverhead;
+}
+
+// Packs each codebook into the same memory, and searches it before the next one.
+void pack_in_turn(Search all, const Tensor& keys, SearchRows search_rows) {
+  const BookPacking packing(keys);
+  parallel(all.C, packing_grain(all.layout.K, all.layout.D), [&](int64_t begin, int64_t end) {
+    BookPacking::Scratch scratch = packing.scratch();
+    const Buffer<Line> book = new_buffer<Line>(all.layout.nbytes() / kAlignment);
+    Search search = all;
+    search.packed = book.get()->bytes;
+    search.packed_step = 0;
+    for (int64_t c = begin; c < end; ++c) {
+      packing.pack(c, scratch, book.get()->bytes);
+      search_rows(search, c, 0, search.B * search.S);
+    }
+  });
+}
+
 // The search of arguments that fit: writes [B, S, C, topk] of each, distances in float64 where ``in_float64``.
-void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packed, const std::optional<Tensor>& mask,
+void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, const std::optional<Tensor>& mask,
                 int64_t topk, int64_t* indices, void* distances) {
   const Tensor queries = queries_.stride(3) == 1 || queries_.size(3) == 1 ? queries_ : compact(queries_);
   const Tensor keys = compact(keys_);
   const Layout layout = layout_of(keys);
-  const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2);
+  const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2), N = B * S;
+  const bool float64 = in_float64(queries, keys), small = is_small(layout) && !float64;
 
-  if (in_float64(queries, keys)) {
-    std::optional<Tensor> allowed;
-    if (mask) allowed = compact(*mask);
-    search_float64(queries, keys, allowed ? static_cast<const bool*>(allowed->const_data_ptr()) : nullptr, topk,
-                   indices, static_cast<double*>(distances));
-    return;
-  }
-
-  const char* from = static_cast<const char*>(packed.const_data_ptr());
+  const bool unpacked = is_unpacked(packed, C), directly = unpacked && N <= kFewQueries;
+  const bool in_turn = unpacked && !directly && !mask && N <= kSomeQueries && C >= torch::stable::get_num_threads();
+  if (unpacked && !directly && !in_turn) packed = pack_keys(keys);
+  const char* const from = directly ? nullptr : static_cast<const char*>(packed.const_data_ptr());
+  std::optional<Tensor> allowed;
+  if (mask) allowed = compact(*mask);
+  const bool* const some = allowed ? static_cast<const bool*>(allowed->const_data_ptr()) : nullptr;
   std::optional<Masked> masked;
-  if (mask) masked.emplace(*mask, layout, from, C);
+  if (some && !directly) masked.emplace(some, layout, from, C);
   std::atomic<bool> stale = false;
   Search search = {
       .queries = queries.const_data_ptr(),
@@ -99,22 +132,26 @@ void search_all(const Tensor& queries_, const Tensor& keys_, const Tensor& packe
       .stride_c = queries.stride(2),
       .keys = keys.const_data_ptr(),
       .keys_type = keys.scalar_type(),
+      .float64 = float64,
+      .mask = some,
       .layout = layout,
       .packed = from,
+      .packed_step = layout.nbytes(),
       .masked_bits = masked ? masked->bits.data() : nullptr,
       .masked_bias = masked ? masked->bias.data() : nullptr,
       .topk = topk,
       .stale = &stale,
       .indices = indices,
-      .distances = static_cast<float*>(distances),
+      .distances = distances,
   };
-  const bool small = is_small(layout);
-  const double products = static_cast<double>(layout.K) * layout.D;
-  const double cost = small ? kSmallProduct * products + kSmallQueryOverhead : products + kQueryOverhead;
-  const SearchRows search_rows = small ? kernels().search_small : kernels().search;
-  over_positions(B * S, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
-    search_rows(search, c, begin, end);
-  });
+  const double cost = directly ? cost_directly(layout) : cost_packed(layout, small);
+  const SearchRows search_rows = small && !directly ? kernels().search_small : kernels().search;
+  if (in_turn)
+    pack_in_turn(search, keys, search_rows);
+  else
+    over_positions(N, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
+      search_rows(search, c, begin, end);
+    });
   require(
       !stale, "packed keys do not fit the keys, which have changed since; pack the keys again with pack_keys(keys)");
 }

@@ -3,11 +3,13 @@
 #pragma once
 
 #include "../numbers.h"
+#include "float64.h"
 #include "packed.h"
 #include "small.h"
 #include "target.h"
 
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <functional>
 #include <tuple>
@@ -28,20 +30,42 @@ struct Search {
   int64_t stride_b, stride_s, stride_c; // in elements
   const void* keys; // [C, K, D] contiguous
   ScalarType keys_type;
+  bool float64; // queries or keys are: then distances are
+  const bool* mask; // null, or [C, K]: which keys may be found
   Layout layout;
-  const char* packed; // of the first codebook
+  const char* packed; // of the first codebook, or of the only one at hand; null for keys that are read as they lie
+  int64_t packed_step; // bytes from one codebook to the next
   const uint16_t* masked_bits; // null, or [C, blocks]: the packed ones without the masked pairs
   const float* masked_bias; // null, or [C, Biases::count, 16], likewise
   int64_t topk;
   std::atomic<bool>* stale; // set where the packed keys do not fit the keys
   int64_t* indices; // [B, S, C, T]
-  float* distances; // [B, S, C, T]
+  void* distances; // [B, S, C, T], double or float
+
+  const char* packed_book(int64_t codebook) const {
+    return packed + codebook * packed_step;
+  }
+  // Where the results of a row begin.
+  int64_t result_offset(int64_t row, int64_t codebook) const {
+    return (row * C + codebook) * topk;
+  }
+  void put(int64_t offset, int64_t key, double distance) const {
+    indices[offset] = key;
+    put(offset, distance);
+  }
+  void put(int64_t offset, double distance) const {
+    if (float64)
+      static_cast<double*>(distances)[offset] = distance;
+    else
+      static_cast<float*>(distances)[offset] = static_cast<float>(distance);
+  }
 };
 
 // Searches rows [begin, end) of the B*S positions in one codebook.
 using SearchRows = void (*)(const Search& search, int64_t codebook, int64_t begin, int64_t end);
-// Packs one codebook of keys, given as float32 rows, but for its id and fingerprint; ``totals`` [D] is scratch memory.
-using PackCodebook = void (*)(const Layout& layout, const float* keys, double* totals, char* packed);
+// Packs one codebook of keys, rows of float64 or float32 as the layout says, but for its id and fingerprint; ``totals``
+// [D] is scratch memory.
+using PackCodebook = void (*)(const Layout& layout, const void* keys, double* totals, char* packed);
 // A fingerprint of bytes, whatever the instruction set, that takes -0 for +0 where ``signs`` has the sign bits of the
 // numbers in a word.
 using Fingerprint = uint64_t (*)(const char* data, int64_t bytes, uint64_t signs);

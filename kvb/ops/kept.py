@@ -3,6 +3,7 @@
 In place of ``packed`` such a graph passes ``number_of(keeper)``, int64 [1]: the keeper, a module, has packed keys and
 knows whether they are up to date. An exported program, which runs in other processes and on other machines, passes
 ``nobody()``, int64 [0]: then the first call packs, and later ones do where PyTorch says that the keys were written.
+``unpacked(keys)``, uint8 [C, 0], stands for keys that nobody packed.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ def number_of(keeper: Keeper) -> Tensor:
 def nobody() -> Tensor:
     """What stands for packed keys that the operators keep themselves."""
     return torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+def unpacked(keys: Tensor) -> Tensor:
+    """What stands for keys that were not packed: the operators read them as they lie, or pack them themselves."""
+    return keys.new_empty((keys.shape[0], 0), dtype=torch.uint8)
 
 
 def matches(keys: Tensor, packed: Tensor) -> bool:

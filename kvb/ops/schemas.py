@@ -39,6 +39,8 @@ def _with_packed_keys(operator: Callable[..., Any]) -> Callable[..., Any]:
     def run(queries: Tensor, keys: Tensor, packed: Tensor, *rest: Any) -> Any:
         if packed.dtype == torch.int64:
             packed = torch.ops.kvb.kept_packed(keys, packed)
+        elif packed.shape == (keys.shape[0], 0):
+            packed = torch.ops.kvb.pack_keys(keys)
         return operator(queries, keys, packed, *rest)
 
     return run

@@ -164,3 +164,44 @@ def test_damaged_packed_keys_never_name_a_key_that_is_not_there(sizes, dtype):
             error = "packed keys do not show it"
             assert ((indices >= 0) & (indices < K)).all()
         assert "packed keys do not" in error  # match, or fit
+
+
+# --- keys that were not packed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(2, 20, 5), (3, 40, 1), (1, 300, 14), (2, 17, 33), (2, 33, 8)])
+def test_keys_that_were_not_packed_are_searched_all_the_same(sizes, dtype):
+    """Few queries read them as they lie; for more of them the operator packs."""
+    C, K, _ = sizes
+    queries, keys = problem(*sizes, dtype=dtype, n=40)
+    queries[3, 0, 0, 0], keys[0, 2], keys[-1, 5] = torch.nan, torch.inf, keys[-1, 6]
+    packed, mask = op.pack_keys(keys), torch.rand(C, K) < 0.8
+    for (n, topk), allowed in itertools.product([(1, 1), (16, 3), (16, K), (17, 2), (40, 1)], (None, mask)):
+        some = queries[:n]
+        want = op.nearest(some, keys, packed, allowed, topk)
+        got = op.nearest(some, keys, ops.kept.unpacked(keys), allowed, topk)
+        assert torch.equal(got[0], want[0]), (n, topk)
+        assert torch.equal(got[1].nan_to_num(-1), want[1].nan_to_num(-1)), (n, topk)
+
+
+def test_nothing_passes_for_the_packed_form_of_keys():
+    """What stands for keys that were not packed is no packed form."""
+    queries, keys = problem()
+    nothing = ops.kept.unpacked(keys)
+    assert not op.packed_matches(keys, nothing)
+    with pytest.raises(RuntimeError, match="packed keys do not match"):
+        functional.nearest(queries, keys, packed=nothing)
+
+
+def test_unpacked_keys_under_transforms():
+    queries, keys = problem(n=4)
+    many = torch.stack([keys, keys.flip(1)])
+    got = torch.func.vmap(lambda k: functional.nearest(queries, k)[0])(many)
+    want = torch.stack([functional.nearest(queries, k, packed=functional.pack_keys(k))[0] for k in many])
+    assert torch.equal(got, want)
+    values = torch.randn(2, 20, 3, requires_grad=True)
+    out, codes = functional.lookup(queries, keys, values)
+    (grad,) = torch.autograd.grad(out.sum(), values)
+    assert grad.sum() == out.numel()
+    assert torch.equal(codes, functional.nearest(queries, keys)[0])
