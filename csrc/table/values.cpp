@@ -1,6 +1,7 @@
 // Values fetched by index, and the gradient of that: gather, gather_backward, gather_backward_rows.
 #include "../ops.h"
 #include "pooled.h"
+#include "short_rows.h"
 
 #include <bit>
 
@@ -184,7 +185,7 @@ void sum_touched(const Source& source, const TouchedRows& touched, const int64_t
   const int64_t width = source.width();
   std::fill_n(sums, touched.count * width, Accumulator<T>{0});
   for_rows<T>(source, touched.range, [&](const auto* row, int64_t target) {
-    add_row(sums + slots[target] * width, row, width);
+    update_row(sums + slots[target] * width, row, width, [](auto sum, auto x) { return sum + widen<decltype(sum)>(x); });
   });
 }
 
