@@ -143,7 +143,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         grad = _in_order(ctx, grads[0])
-        return torch.ops.kvb.gather_backward(grad, indices, ctx.shape[1], ctx.pool), None, None, None
+        return gather_backward(grad, indices, ctx.shape[1], ctx.pool), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -190,7 +190,7 @@ class _GatherRows(torch.autograd.Function):
 def sparse_rows(grad: Tensor, indices: Tensor, shape: torch.Size, pool: str) -> Tensor:
     """The gradient of values of a shape [C, K, V] as a coalesced sparse tensor, C and K its sparse axes."""
     C, K, _ = shape
-    rows, merged, count = torch.ops.kvb.gather_backward_rows(grad, indices, K, pool)
+    rows, merged, count = gather_backward_rows(grad, indices, K, pool)
     n = int(count)  # on another device the host waits here: a sparse tensor knows its size
     rows = rows[:n]
     # They ascend, so that to look for where a codebook begins takes a third of a division by K.
@@ -322,7 +322,7 @@ class _Lookup(torch.autograd.Function):
         (indices,), grad = ctx.saved_tensors, grads[0]
         if indices.dim() == 2:  # of one position
             indices, grad = indices.unsqueeze(1), grad.unsqueeze(1)
-        return None, None, None, torch.ops.kvb.gather_backward(grad, indices, ctx.K, ctx.pool), None, None
+        return None, None, None, gather_backward(grad, indices, ctx.K, ctx.pool), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
@@ -382,6 +382,8 @@ def _directly(name: str, function: type[torch.autograd.Function], learns: int) -
 
 
 gather = _directly("gather", _Gather, learns=0)
+gather_backward = _directly("gather_backward", _GatherBackward, learns=0)
+gather_backward_rows = _directly("gather_backward_rows", _GatherBackwardRows, learns=0)
 lookup = _directly("lookup", _Lookup, learns=3)
 
 
