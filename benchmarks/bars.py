@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from benchmarks.timing import Absent, Effort, Ratio, WrongResult
 
 FULL, QUICK = Effort(rounds=5, seconds=3.0, patience=5.0), Effort(rounds=2, seconds=0.3, patience=1.0)
 PUBLISHED = "dkvb-pytorch"
+IMPORT_SECONDS = 0.25  # that `import kvb` may add to `import torch`
 RACED, RACED_QUICK = 120, 24  # shapes of benchmarks.race
 
 
@@ -81,6 +83,18 @@ def call(with_gradient: bool, quick: bool) -> Measured:
     return Measured(*seconds, "s", overhead.PEER, race.ratio(overhead.KVB, overhead.PEER))
 
 
+def imports(quick: bool) -> Measured:
+    """What ``import kvb`` adds to ``import torch`` in new processes: seconds of a CPU, by a quarter of one."""
+    code = "import os, torch; begun = sum(os.times()[:2]); import kvb; print(sum(os.times()[:2]) - begun)"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+        for _ in range(5 + 10 * (not quick))
+    ]
+    low, middle, high = statistics.quantiles([float(run.stdout) for run in runs])
+    ratio = Ratio(*(seconds / IMPORT_SECONDS for seconds in (middle, low, high)))
+    return Measured(middle, IMPORT_SECONDS, "s", "a quarter second", ratio)
+
+
 @functools.cache
 def _raced(quick: bool) -> list[dict[str, Any]]:
     """The first shapes of ``benchmarks.race``, without those that a compiler takes seconds for."""
@@ -127,6 +141,7 @@ OWN = (
     Row("one-sample", _versus("forward", "one_sample", _plain), 3),
     Row("call:forward", _at(call, False), 4, at_most=True),
     Row("call:gradient", _at(call, True), 6, at_most=True),
+    Row("import", imports, 1, at_most=True),
     Row("race:mean", race_mean, 1),
     Row("race:losses", race_losses, 0.02, at_most=True),
 )

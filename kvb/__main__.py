@@ -22,18 +22,36 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # there is no room for what i
 STUDIES = {**FEATURES, "toy": "toy"}
 
 
+class WrongUsage(SystemExit):
+    """Ends the process as argparse does, after saying what is wrong: for what only a command can know."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(2)
+        self.why = why
+        print(why, file=sys.stderr)
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def _number(text: str, kind: type[int] | type[float], low: float, high: float, expected: str) -> Any:
+    """A number in [low, high)."""
+    with contextlib.suppress(ValueError):
+        if low <= (number := kind(text)) < high:
+            return number
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+
 def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 1 << 63:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**63 - 1, got {text}")
-    return seed
+    return int(_number(text, int, 0, 1 << 63, "an integer from 0 to 2**63 - 1"))
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return number
+    return int(_number(text, int, 1, float("inf"), "a positive integer"))
+
+
+def _seconds(text: str) -> float:
+    return float(_number(text, float, 0, float("inf"), "a number of seconds"))
 
 
 def _labels(text: str) -> int | None:
@@ -74,8 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     called = "python -m kvb" if Path(sys.argv[0]).name == "__main__.py" else "kvb"
     parser = argparse.ArgumentParser(prog=called, description=(kvb.__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"kvb {kvb.__version__}")
-    names = "{demo,protocol,unlearn,study,report,bench,check,info}"
-    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     demo = commands.add_parser(
         "demo", help="learn real data a few classes at a time: the bottleneck against a linear and an MLP head"
     )
@@ -113,12 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a page about the bottleneck in a file: sizes, usage, pictures")
     report.add_argument("file", type=Path, help="of kvb.save, or a folder of save_pretrained")
     report.add_argument("--data", type=Path, metavar="CODES", help="count these codes, a .npy of encode_dataset")
+    report.add_argument("--accuracies", type=Path, metavar="JSON", help="draw these: a row of tasks after each task")
     report.add_argument("--out", type=Path, default=Path("report.html"), metavar="HTML", help="the page (%(default)s)")
     _add_bench(commands.add_parser("bench", help="how fast kvb is on this machine, against what you might use instead"))
     check = commands.add_parser("check", help="hold every operator of every backend of this machine to the contract")
     check.add_argument("--device", metavar="D", help="cpu or cuda (both, where there are both)")
     check.add_argument("--processes", type=_count, metavar="N", help="at a time (one per CPU, 14 at most)")
-    check.add_argument("--seconds", type=float, metavar="S", help="end after so long; what did not run is no pass")
+    check.add_argument("--seconds", type=_seconds, metavar="S", help="end after so long; what did not run is no pass")
     check.add_argument("--json", type=Path, metavar="FILE", help="gets a line of JSON for every case, when it is done")
     commands.add_parser("info", help="versions, and which backend runs on each device")
     return parser
@@ -140,9 +158,9 @@ def _experiment(name: str, chosen: argparse.Namespace, run: Callable[[Any, Any],
     try:
         chosen.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(
+        raise WrongUsage(
             f"--out must be a folder that can be written to, got {chosen.out} ({error.strerror}). Choose another one."
-        )
+        ) from None
     try:
         run(*modules)
     except MissingPackageError as error:
@@ -156,7 +174,12 @@ def _demo(chosen: argparse.Namespace) -> None:
 
 def _unlearn(chosen: argparse.Namespace) -> None:
     def run(unlearning: Any, data: Any) -> None:
-        unlearning.main(data.STUDY, chosen.out, chosen.seed, classes=chosen.classes)
+        from kvb.experiments.unlearning import ClassesError  # with packages that not every command needs
+
+        try:
+            unlearning.main(data.STUDY, chosen.out, chosen.seed, classes=chosen.classes)
+        except ClassesError as error:
+            raise WrongUsage(f"--{error}") from None
 
     _experiment("unlearning", chosen, run)
 
@@ -170,7 +193,7 @@ def _protocol(chosen: argparse.Namespace) -> None:
         scenarios = (chosen.scenario,) if chosen.scenario else report.SCENARIOS
         heads = tuple(chosen.heads or report.HEADS)
         if unknown := [name for name in heads if name not in report.HEADS]:
-            sys.exit(f"--heads must be of {', '.join(report.HEADS)}; got {unknown[0]!r}")
+            raise WrongUsage(f"--heads must be of {', '.join(report.HEADS)}; got {unknown[0]!r}")
         options = chosen.epochs, chosen.patience, chosen.quick, chosen.labels[0], heads
         plan = report.Plan(chosen.seeds, scenarios, *options)
         if chosen.full:
@@ -203,10 +226,15 @@ def _bench(full: bool, peers: bool, target: Path | None, plots: Path | None) -> 
         if (error.name or "").split(".")[0] != "benchmarks":
             raise
         sys.exit("The benchmarks come with the source, not with the package: run this in a checkout of kvb.")
-    for path in (target and target.parent, plots and plots.parent):
-        if path and not path.is_dir():
-            sys.exit(f"There is no folder {path} to write to. Make it, or choose another one.")
+    for path in filter(None, (target, plots)):
+        _require_folder(path)
     return bench.main(full, peers, target, plots)
+
+
+def _require_folder(path: Path) -> None:
+    """Of what is to be written; before hours of work."""
+    if not path.parent.is_dir():
+        raise WrongUsage(f"There is no folder {path.parent} to write to. Make it, or choose another one.")
 
 
 def _check(device: str | None, **options: Any) -> int:
@@ -214,20 +242,23 @@ def _check(device: str | None, **options: Any) -> int:
 
     there = {found.type: found for found in testing.devices()}
     if device is not None and device not in there:
-        sys.exit(f"--device must be one of the devices of this machine, {', '.join(there)}; got {device!r}")
+        raise WrongUsage(f"--device must be one of the devices of this machine, {', '.join(there)}; got {device!r}")
+    if options["json_lines"]:
+        _require_folder(options["json_lines"])
     print(f"kvb {kvb.__version__}, torch {torch.__version__}")
     return 0 if testing.run([there[device]] if device else list(there.values()), **options) else 1
 
 
-def _report(source: Path, out: Path, data: Path | None) -> int:
+def _report(source: Path, out: Path, data: Path | None, accuracies: Path | None) -> int:
     try:
         from kvb import report
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise
         sys.exit("The report command needs matplotlib, which is not installed. Install it with: pip install matplotlib")
+    _require_folder(out)
     try:
-        print(report.write(source, out, data))
+        print(report.write(source, out, data, accuracies))
     except FileNotFoundError as error:
         sys.exit(f"There is no file {error.filename}.")
     except CheckpointError as error:
@@ -251,7 +282,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     if chosen.command == "bench":
         return _bench(chosen.full, chosen.peers, chosen.json, chosen.plot)
     if chosen.command == "report":
-        return _report(chosen.file, chosen.out, chosen.data)
+        return _report(chosen.file, chosen.out, chosen.data, chosen.accuracies)
     if chosen.command == "demo":
         _demo(chosen)
     elif chosen.command == "protocol":

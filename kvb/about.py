@@ -21,7 +21,12 @@ def _backend(device: str) -> str:
 
 
 def info() -> dict[str, str]:
-    """Versions, the CPU's instruction set, and the backend of every device type with the reason where it is slow."""
+    """Versions, the CPU's instruction set, and the backend of every device type with the reason where it is slow.
+
+    Examples:
+        >>> kvb.info()["kvb"] == kvb.__version__
+        True
+    """
     facts = {
         "kvb": __version__,
         "torch": torch.__version__,

@@ -46,7 +46,14 @@ _BROKEN = (
 
 
 class CheckpointError(RuntimeError):
-    """A file that is damaged, hostile, of another version, or of another module; nothing has changed."""
+    """A file that is damaged, hostile, of another version, or of another module; nothing has changed.
+
+    Examples:
+        >>> kvb.save(torch.nn.Linear(2, 2), "linear.pt")
+        >>> kvb.load(kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10), "linear.pt")
+        Traceback (most recent call last):
+        kvb.checkpoints.CheckpointError: ...
+    """
 
 
 class _Contents(NamedTuple):
@@ -68,6 +75,12 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         TypeError: no module, a state_dict with more than dense tensors, or a dtype that safetensors cannot hold.
         RuntimeError: safetensors is not installed, or the module changed while it was saved. OSError: the file cannot
         be written, or ``path`` is no regular file.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> kvb.save(bottleneck, "memory.pt")
+        >>> other = kvb.load(kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10), "memory.pt")
+        >>> torch.equal(other.keys, bottleneck.keys)
+        True
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"save(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")

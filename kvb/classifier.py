@@ -58,7 +58,16 @@ class KeyValueClassifier(tabular.Estimator):
         counts_: the ``ClassCounts``. values_: [C, K, V] of "sgd".
     Raises:
         what scikit-learn's classifiers raise: ValueError for wrong data, NotFittedError before ``fit``.
+    Examples:
+        >>> X, y = torch.randn(80, 8), torch.arange(80) % 2
+        >>> X[:, 0] += 9 * y
+        >>> kvb.KeyValueClassifier(codebooks=8).fit(X, y).score(X, y)
+        1.0
     """
+
+    coder_: NearestCodes
+    counts_: ClassCounts
+    values_: Tensor
 
     def __init__(
         self,

@@ -192,6 +192,9 @@ class FailingTogether:
         whatever the block raises; RuntimeError: the block of another process raised.
     """
 
+    device: torch.device | None
+    status: Status
+
     def __init__(self, group: Group, device: torch.device | None) -> None:
         self.group, self.device, self.status = group, device, Status()
 

@@ -47,10 +47,21 @@ class ClassCounts(nn.Module):
         smoothing: > 0: what a class that never fetched a pair is worth there, as a share of even use.
         rank_weights: how much the rank t of a nearest pair counts in a prediction, [T]; None weighs them alike.
         dtype: of the counts: torch.int32, int64, float32 or float64. Integers are exact, and take integer weights.
+        device: of the counts.
     State:
         counts [C, K, V]; totals [C, 1, V], their sums over the pairs, int64 or float64.
+    Examples:
+        >>> head = kvb.counting.ClassCounts(num_codebooks=1, pairs=3, num_classes=2)
+        >>> codes, labels = torch.tensor([[[0]], [[2]]]), torch.tensor([0, 1])
+        >>> head = head.add(codes, labels)
+        >>> head.predict(codes)
+        tensor([0, 1])
+        >>> bool(head.remove(codes, labels).counts.any())
+        False
     """
 
+    smoothing: float
+    rank_weights: tuple[float, ...] | None
     counts: Tensor
     totals: Tensor
 
@@ -63,6 +74,7 @@ class ClassCounts(nn.Module):
         smoothing: float = 0.1,
         rank_weights: Sequence[float] | None = None,
         dtype: torch.dtype = torch.int32,
+        device: validation.Device = None,
     ) -> None:
         super().__init__()
         C = validation.positive_int("num_codebooks", num_codebooks)
@@ -72,8 +84,9 @@ class ClassCounts(nn.Module):
             raise ValueError(f"dtype must be torch.int32, torch.int64, torch.float32 or torch.float64, got {dtype!r}")
         self.smoothing = validation.number("smoothing", smoothing, 0.0, float("inf"), open_low=True)
         self.rank_weights = None if rank_weights is None else tuple(map(float, rank_weights))
-        self.register_buffer("counts", torch.zeros(C, K, V, dtype=dtype))
-        self.register_buffer("totals", torch.zeros(C, 1, V, dtype=torch.float64 if self._fractional else torch.int64))
+        sums = torch.float64 if dtype.is_floating_point else torch.int64
+        self.register_buffer("counts", torch.zeros(C, K, V, dtype=dtype, device=device))
+        self.register_buffer("totals", torch.zeros(C, 1, V, dtype=sums, device=device))
         self._table: Tensor | None = None  # logarithms [C, K, V], made for a prediction
         self._stale = torch.ones(V, dtype=torch.bool)  # classes that have changed since
 
@@ -153,6 +166,14 @@ class ClassCounts(nn.Module):
 
         Raises:
             TypeError: no ``ClassCounts``, or counts of another dtype. ValueError: other sizes.
+        Examples:
+            >>> one, other = (kvb.counting.ClassCounts(1, pairs=3, num_classes=2) for _ in range(2))
+            >>> one = one.add(torch.tensor([[0]]), torch.tensor([0]))
+            >>> other = other.add(torch.tensor([[2]]), torch.tensor([1]))
+            >>> one.merge(other).counts
+            tensor([[[1, 0],
+                     [0, 0],
+                     [0, 1]]], dtype=torch.int32)
         """
         if not isinstance(other, ClassCounts) or other.counts.dtype != self.counts.dtype:
             kind = f"ClassCounts of {other.counts.dtype}" if isinstance(other, ClassCounts) else type(other).__name__
@@ -332,6 +353,9 @@ def distance_weights(distances: Tensor, *, levels: int | None = None) -> Tensor:
         [B, C, T] in [0, 1] or int64 in [0, levels]; 0 where the distance is not finite.
     Raises:
         TypeError: no floating-point tensor. ValueError: fewer than three axes, or no positive number of levels.
+    Examples:
+        >>> kvb.counting.distance_weights(torch.tensor([[[0.0, 1.0, 2.0]]]), levels=10)
+        tensor([[[10,  5,  0]]])
     """
     validation.floating("distance_weights", "distances", distances)
     if distances.dim() < 3:

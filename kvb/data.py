@@ -58,6 +58,11 @@ class CodeDataset(Dataset[Any]):
     Raises:
         TypeError: codes that are not integers, labels that are no tensor, a mask that is not bool. ValueError: codes
         with fewer than two axes, another number of labels, or a mask of other positions.
+    Examples:
+        >>> data = kvb.CodeDataset(torch.randint(16, (100, 4)), labels=torch.randint(10, (100,)))
+        >>> codes, labels = next(data.batches(32))
+        >>> codes.shape, labels.shape
+        (torch.Size([32, 4]), torch.Size([32]))
     """
 
     _file: _File | None = None
@@ -94,6 +99,11 @@ class CodeDataset(Dataset[Any]):
         Raises:
             ValueError: the file is no .npy of int16, int32 or int64 in C order, or is damaged; labels that do not fit.
             OSError: it cannot be read.
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> data = bottleneck.encode_dataset(torch.randn(10, 4, 8), out="codes.npy", progress=False)
+            >>> torch.equal(kvb.CodeDataset.open("codes.npy").codes, data.codes)
+            True
         """
         return cls._of(_File.open(path), labels)
 
@@ -154,6 +164,10 @@ class CodeDataset(Dataset[Any]):
             generator: makes the order reproducible.
         Raises:
             TypeError, ValueError: batch_size is no positive integer.
+        Examples:
+            >>> data = kvb.CodeDataset(torch.zeros(10, 4, dtype=torch.int16))
+            >>> [len(codes) for codes in data.batches(4)]
+            [4, 4, 2]
         """
         validation.positive_int("batch_size", batch_size)
         return self._batches(batch_size, shuffle, drop_last, generator)

@@ -6,15 +6,18 @@ Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 4; the decoders o
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import validation
 from kvb._torch import saveable
+from kvb.modules.tracing import OneNode
 
 
-class CodebookVoting(nn.Module):
+class CodebookVoting(OneNode):
     """Each codebook and position votes with its value; the mean vote is the logits. Has no parameters.
 
     Equivalent to ``values.flatten(1, -2).mean(1)``; with ``topk`` to ``(values * weights).sum(2)`` over the T fetched
@@ -26,10 +29,18 @@ class CodebookVoting(nn.Module):
         weights: one number per rank, for ``topk`` > 1; ones by default.
         dropout: the probability, in training mode, that a codebook at a position has no vote.
         channel_last: values end with V; otherwise, as from a channel-first encoder, V comes before the positions.
+        device: of the weights.
     State:
         weights [T], for ``topk`` > 1 only.
+    Examples:
+        >>> votes = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]]])  # of three codebooks for two classes
+        >>> kvb.decoders.CodebookVoting(2)(votes)
+        tensor([[1.3333, 1.0000]])
     """
 
+    num_classes: int
+    topk: int
+    dropout: float
     weights: Tensor
 
     def __init__(
@@ -40,6 +51,7 @@ class CodebookVoting(nn.Module):
         weights: list[float] | None = None,
         dropout: float = 0.0,
         channel_last: bool = True,
+        device: validation.Device = None,
     ) -> None:
         super().__init__()
         self.num_classes = validation.positive_int("num_classes", num_classes)
@@ -48,7 +60,7 @@ class CodebookVoting(nn.Module):
         if weights is not None and (topk == 1 or len(weights) != topk):
             raise ValueError(f"weights must hold one number for each of topk > 1 ranks, got {weights} for topk={topk}")
         if topk > 1:
-            self.register_buffer("weights", torch.tensor(weights or [1] * topk, dtype=torch.float32))
+            self.register_buffer("weights", torch.tensor(weights or [1] * topk, dtype=torch.float32, device=device))
         self.dropout = validation.number("dropout", dropout, 0.0, 1.0)
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -62,6 +74,8 @@ class CodebookVoting(nn.Module):
         Raises:
             TypeError: not a floating-point tensor, or a mask that is not bool. ValueError: a shape that does not fit.
         """
+        if isinstance(values, Proxy):
+            return self._call_of(values, mask)
         validation.floating("CodebookVoting", "values", values)
         ranks = self.topk > 1
         axis = -1 if self.channel_last else 2 + ranks
@@ -99,7 +113,7 @@ class CodebookVoting(nn.Module):
         return f"{self.num_classes} classes" + (f", topk={self.topk}" if self.topk > 1 else "")
 
 
-class LinearProbe(nn.Module):
+class LinearProbe(OneNode):
     """One linear layer on all values of a sample.
 
     Equivalent to ``linear(values.flatten(1))``.
@@ -108,20 +122,39 @@ class LinearProbe(nn.Module):
         num_features: values of one sample, C·V for an embedding.
         num_classes: size of the output.
         bias: learn one.
+        device, dtype: of the parameters.
+    Examples:
+        >>> kvb.decoders.LinearProbe(4 * 16, 10)(torch.randn(5, 4, 16)).shape
+        torch.Size([5, 10])
     """
 
-    def __init__(self, num_features: int, num_classes: int, bias: bool = True) -> None:
+    num_features: int
+    linear: nn.Linear
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        bias: bool = True,
+        *,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.num_features = validation.positive_int("num_features", num_features)
-        self.linear = nn.Linear(num_features, validation.positive_int("num_classes", num_classes), bias=bias)
+        validation.positive_int("num_classes", num_classes)
+        place: dict[str, Any] = {"device": device, "dtype": validation.float_dtype(dtype)}
+        self.linear = nn.Linear(num_features, num_classes, bias=bias, **place)
 
     def forward(self, values: Tensor) -> Tensor:
         """values [B, ...], ``num_features`` per sample, -> logits [B, num_classes]."""
+        if isinstance(values, Proxy):
+            return self._call_of(values)
         logits: Tensor = self.linear(_flat(type(self).__name__, values, self.num_features))
         return logits
 
 
-class MLP(nn.Module):
+class MLP(OneNode):
     """A network with one hidden layer (ReLU) on all values of a sample.
 
     Equivalent to ``output(relu(hidden(values.flatten(1))))``.
@@ -130,16 +163,35 @@ class MLP(nn.Module):
         num_features: values of one sample, C·V for an embedding.
         num_classes: size of the output.
         hidden: size of the hidden layer; 128 in the authors' experiments.
+        device, dtype: of the parameters.
+    Examples:
+        >>> kvb.decoders.MLP(4 * 16, 10)(torch.randn(5, 4, 16)).shape
+        torch.Size([5, 10])
     """
 
-    def __init__(self, num_features: int, num_classes: int, hidden: int = 128) -> None:
+    num_features: int
+    hidden: nn.Linear
+    output: nn.Linear
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        hidden: int = 128,
+        *,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.num_features = validation.positive_int("num_features", num_features)
-        self.hidden = nn.Linear(num_features, validation.positive_int("hidden", hidden))
-        self.output = nn.Linear(hidden, validation.positive_int("num_classes", num_classes))
+        place: dict[str, Any] = {"device": device, "dtype": validation.float_dtype(dtype)}
+        self.hidden = nn.Linear(num_features, validation.positive_int("hidden", hidden), **place)
+        self.output = nn.Linear(hidden, validation.positive_int("num_classes", num_classes), **place)
 
     def forward(self, values: Tensor) -> Tensor:
         """values [B, ...], ``num_features`` per sample, -> logits [B, num_classes]."""
+        if isinstance(values, Proxy):
+            return self._call_of(values)
         flat = _flat(type(self).__name__, values, self.num_features)
         logits: Tensor = self.output(self.hidden(flat).relu())
         return logits
@@ -169,6 +221,9 @@ def add_distance_to_values(values: Tensor, distances: Tensor, *, axis: int = -1)
     Raises:
         TypeError: not floating-point tensors. ValueError: shapes disagree, or there is no such axis.
     Source: the option of that name in the authors' experiments.
+    Examples:
+        >>> kvb.decoders.add_distance_to_values(torch.zeros(1, 1, 2), torch.ones(1, 1))
+        tensor([[[0., 0., 1.]]])
     """
     validation.floating("add_distance_to_values", "values", values)
     validation.floating("add_distance_to_values", "distances", distances)

@@ -64,6 +64,10 @@ def pack_keys(keys: Tensor) -> Tensor:
         packed: uint8 [C, bytes].
     Raises:
         TypeError: not a floating-point tensor. ValueError: not three axes.
+    Examples:
+        >>> keys = torch.randn(4, 16, 8)
+        >>> packed = kvb.functional.pack_keys(keys)
+        >>> indices, distances = kvb.functional.nearest(torch.randn(5, 1, 4, 8), keys, packed=packed)
     """
     validation.floating("pack_keys", "keys", keys)
     validation.shape("keys", keys, "C K D", (None, None, None))
@@ -98,6 +102,10 @@ def nearest(
     Raises:
         TypeError: not floating-point tensors, or a mask that is not bool. ValueError: ranks or sizes disagree, or
         ``topk`` > K. RuntimeError: devices differ, or ``packed`` was made from other keys.
+    Examples:
+        >>> keys = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])  # one codebook of two keys
+        >>> kvb.functional.nearest(torch.tensor([[[[3.0, 3.0]]]]), keys)
+        (tensor([[[1]]]), tensor([[[1.]]]))
     """
     queries = _check_search("nearest", queries, keys, mask)
     validation.topk(topk, keys.shape[1])
@@ -129,6 +137,11 @@ def sample(
         indices [B, S, C] int64 and their squared distances, as ``nearest`` returns them; [B, S, C, T] for topk > 1.
     Raises:
         as ``nearest``; ValueError: temperature <= 0.
+    Examples:
+        >>> keys = torch.tensor([[[0.0], [1.0], [9.0]]])
+        >>> indices, distances = kvb.functional.sample(torch.zeros(100, 1, 1, 1), keys, temperature=1.0)
+        >>> sorted(set(indices.flatten().tolist()))  # the nearest often, the next at times, the far one never
+        [0, 1]
     """
     queries = _check_search("sample", queries, keys, mask)
     validation.number("temperature", temperature, 0.0, float("inf"), open_low=True)
@@ -156,6 +169,12 @@ def gather(
     Raises:
         TypeError: indices that are not integers. ValueError: ranks or sizes disagree, unknown pool or layout.
         IndexError: an index outside [0, K).
+    Examples:
+        >>> values = torch.arange(6.0).view(2, 3, 1)  # two codebooks of three values
+        >>> kvb.functional.gather(values, torch.tensor([[[0, 2]]])).flatten()
+        tensor([0., 5.])
+        >>> kvb.functional.gather(values, torch.tensor([[[0, 2]]]), pool="mean")
+        tensor([[[2.5000]]])
     """
     validation.floating("gather", "values", values)
     validation.shape("values", values, "C K V", (None, None, None))
@@ -194,6 +213,10 @@ def lookup(
         indices: [B, S, C] int64; ties go to the lowest index.
     Raises:
         as ``nearest`` and ``gather``.
+    Examples:
+        >>> keys, values = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[10.0], [20.0]]])
+        >>> kvb.functional.lookup(torch.tensor([[[[0.9]]]]), keys, values)
+        (tensor([[[[20.]]]]), tensor([[[1]]]))
     """
     queries = _check_search("lookup", queries, keys, mask)
     validation.floating("lookup", "values", values)

@@ -41,6 +41,11 @@ def distance_threshold(
     Raises:
         TypeError, ValueError: as ``bottleneck(x)``, or no share in (0, 1]. RuntimeError: keys wait for data.
         NotImplementedError: tables that are split over processes.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> threshold = kvb.growth.distance_threshold(bottleneck, torch.randn(100, 4, 8))
+        >>> threshold.shape
+        torch.Size([4])
     """
     if validation.number("share", share, 0.0, math.inf, open_low=True) > 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
@@ -67,6 +72,11 @@ def none_near(
         threshold: squared distance >= 0, one or [C].
     Raises:
         as ``distance_threshold``; TypeError, ValueError: a threshold that is no number >= 0, or another shape.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> threshold = kvb.growth.distance_threshold(bottleneck, torch.randn(100, 4, 8))
+        >>> bool(kvb.growth.none_near(bottleneck, torch.randn(5, 4, 8) + 100, threshold).all())
+        True
     """
     found = _distances("none_near", bottleneck, x, mask)
     limit = _limits("none_near", bottleneck, threshold).to(found)
@@ -93,6 +103,13 @@ def add_pairs(
         [C] int64; all zero where every query has a key near, and then nothing changes.
     Raises:
         as ``none_near``.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> threshold = kvb.growth.distance_threshold(bottleneck, torch.randn(100, 4, 8))
+        >>> kvb.growth.add_pairs(bottleneck, torch.full((5, 4, 8), 100.0), threshold)  # equal queries need one
+        tensor([1, 1, 1, 1])
+        >>> bottleneck.values.shape
+        torch.Size([4, 17, 10])
     """
     far = none_near(bottleneck, x, threshold, mask=mask)
     C, D = bottleneck.num_codebooks, bottleneck.dim_keys

@@ -157,6 +157,9 @@ class Labels:
         inputs_extractor, labels_extractor: those of ``encode_dataset``.
     """
 
+    wanted: bool
+    extractor: Callable[[Any], Any] | None
+
     def __init__(
         self,
         wanted: bool,
@@ -168,9 +171,9 @@ class Labels:
         if labels_extractor is not None and not wanted:
             raise ValueError("labels=False contradicts labels_extractor: give one of them")
         self.wanted, self.extractor = wanted, labels_extractor
-        self.inputs_extracted = inputs_extractor is not None
+        self.inputs_extracted: bool = inputs_extractor is not None
         self.parts: list[Tensor] = []
-        self.samples = 0
+        self.samples: int = 0
 
     def find(self, item: Any, inputs: Any, mask: Any = None) -> Any:
         """The labels of an item, or None."""

@@ -54,6 +54,11 @@ def load(module: nn.Module | _Path, path: _Path | None = None, **arguments: Any)
         CheckpointError: the file is damaged, is no checkpoint, is of another version, or does not fit the module; the
         module is as it was. TypeError: neither module nor folder, or an argument is missing. ValueError: a config that
         is damaged, of a newer kvb, or of an unknown class. OSError: a file cannot be read.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> bottleneck.save_pretrained("memory")
+        >>> torch.equal(kvb.load("memory").values, bottleneck.values)
+        True
     """
     if isinstance(module, (str, os.PathLike)):
         return _build(Path(module), path, arguments)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kvb import _torch, validation
-from kvb.optim_audit import Finding, audit, value_tables
+from kvb.optim_audit import Finding, audit
+from kvb.optim_groups import param_groups
 from kvb.optim_growth import grow
 
 __all__ = [
@@ -221,6 +222,11 @@ class RowwiseSGD(_Rowwise):
     Raises:
         TypeError, ValueError: an option out of its range.
     Source: Träuble et al., ICML 2023 (arXiv:2207.11240), appendix on training.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> optimizer = kvb.optim.RowwiseSGD([bottleneck.values], lr=0.1)
+        >>> bottleneck(torch.randn(5, 4, 8), pool="mean").square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -261,6 +267,11 @@ class RowwiseAdagrad(_Rowwise):
     Raises:
         TypeError, ValueError: an option out of its range.
     Source: Duchi et al., Adaptive Subgradient Methods, JMLR 12, 2011.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> optimizer = kvb.optim.RowwiseAdagrad([bottleneck.values], lr=0.1)
+        >>> bottleneck(torch.randn(5, 4, 8), pool="mean").square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -309,6 +320,11 @@ class RowwiseAdam(_Rowwise):
         TypeError, ValueError: an option out of its range.
     Source: Kingma and Ba, Adam, ICLR 2015 (arXiv:1412.6980); Loshchilov and Hutter, Decoupled Weight Decay
     Regularization, ICLR 2019 (arXiv:1711.05101).
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> optimizer = kvb.optim.RowwiseAdam([bottleneck.values], lr=0.1)
+        >>> bottleneck(torch.randn(5, 4, 8), pool="mean").square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -347,7 +363,7 @@ class RowwiseAdam(_Rowwise):
         param.sub_(average / root * (group["lr"] / (1 - first**step)).to(param.dtype))
 
 
-# --- clipping and groups ----------------------------------------------------------------------------------------------
+# --- clipping ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -374,6 +390,11 @@ def clip_grad_norm_(
         the norm before clipping, [].
     Raises:
         RuntimeError: the norm is not finite, with ``error_if_nonfinite``; gradients on different devices.
+    Examples:
+        >>> table = torch.zeros(2, 3, 4, requires_grad=True)
+        >>> table.sum().backward()
+        >>> kvb.optim.clip_grad_norm_(table, 1.0)
+        tensor(4.8990)
     """
     owners = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     numbers, parts = [], []
@@ -413,36 +434,3 @@ def _norm(numbers: list[Any], norm_type: float, error_if_nonfinite: bool, foreac
     norms: list[Any] = [nn.utils.get_total_norm(each, norm_type, False, foreach) for each in by_mesh.values()]
     norms = [norm if _is_whole(norm) else norm.full_tensor() for norm in norms]
     return nn.utils.get_total_norm(norms, norm_type, error_if_nonfinite, foreach)
-
-
-def param_groups(model: nn.Module, lr: float, values_lr: float | None = None) -> list[dict[str, Any]]:
-    """The parameters of a model in two groups for an optimizer: value tables, and the rest, if any.
-
-    Value tables get ``rowwise=True`` and neither weight decay nor momentum, whatever the optimizer's defaults are. So
-    the groups suit ``torch.optim`` as well, except for Adam's averages, which need ``RowwiseAdam``.
-
-    Equivalent to ``[{"params": rest, "lr": lr}, {"params": [bottleneck.values], "lr": values_lr, "rowwise": True,
-    "weight_decay": 0.0, "momentum": 0.0}]``.
-
-    Args:
-        model: any module that holds one ``KeyValueBottleneck`` or more.
-        lr: of the rest.
-        values_lr: of the value tables; ``lr`` by default.
-    Returns:
-        one or two groups, without parameters that require no gradient.
-    Raises:
-        TypeError: not a module. ValueError: a rate below 0, or a model without a value table that learns.
-    """
-    validation.number("lr", lr, 0.0, float("inf"))
-    rate = lr if values_lr is None else validation.number("values_lr", values_lr, 0.0, float("inf"))
-    tables = [table for table in value_tables(model).values() if table.requires_grad]
-    if not tables:
-        raise ValueError(
-            f"expected a model with a KeyValueBottleneck whose values require a gradient, got {type(model).__name__} "
-            "without one; its parameters need no groups"
-        )
-    known = set(map(id, tables))
-    rest = [param for param in model.parameters() if param.requires_grad and id(param) not in known]
-    still = {"rowwise": True, "weight_decay": 0.0, "momentum": 0.0}
-    groups: list[dict[str, Any]] = [{"params": rest, "lr": lr}] if rest else []
-    return [*groups, {"params": tables, "lr": rate, **still}]

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kvb.optim_groups import value_tables
+
 BEFORE, AFTER = 20, 200  # steps of the rehearsal on one task, and then on another
 _WIDTH = 8  # numbers in a rehearsed row
 _UNKNOWN = float("nan")
@@ -29,6 +31,12 @@ class Finding(NamedTuple):
     table: its name in the model. optimizer: the class. cause: "momentum", "weight decay", "Adam's averages" or the
     like. drift: how far 200 steps on other rows move a row, relative to what the row learned before (in 20 steps), or,
     for weight decay, to its size; NaN where the optimizer could not be tried.
+
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> optimizer = torch.optim.SGD([bottleneck.values], lr=0.1, momentum=0.9)
+        >>> [finding.cause for finding in kvb.optim.audit(optimizer, bottleneck, warn=False)]
+        ['momentum']
     """
 
     table: str
@@ -44,18 +52,6 @@ class Finding(NamedTuple):
             f"{self.table}: {self.cause} of {self.optimizer} moves a row by {self.drift:.2g} of {what} "
             f"during {AFTER} steps on other rows"
         )
-
-
-def value_tables(model: nn.Module) -> dict[str, Tensor]:
-    """The value tables of a model by name: parameters ``values`` [C, K, V], as in kvb and the published packages.
-
-    Raises:
-        TypeError: not a module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    named = model.named_parameters()
-    return {name: param for name, param in named if name.rpartition(".")[2] == "values" and param.dim() == 3}
 
 
 def audit(optimizer: torch.optim.Optimizer, model: nn.Module, *, warn: bool = True) -> list[Finding]:
@@ -75,6 +71,10 @@ def audit(optimizer: torch.optim.Optimizer, model: nn.Module, *, warn: bool = Tr
     Raises:
         TypeError: not an optimizer, or not a module.
     Source: the measurement is ours; PyTorch considers the behaviour to be by design (pytorch #18404).
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> kvb.optim.audit(kvb.optim.RowwiseAdam([bottleneck.values]), bottleneck)
+        []
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")

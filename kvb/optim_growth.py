@@ -29,6 +29,12 @@ def grow(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> None:
         TypeError: not an optimizer, or not parameters. ValueError: ``old`` is not in the optimizer, or ``new`` already
         is; ``new`` is smaller, or of another dtype or device; a state that is not like the parameter. Then nothing
         changes. NotImplementedError: a table that is split over processes.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> optimizer, old = kvb.optim.RowwiseAdam([bottleneck.values]), bottleneck.values
+        >>> kvb.optim.grow(optimizer, old, bottleneck.expand_values(12).values)
+        >>> optimizer.param_groups[0]["params"][0].shape
+        torch.Size([4, 16, 12])
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")

@@ -71,6 +71,8 @@ class WhitenedProjection(nn.Module):
         mean [F]; matrix [F, C*D] float64 of whole numbers, and scale [C*D], what one of them is worth.
     """
 
+    num_codebooks: int
+    dim_keys: int
     mean: Tensor
     matrix: Tensor
     scale: Tensor
@@ -129,6 +131,8 @@ class NearestCodes(nn.Module):
         projection.*; keys [C, K, D] float32.
     """
 
+    projection: WhitenedProjection
+    topk: int
     keys: Tensor
 
     def __init__(self, num_channels: int, num_codebooks: int, pairs: int, dim_keys: int, topk: int) -> None:

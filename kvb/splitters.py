@@ -5,12 +5,14 @@ Source: Träuble et al., ICML 2023 (arXiv:2207.11240), section 3.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import validation
+from kvb.modules.tracing import OneNode
 
 Mode = Literal["chunk", "random_projection", "sparse_projection", "learned_projection"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -22,6 +24,9 @@ def make(mode: Mode | nn.Module, num_channels: int, num_codebooks: int, dim_keys
     Raises:
         ValueError: an unknown mode; "chunk" with ``dim_keys`` other than channels / C. TypeError: neither a mode nor a
         module.
+    Examples:
+        >>> kvb.splitters.make("random_projection", 64, num_codebooks=4, dim_keys=8)(torch.randn(5, 64)).shape
+        torch.Size([5, 4, 8])
     """
     if isinstance(mode, nn.Module):
         return mode
@@ -62,7 +67,7 @@ def _added_heads(wanted: int, now: int) -> int:
     return wanted - now
 
 
-class Chunk(nn.Module):
+class Chunk(OneNode):
     """Cut the channels into C consecutive heads of D.
 
     Equivalent to ``x.unflatten(-1, (C, D)).movedim(-2, 1)``; a view, no copy.
@@ -72,7 +77,16 @@ class Chunk(nn.Module):
         num_codebooks: C.
     Raises:
         ValueError: the channels do not divide evenly.
+    Examples:
+        >>> kvb.splitters.Chunk(6, num_codebooks=3)(torch.arange(6.0)[None])
+        tensor([[[0., 1.],
+                 [2., 3.],
+                 [4., 5.]]])
     """
+
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
 
     def __init__(self, num_channels: int, num_codebooks: int) -> None:
         super().__init__()
@@ -84,6 +98,8 @@ class Chunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D]."""
+        if isinstance(x, Proxy):
+            return self._call_of(x)
         _check_features("Chunk", x, self.num_channels)
         return x.unflatten(-1, (self.num_codebooks, self.dim_keys)).movedim(-2, 1)
 
@@ -91,7 +107,7 @@ class Chunk(nn.Module):
         return f"{self.num_channels} channels -> {self.num_codebooks} heads of {self.dim_keys}"
 
 
-class RandomProjection(nn.Module):
+class RandomProjection(OneNode):
     """Project the features once per codebook with a fixed random matrix of unit columns.
 
     Equivalent to ``torch.einsum("b...d,cdk->bc...k", x, rand_proj)``. The matrix is a buffer and never learns.
@@ -100,22 +116,39 @@ class RandomProjection(nn.Module):
         num_channels: size of the last axis of the features.
         num_codebooks: C.
         dim_keys: D.
-        generator: draws the matrix; PyTorch's default otherwise.
+        generator: draws the matrix, on its own device; PyTorch's default otherwise.
+        device, dtype: of the matrix; by default float32.
     State:
         rand_proj: [C, channels, D], the published name.
+    Examples:
+        >>> split = kvb.splitters.RandomProjection(64, num_codebooks=4, dim_keys=8)
+        >>> split(torch.randn(5, 7, 7, 64)).shape
+        torch.Size([5, 4, 7, 7, 8])
     """
 
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
     rand_proj: Tensor
 
     def __init__(
-        self, num_channels: int, num_codebooks: int, dim_keys: int, *, generator: torch.Generator | None = None
+        self,
+        num_channels: int,
+        num_codebooks: int,
+        dim_keys: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
-        with torch.inference_mode(False):  # autograd refuses tensors created in inference mode
-            self.register_buffer("rand_proj", self._unit(num_codebooks, generator))
+        # Autograd refuses tensors created in inference mode.
+        with torch.inference_mode(False), validation.placed(generator.device if generator else device):
+            matrix = self._unit(num_codebooks, generator)
+            self.register_buffer("rand_proj", matrix.to(device=device, dtype=validation.float_dtype(dtype)))
 
     def _unit(self, heads: int, generator: torch.Generator | None) -> Tensor:
         """A matrix for so many heads, with unit columns."""
@@ -128,6 +161,8 @@ class RandomProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D] in float32 or float64: one product, heads moved as a view."""
+        if isinstance(x, Proxy):
+            return self._call_of(x)
         _check_features(type(self).__name__, x, self.num_channels)
         validation.same_device("x", x, "the projections", self.rand_proj)
         heads = _product(x, self.rand_proj.transpose(0, 1).flatten(1))
@@ -156,6 +191,11 @@ class SparseProjection(RandomProjection):
 
     Source: Li, Hastie and Church, Very sparse random projections, KDD 2006. In the published code
     "sparse_projection" is a name without code.
+
+    Examples:
+        >>> split = kvb.splitters.SparseProjection(64, num_codebooks=4, dim_keys=8)
+        >>> (split.rand_proj != 0).sum(1).unique()  # channels that an output looks at
+        tensor([8])
     """
 
     def _draw(self, heads: int, generator: torch.Generator | None) -> Tensor:
@@ -166,7 +206,7 @@ class SparseProjection(RandomProjection):
         return torch.zeros(shape, dtype=torch.float32).scatter_(1, places, signs)
 
 
-class LearnedProjection(nn.Module):
+class LearnedProjection(OneNode):
     """Project the features with one linear map without bias, a parameter.
 
     Equivalent to ``proj(x).unflatten(-1, (D, C)).movedim(-1, 1)``: key dim major, as published.
@@ -177,20 +217,41 @@ class LearnedProjection(nn.Module):
         num_channels: size of the last axis of the features.
         num_codebooks: C.
         dim_keys: D.
+        device, dtype: of the weight.
     State:
         proj.weight: [D*C, channels], the published name and order.
+    Examples:
+        >>> split = kvb.splitters.LearnedProjection(64, num_codebooks=4, dim_keys=8)
+        >>> split(torch.randn(5, 64)).shape
+        torch.Size([5, 4, 8])
     """
 
-    def __init__(self, num_channels: int, num_codebooks: int, dim_keys: int) -> None:
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
+    proj: nn.Linear
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_codebooks: int,
+        dim_keys: int,
+        *,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        place: dict[str, Any] = {"device": device, "dtype": validation.float_dtype(dtype)}
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = validation.positive_int("num_codebooks", num_codebooks)
         self.dim_keys = validation.positive_int("dim_keys", dim_keys)
         with torch.inference_mode(False):  # parameters created in inference mode cannot learn
-            self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False)
+            self.proj = nn.Linear(num_channels, num_codebooks * dim_keys, bias=False, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *shape, channels] -> [B, C, *shape, D] in float32 or float64: one product, heads moved as a view."""
+        if isinstance(x, Proxy):
+            return self._call_of(x)
         _check_features("LearnedProjection", x, self.num_channels)
         validation.same_device("x", x, "the projections", self.proj.weight)
         heads = _product(x, self.proj.weight.mT)

@@ -17,7 +17,13 @@ from kvb.reference import values as reference
 
 
 class SGDStep(NamedTuple):
-    """What ``sgd_step`` returns about the batch before the step; float32, or float64 for float64 values."""
+    """What ``sgd_step`` returns about the batch before the step; float32, or float64 for float64 values.
+
+    Examples:
+        >>> step = kvb.training.sgd_step(torch.zeros(4, 16, 10), torch.randint(16, (8, 4)), torch.randint(10, (8,)))
+        >>> round(step.loss.item(), 4), step.logits.shape  # ln 10: nothing is known yet
+        (2.3026, torch.Size([8, 10]))
+    """
 
     loss: Tensor  # []
     norm: Tensor  # []: of the gradient, before clipping
@@ -63,6 +69,10 @@ def sgd_step(
         TypeError: values that are not floating-point, codes or targets that are not integers, a mask that is not bool.
         ValueError: shapes that disagree, values that are not contiguous, or a number out of its range. IndexError: a
         code outside [0, K) or a target outside [0, V). RuntimeError: devices differ.
+    Examples:
+        >>> step = kvb.training.sgd_step(values := torch.zeros(2, 3, 2), torch.tensor([[0, 2]]), torch.tensor([1]))
+        >>> values.any(-1).tolist()  # the rows that were fetched have moved
+        [[True, False, False], [False, False, True]]
     """
     validation.floating("sgd_step", "values", values)
     validation.shape("values", values, "C K V", (None, None, None))
@@ -72,18 +82,23 @@ def sgd_step(
     validation.codes(codes, values.shape[0])
     validation.integer("sgd_step", "targets", targets)
     validation.shape("targets", targets, "B", (codes.shape[0],))
-    if mask is not None:
-        mask = _of_ranks(mask, codes)
+    mask = None if mask is None else _of_ranks(mask, codes)
     for name, tensor in (("codes", codes), ("targets", targets), ("mask", codes if mask is None else mask)):
         validation.same_device(name, tensor, "values", values)
-    validation.number("lr", lr, 0.0, math.inf)
-    limit = math.inf if max_norm is None else validation.number("max_norm", max_norm, 0.0, math.inf, open_low=True)
-    if validation.number("label_smoothing", label_smoothing, 0.0, math.inf) > 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    limit = _limit(lr, max_norm, label_smoothing)
     codes, targets, mask, own = _of_all(values, codes, targets.to(torch.int64), mask, process_group)
     flat = codes[:, None] if codes.dim() == 2 else codes.flatten(2).transpose(1, 2)
     step = _step(values, flat, targets, mask, lr, limit, label_smoothing)
     return step if own is None else step._replace(logits=step.logits[own])
+
+
+def _limit(lr: float, max_norm: float | None, label_smoothing: float) -> float:
+    """The largest norm, infinite for None, where all three numbers are in their range."""
+    validation.number("lr", lr, 0.0, math.inf)
+    limit = math.inf if max_norm is None else validation.number("max_norm", max_norm, 0.0, math.inf, open_low=True)
+    if validation.number("label_smoothing", label_smoothing, 0.0, math.inf) > 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    return limit
 
 
 def _of_all(

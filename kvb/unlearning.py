@@ -57,6 +57,10 @@ def hits(bottleneck: KeyValueBottleneck, data: Tensor | CodeDataset | Iterable[A
         TypeError: a module that is no KeyValueBottleneck, or data of none of these kinds. ValueError: its shape does
         not fit, or it holds no samples. IndexError: a code outside [0, K). RuntimeError: keys that still wait for data.
     Source: Shah et al., arXiv:2311.15268, whose histograms of activations these are.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(1, 3, dim_keys=8, dim_values=10)
+        >>> kvb.unlearning.hits(bottleneck, torch.tensor([[0], [2], [2]]))
+        tensor([[1, 0, 2]])
     """
     C, K = _pairs("hits", bottleneck)
     total = torch.zeros(C, K, dtype=torch.int64, device=bottleneck.keys.device)
@@ -82,6 +86,11 @@ def class_hits(
         [L, C, K] int64, on the module's device.
     Raises:
         as ``hits``; TypeError: labels that are no integers. ValueError: no labels, or one outside [0, num_classes).
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(1, 3, dim_keys=8, dim_values=2)
+        >>> data = kvb.CodeDataset(torch.tensor([[0], [2], [2]]), labels=torch.tensor([0, 1, 1]))
+        >>> kvb.unlearning.class_hits(bottleneck, data)[1]
+        tensor([[0, 0, 2]])
     """
     if num_classes is not None:
         validation.positive_int("num_classes", num_classes)
@@ -203,6 +212,10 @@ def overlap(per_class: Tensor) -> Tensor:
     Raises:
         TypeError: no tensor, or complex or boolean numbers. ValueError: other shapes.
     Source: ours; arXiv:2311.15268 leaves this open.
+    Examples:
+        >>> kvb.unlearning.overlap(torch.tensor([[[4, 0]], [[1, 3]]]))
+        tensor([[1.0000, 0.2500],
+                [0.2500, 1.0000]], dtype=torch.float64)
     """
     _require_hits("overlap", "per_class", per_class)
     validation.shape("per_class", per_class, "L C K", (None, None, None))
@@ -242,6 +255,11 @@ def mask_by_activations(
         TypeError: types and dtypes. ValueError: shapes, a number out of its range, or not exactly one of ``n`` and
         ``share``.
     Source: Shah et al., arXiv:2311.15268; share, retain_hits and keep are ours.
+    Examples:
+        >>> kvb.unlearning.mask_by_activations(torch.tensor([[5, 0, 1]]), n=1)
+        tensor([[False,  True,  True]])
+        >>> kvb.unlearning.mask_by_activations(torch.tensor([[5, 0, 1]]), share=1.0)
+        tensor([[False,  True, False]])
     """
     _require_hits("mask_by_activations", "forget_hits", forget_hits)
     validation.shape("forget_hits", forget_hits, "C K", (None, None))
@@ -283,6 +301,10 @@ def mask_by_examples(
     Raises:
         as ``hits``; TypeError, ValueError: a mask to keep that does not fit.
     Source: Shah et al., arXiv:2311.15268; keep is ours.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(1, 3, dim_keys=8, dim_values=10)
+        >>> kvb.unlearning.mask_by_examples(bottleneck, torch.tensor([[0], [2]]))
+        tensor([[False,  True, False]])
     """
     found = hits(bottleneck, examples)
     return _left_usable("mask_by_examples", found == 0, found, keep)
@@ -329,6 +351,12 @@ def forget(bottleneck: KeyValueBottleneck, mask: Tensor) -> Tensor | None:
         codebook without a pair to fetch; the module does not change. NotImplementedError: a table that
         ``kvb.distributed.parallelize`` split.
     Source: Shah et al., arXiv:2311.15268: masked pairs as excluded from the search.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(1, 3, dim_keys=8, dim_values=10).freeze_keys()
+        >>> before = kvb.unlearning.forget(bottleneck, torch.tensor([[False, True, True]]))
+        >>> bool((bottleneck.encode(torch.randn(100, 1, 8)) > 0).all())
+        True
+        >>> bottleneck = bottleneck.mask_pairs(before)  # and back
     """
     C, K = _pairs("forget", bottleneck)
     if hasattr(bottleneck.values, "device_mesh"):
@@ -366,6 +394,11 @@ def erase(bottleneck: KeyValueBottleneck, mask: Tensor, fill: float = 0.0) -> No
     Raises:
         TypeError, ValueError: a mask that does not fit, or a fill that is no finite number.
     Source: Shah et al., arXiv:2311.15268: masked pairs as suppressed values, the other reading.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(1, 3, dim_keys=8, dim_values=10)
+        >>> kvb.unlearning.erase(bottleneck, torch.tensor([[False, True, True]]))
+        >>> bottleneck.values.any(-1)
+        tensor([[False,  True,  True]])
     """
     C, K = _pairs("erase", bottleneck)
     mask = validation.mask("erase", mask, C, K).to(bottleneck.values.device)

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+Device: TypeAlias = torch.device | str | int | None  # as torch.nn takes one
 _SHOWN = 8  # names in a message
 _FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _INTEGER = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
@@ -49,6 +51,18 @@ def choice(name: str, value: Any, options: Sequence[_Choice]) -> _Choice:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
     chosen: _Choice = value
     return chosen
+
+
+def placed(device: Device) -> contextlib.AbstractContextManager[Any]:
+    """Where tensors are made: by default where PyTorch makes them."""
+    return contextlib.nullcontext() if device is None else torch.device(device)
+
+
+def float_dtype(dtype: Any) -> torch.dtype | None:
+    """Of parameters; None for PyTorch's default."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    return dtype
 
 
 def topk(value: Any, pairs: int) -> int:

@@ -1,10 +1,11 @@
 // One step of training on codes, of which nothing but the touched rows of the table is ever written: sgd_step_.
 //
-// Every codebook gets the same gradient row for a position. So most touched rows of the table need no gradient of their
-// own: those that several positions fetch get a sum, and all are listed with the row that they get.
+// Every codebook gets the same gradient row for a position. So where a batch fetches few of the rows, most of them need
+// none of their own: those that several positions fetch get a sum, and all are listed with the row that they get.
+#include "../glibc.h"
 #include "../ops.h"
-#include "pooled.h"
-#include "short_rows.h"
+#include "crowded.h"
+#include "gradient.h"
 
 #include <cmath>
 
@@ -26,41 +27,6 @@ Sum cross_entropy(const Sum* logits, int64_t V, int64_t target, Sum smoothing, S
   for (int64_t v = 0; v < V; ++v) grad[v] = (grad[v] / total - each - (v == target ? 1 - smoothing : 0)) * scale;
   return std::log(total) - (1 - smoothing) * (logits[target] - highest) - each * sum;
 }
-
-// --- rows of values and gradients ------------------------------------------------------------------------------------
-
-template <class Sum, class T>
-inline void add_short_row(Sum* sums, const T* row, int64_t width) {
-  update_row(sums, row, width, [](Sum sum, T value) { return sum + widen<Sum>(value); });
-}
-
-template <class Sum>
-double square(const Sum* row, int64_t width) {
-  double totals[kVector] = {}; // one alone would wait for each addition
-  int64_t v = 0;
-  for (; v + kVector <= width; v += kVector)
-    for (int64_t i = 0; i < kVector; ++i) totals[i] += static_cast<double>(row[v + i]) * row[v + i];
-  for (; v < width; ++v) totals[0] += static_cast<double>(row[v]) * row[v];
-  return (totals[0] + totals[1]) + (totals[2] + totals[3]);
-}
-
-// The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.
-template <class Sum>
-struct Gradient {
-  Vector<Sum> rows;
-  Vector<double> squares; // [B]
-  int64_t width, positions; // V, S
-
-  Gradient(int64_t samples, int64_t positions, int64_t width)
-      : rows(samples * width), squares(samples), width(width), positions(positions) {}
-
-  int64_t sample(int64_t position) const {
-    return positions == 1 ? position : position / positions; // a division takes longer than all else
-  }
-  const Sum* at(int64_t position) const {
-    return rows.data() + sample(position) * width;
-  }
-};
 
 // --- touched rows ----------------------------------------------------------------------------------------------------
 
@@ -106,20 +72,11 @@ class Group {
         touched_(new_buffer<TouchedRow>(books * positions)),
         addends_(new_buffer<Addend>(books * positions)) {}
 
-  // Begin with the codes of codebooks [c0, c1). They follow each other closely, in the same cache lines.
+  // Begin with the codes of codebooks [c0, c1).
   void read(const Tensor& indices, int64_t c0, int64_t c1, Scratch& scratch) {
     scratch.clear();
     end_ = added_ = summed_ = 0;
-    int32_t* code = scratch.codes.data();
-    with_integer(indices.scalar_type(), [&](auto index) {
-      const auto* const all = static_cast<const decltype(index)*>(indices.const_data_ptr());
-      const int64_t B = indices.size(0), S = indices.size(1), batch = indices.stride(0), position = indices.stride(1);
-      for (int64_t c = c0; c < c1; ++c) {
-        const auto* const of = all + c * indices.stride(2);
-        for (int64_t b = 0; b < B; ++b)
-          for (int64_t s = 0; s < S; ++s) *code++ = static_cast<int32_t>(of[b * batch + s * position]);
-      }
-    });
+    read_codes(indices, c0, c1, scratch.codes.data());
   }
 
   // List the rows of the next codebook; fetch(row) is called at every position.
@@ -150,9 +107,7 @@ class Group {
     for (int32_t i = 0; i < end_; ++i) {
       if (i + kRowsAhead < end_) prefetch(table + touched_[i + kRowsAhead].row * V, V * sizeof(T));
       const int64_t gradient = touched_[i].gradient, sum = gradient - N_;
-      update_row(
-          table + touched_[i].row * V, sum < 0 ? grad.at(gradient) : sums_.data() + sum * V, V,
-          [step](T value, Sum slope) { return static_cast<T>(widen<Sum>(value) - step * slope); });
+      move_row(table + touched_[i].row * V, sum < 0 ? grad.at(gradient) : sums_.data() + sum * V, V, step);
     }
   }
 
@@ -204,7 +159,7 @@ class Group {
   Vector<Sum> sums_; // [summed, V]
 };
 
-// --- the step --------------------------------------------------------------------------------------------------------
+// --- the step, row by row --------------------------------------------------------------------------------------------
 
 constexpr int64_t kListBytes = 1 << 25; // of lists kept between the passes: beyond 32 MB, listing again is cheaper
 constexpr int64_t kValueBytes = 1 << 18; // of fetched values that wait to be summed: a quarter of an L2 cache
@@ -225,20 +180,12 @@ class TrainingStep {
 
   // Means over codebooks [N, V], rounded as gather rounds them.
   Vector<Sum> means() {
-    Vector<T> rounded(N_ * V_);
-    if (kept_.empty()) {
-      gather_pooled(table_, walk(indices_, {}, K_ * V_, V_), V_, true, rounded.data());
-    } else {
-      Vector<Sum> totals(groups() * N_ * V_);
-      for_groups([&](int64_t g, Scratch& scratch, Group<Sum>&) {
-        list_and_add(g, scratch, totals.data() + g * N_ * V_);
-      });
-      for (int64_t g = 1; g < groups(); ++g) add_row(totals.data(), totals.data() + g * N_ * V_, N_ * V_);
-      for (int64_t i = 0; i < N_ * V_; ++i) rounded[i] = static_cast<T>(totals[i] / static_cast<Sum>(C_));
-    }
-    Vector<Sum> means(N_ * V_);
-    std::transform(rounded.begin(), rounded.end(), means.begin(), [](T mean) { return widen<Sum>(mean); });
-    return means;
+    if (kept_.empty()) return gathered(table_, indices_, K_, V_);
+    Vector<Sum> totals(groups() * N_ * V_);
+    for_groups([&](int64_t g, Scratch& scratch, Group<Sum>&) {
+      list_and_add(g, scratch, totals.data() + g * N_ * V_);
+    });
+    return mean_of_groups<T>(std::move(totals), N_ * V_, C_);
   }
 
   // The norm of the whole gradient: that of all positions as if they shared no row, and corrections, added in order.
@@ -315,6 +262,8 @@ class TrainingStep {
   Vector<Group<Sum>> kept_; // all groups, or none where they would fill the memory
 };
 
+// --- the loss of a batch ---------------------------------------------------------------------------------------------
+
 // Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets, and the loss.
 template <class Sum>
 double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t C, Sum smoothing, Sum* logits,
@@ -364,17 +313,24 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
   with_floating(values.scalar_type(), [&](auto value) {
     using T = decltype(value);
     using Sum = Accumulator<T>;
-    TrainingStep<T> step(values.mutable_data_ptr<T>(), K, V, indices);
-    const Vector<Sum> means = step.means();
-    Gradient<Sum> grad(B, S, V);
-    *loss.mutable_data_ptr<Sum>() = static_cast<Sum>(losses(
-        means.data(), targets.const_data_ptr<int64_t>(), B, C, static_cast<Sum>(label_smoothing),
-        logits.mutable_data_ptr<Sum>(), grad));
-    const double norm_of_all = step.norm(grad);
-    *norm.mutable_data_ptr<Sum>() = static_cast<Sum>(norm_of_all);
-    if (!std::isfinite(norm_of_all)) return; // there is no direction to step in
-    const double share = max_norm / (norm_of_all + 1e-6);
-    step.move(grad, static_cast<Sum>(lr * (share < 1 ? share : 1.0)));
+    const auto take = [&](auto&& step) {
+      const Vector<Sum> means = step.means();
+      Gradient<Sum> grad(B, S, V);
+      *loss.mutable_data_ptr<Sum>() = static_cast<Sum>(losses(
+          means.data(), targets.const_data_ptr<int64_t>(), B, C, static_cast<Sum>(label_smoothing),
+          logits.mutable_data_ptr<Sum>(), grad));
+      const double norm_of_all = step.norm(grad);
+      *norm.mutable_data_ptr<Sum>() = static_cast<Sum>(norm_of_all);
+      if (!std::isfinite(norm_of_all)) return; // there is no direction to step in
+      const double share = max_norm / (norm_of_all + 1e-6);
+      step.move(grad, static_cast<Sum>(lr * (share < 1 ? share : 1.0)));
+    };
+    T* const table = values.mutable_data_ptr<T>();
+    if (CrowdedStep<T>::pays(values, N)) {
+      take(CrowdedStep<T>(table, K, V, indices));
+    } else {
+      take(TrainingStep<T>(table, K, V, indices));
+    }
   });
   return {loss, norm, logits};
 }

@@ -44,6 +44,10 @@ def alias(contract: str = "published") -> None:
             as the seed documents use them.
     Raises:
         ValueError: another contract. RuntimeError: a package of such a name was imported already.
+    Examples:
+        >>> kvb.compat.alias()
+        >>> import key_value_bottleneck.core  # is kvb's replica now
+        >>> kvb.compat.unalias()
     """
     validation.choice("contract", contract, CONTRACTS)
     for name in NAMES:
@@ -65,7 +69,12 @@ def alias(contract: str = "published") -> None:
 
 
 def unalias() -> None:
-    """Undo ``alias``; names imported meanwhile stay what they are."""
+    """Undo ``alias``; names imported meanwhile stay what they are.
+
+    Examples:
+        >>> kvb.compat.alias("seed")
+        >>> kvb.compat.unalias()
+    """
     for name, module in _answering.items():
         if sys.modules.get(name) is module:
             del sys.modules[name]

@@ -24,6 +24,9 @@ class Codebook(nn.Module):
     vector-quantize-pytorch up to 1.21, loads too.
     """
 
+    kmeans_iters: int
+    decay: float
+    eps: float
     initted: Tensor
     cluster_size: Tensor
     embed_avg: Tensor

@@ -52,6 +52,11 @@ class AccidentalProjections(nn.Module):
         published class and is carried along unused.
     """
 
+    num_channels: int
+    num_codebooks: int
+    dim_keys: int
+    project_in: nn.Linear
+    project_out: nn.Linear
     rand_proj: Tensor | None
 
     def __init__(self, num_channels: int, num_codebooks: int, dim: int | None, dim_keys: int) -> None:
@@ -84,6 +89,12 @@ def from_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
         a state_dict for ``kvb.KeyValueBottleneck``, ``kvb.BottleneckedEncoder`` or ``kvb.DiscreteKeyValueBottleneck``.
     Raises:
         ValueError: the names are of none of them, or some are missing; one codebook of keys for several of values.
+    Examples:
+        >>> published = kvb.compat.key_value_bottleneck.core.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> state = kvb.compat.from_published(published.state_dict())
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> bottleneck.load_state_dict(state)
+        <All keys matched successfully>
     """
     flat: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -134,6 +145,10 @@ def to_published(state: Mapping[str, Tensor], package: str, *, old_initted: bool
         old_initted: write ``initted`` as [1] float, for vector-quantize-pytorch up to 1.21; or else as [] bool.
     Raises:
         ValueError: another package, or a state_dict that such a module cannot have.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> sorted(kvb.compat.to_published(bottleneck.state_dict(), "key_value_bottleneck"))
+        ['cluster_size', 'cluster_size_counter', 'initted', 'keys', 'keys_avg', 'values']
     """
     validation.choice("package", package, PACKAGES)
     kept = {name: value for name, value in state.items() if name.rpartition(".")[2] not in STATE_NAMES}
@@ -165,6 +180,10 @@ def module_from(
         options: more arguments of the module: ``decay``, ``encoder``, ``average_pool_memories``, ...
     Raises:
         ValueError: the names are of no bottleneck. RuntimeError: shapes that do not belong together.
+    Examples:
+        >>> published = kvb.compat.key_value_bottleneck.core.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> kvb.compat.module_from(published.state_dict()).values.shape
+        torch.Size([4, 16, 10])
     """
     converted = from_published(state)
     if "keys_avg" in converted:
@@ -190,7 +209,7 @@ def _discrete_module(
     if projections is None or state["rand_proj"].dim() == 2:  # of version 0.0.x
         options = {"average_pool_memories": False, **options}
     sizes = {"num_memories": K, "num_memory_codebooks": C, "dim_memory": V, "dim_embed": channels, "codebook_dim": D}
-    module = discrete.DiscreteKeyValueBottleneck(D, **sizes, **options)
+    module = discrete.DiscreteKeyValueBottleneck(D, **{**sizes, **options})
     if mixed is not None:
         module.splitter = AccidentalProjections(channels, C, dim, D)
     elif projections is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kvb import functional, validation
 from kvb.compat.quantize import VectorQuantize, adopted
+from kvb.modules.outputs import Recall
 
 
 class DiscreteKeyValueBottleneck(nn.Module):
@@ -36,6 +37,10 @@ class DiscreteKeyValueBottleneck(nn.Module):
         TypeError, ValueError: a size that is no positive integer; an option that ``VectorQuantize`` does not have.
     """
 
+    dim_embed: int
+    __call__: Recall[tuple[Tensor, Tensor, Tensor]]
+    vq: VectorQuantize
+    values: nn.Parameter
     rand_proj: Tensor
 
     def __init__(

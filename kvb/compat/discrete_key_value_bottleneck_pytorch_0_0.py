@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvb import functional, validation
 from kvb.compat.discrete_key_value_bottleneck_pytorch import embedded
 from kvb.compat.quantize import VectorQuantize, adopted
+from kvb.modules.outputs import Recall
 
 
 class DiscreteKeyValueBottleneck(nn.Module):
@@ -38,6 +39,10 @@ class DiscreteKeyValueBottleneck(nn.Module):
         ``VectorQuantize`` does not have.
     """
 
+    dim: int
+    __call__: Recall[tuple[Tensor, Tensor, Tensor]]
+    vq: VectorQuantize
+    values: nn.Parameter
     rand_proj: Tensor
 
     def __init__(

@@ -5,6 +5,7 @@ One codebook per head, keys learned by moving averages; same state, same random 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +65,14 @@ class VectorQuantize(nn.Module):
         ValueError: one of ``FIXED`` at another value; ``learnable_codebook`` with moving averages or cosine
         similarity. TypeError: an unknown one.
     """
+
+    __call__: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    dim: int
+    heads: int
+    codebook_size: int
+    project_in: nn.Identity | nn.Linear
+    project_out: nn.Identity | nn.Linear
+    rotation_trick: bool
 
     def __init__(
         self,

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvb import collectives, functional, validation
+from kvb import collectives
 from kvb.collectives import Members
 from kvb.distributed import exchange
 from kvb.distributed.layout import Layout
 from kvb.distributed.sharding import Sharded
 from kvb.functional import Pool
-from kvb.modules.bottleneck import BottleneckOutput
+from kvb.modules.outputs import BottleneckOutput
 
 
 class ByCodebooks(Sharded):
@@ -44,11 +44,11 @@ class ByCodebooks(Sharded):
         x: Tensor,
         *,
         mask: Tensor | None = None,
-        pool: Pool = "none",
+        pool: Pool | None = None,
         return_values_only: bool | None = None,
     ) -> Tensor | BottleneckOutput:
         """As there; one ``all_reduce`` of pooled values, one ``all_gather`` of each other output."""
-        validation.choice("pool", pool, functional.POOLS)
+        pool = self._pooled(pool)
         found = super().forward(x, mask=mask, pool=_partial(pool), return_values_only=return_values_only)
         if isinstance(found, Tensor):
             return self._together(found, pool)
@@ -60,9 +60,10 @@ class ByCodebooks(Sharded):
         """As there; one ``all_gather``."""
         return self._joined(super().encode(x, mask=mask, dtype=dtype))
 
-    def decode(self, indices: Tensor, pool: Pool = "none", *, mask: Tensor | None = None) -> Tensor:
+    def decode(self, indices: Tensor, pool: Pool | None = None, *, mask: Tensor | None = None) -> Tensor:
         """As there, of the codes of all codebooks."""
-        self._flat_codes(indices, pool)
+        pool = self._pooled(pool)
+        self._flat_codes(indices)
         here = super().decode(indices[:, self._layout.here], _partial(pool), mask=mask)
         return self._together(here, pool)
 

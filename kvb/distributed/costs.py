@@ -13,7 +13,14 @@ SPEEDS = (25, 100, 400)  # GB/s: a fast network card, several of them, links bet
 
 
 class Cost(NamedTuple):
-    """Bytes of one process."""
+    """Bytes of one process.
+
+    Examples:
+        >>> from kvb.distributed import cost
+        >>> found = cost(B=256, C=256, K=4096, V=10, processes=8)["sync_values"]
+        >>> found.seconds(gigabytes=100) == found.sent / 100e9
+        True
+    """
 
     held: int  # values, keys, their statistics and the mask
     all_reduce: int  # handed to ``all_reduce`` in one step
@@ -47,6 +54,11 @@ def cost(
         gradients of what was fetched; "codebooks" and "pairs", the two ways of ``parallelize``.
     Raises:
         TypeError, ValueError: a size that is no positive integer.
+    Examples:
+        >>> from kvb.distributed import cost
+        >>> found = cost(B=256, C=256, K=4096, V=10, processes=8)
+        >>> found["sync_values"].sent < found["dense"].sent / 10
+        True
     """
     sizes = {"B": B, "C": C, "K": K, "V": V, "D": D, "processes": processes, "value_bytes": value_bytes, "topk": topk}
     for name, size in sizes.items():

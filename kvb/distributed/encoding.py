@@ -121,6 +121,14 @@ def encode_dataset(
     Raises:
         as ``model.encode_dataset``; TypeError: data of no known size. ValueError: a loader in another order, or no
         samples. RuntimeError: another process failed, or did not call this in time; another run writes ``out``.
+    Examples:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        >>> from kvb.distributed import encode_dataset
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> len(encode_dataset(bottleneck, torch.randn(100, 4, 8), "codes.npy", progress=False))
+        100
+        >>> dist.destroy_process_group()
     """
     storage = validation.code_dtype(dtype, model._target().key_value_pairs_per_codebook)
     reader = _Reader(model, storage, inputs_extractor, labels, labels_extractor, mask_extractor)

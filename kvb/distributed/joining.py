@@ -26,6 +26,16 @@ def join(model: DistributedDataParallel, **options: Any) -> Iterator[None]:
         options: those of ``DistributedDataParallel.join``.
     Raises:
         TypeError: no ``DistributedDataParallel``. ValueError: a bottleneck of ``sync_values``.
+    Examples:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        >>> from kvb.distributed import join
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> ddp = torch.nn.parallel.DistributedDataParallel(bottleneck)
+        >>> with join(ddp):
+        ...     ddp(torch.randn(5, 4, 8)).sum().backward()
+        >>> del ddp
+        >>> dist.destroy_process_group()
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"join(): argument 'model' must be DistributedDataParallel, not {type(model).__name__}")

@@ -88,7 +88,7 @@ def count(queries: Any, indices: Any, K: int) -> list[Choice]:
 
 
 # Every rule, and where the arguments of its operator begin that are no tensors: what a rule says depends on those.
-RULES = {pack_keys: 1, nearest: 4, gather: 2, gather_backward: 2, lookup: 5, accumulate: 2, count: 2}
+RULES: dict[Any, int] = {pack_keys: 1, nearest: 4, gather: 2, gather_backward: 2, lookup: 5, accumulate: 2, count: 2}
 
 for _rule, _first in RULES.items():
     _operator = getattr(torch.ops.kvb, _rule.__name__).default

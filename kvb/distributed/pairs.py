@@ -134,9 +134,10 @@ class ByPairs(Sharded):
     ) -> Tensor:
         return self._rows(table.reshape(1, -1, table.shape[-1]), indices, pool, counted=counted)
 
-    def decode(self, indices: Tensor, pool: Pool = "none", *, mask: Tensor | None = None) -> Tensor:
+    def decode(self, indices: Tensor, pool: Pool | None = None, *, mask: Tensor | None = None) -> Tensor:
         """As there; one ``all_reduce``, and with ``topk`` > 1 one of C numbers more."""
-        flat = self._flat_codes(indices, pool).to(torch.int64)
+        pool = self._pooled(pool)
+        flat = self._flat_codes(indices).to(torch.int64)
         counted = None if mask is None else self._counted_codes(indices, mask)
         shape, usable = indices.shape[2:], self._search_mask()
         out = self._values_at(flat, pool, usable if self._too_few(usable) else None, counted)

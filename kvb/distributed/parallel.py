@@ -47,6 +47,15 @@ def parallelize(
         TypeError: no module, or no mesh. ValueError: no bottleneck in it, or one that is split already; a dimension
         that the mesh does not have, or that leaves a process without any codebook or pair; both codebooks and pairs, or
         nothing at all. NotImplementedError: an option of the bottleneck that goes with no split over pairs.
+    Examples:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        >>> from kvb.distributed import parallelize
+        >>> mesh = dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("table",))
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+        >>> parallelize(bottleneck, mesh, codebooks="table")(torch.randn(5, 4, 8), pool="mean").shape
+        torch.Size([5, 10])
+        >>> dist.destroy_process_group()
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"parallelize(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")

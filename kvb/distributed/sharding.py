@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from kvb import collectives, functional, validation
+from kvb import collectives, validation
 from kvb.distributed import exchange
 from kvb.distributed.layout import CODEBOOKS, Layout
-from kvb.functional import Pool
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.reference.shared import require_codes
 
@@ -66,11 +65,10 @@ class Sharded(KeyValueBottleneck):
     def _part(self, whole: Tensor) -> Tensor:
         return self._layout.part(whole)
 
-    def _flat_codes(self, indices: Tensor, pool: Pool) -> Tensor:
+    def _flat_codes(self, indices: Tensor) -> Tensor:
         """Codes [B, C, *shape] as [B, S, C]: all checked by every process, so that all raise or none."""
         validation.integer("decode", "indices", indices)
         validation.codes(indices, self.num_codebooks)
-        validation.choice("pool", pool, functional.POOLS)
         validation.same_device("indices", indices, "values", self.values)
         flat = indices.reshape(*indices.shape[:2], indices.shape[2:].numel()).mT
         require_codes(flat, self.num_codebooks, self.key_value_pairs_per_codebook)

@@ -34,6 +34,13 @@ def sync_values(module: _Module, process_group: Group = None) -> _Module:
         the module.
     Raises:
         TypeError: not a module. ValueError: a module without a ``KeyValueBottleneck``.
+    Examples:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        >>> from kvb.distributed import sync_values
+        >>> model = sync_values(kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys())
+        >>> model(torch.randn(5, 4, 8), pool="mean").square().mean().backward()
+        >>> dist.destroy_process_group()
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"sync_values(): argument 'module' must be torch.nn.Module, not {type(module).__name__}")

@@ -22,7 +22,7 @@ NEIGHBOURS = 20
 class OnePassHead(Head):
     """A head that sees every example once; ``add`` takes a batch, and a question after it solves for weights."""
 
-    passes = 1
+    passes: int = 1
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         raise NotImplementedError
@@ -34,6 +34,9 @@ class OnePassHead(Head):
 
 class _MomentsHead(OnePassHead):
     """Counts, sums of every class, and something of size channels x channels: all sums, so that no order matters."""
+
+    sums: Tensor
+    counts: Tensor
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -81,6 +84,8 @@ class SLDAHead(_MomentsHead):
     2020 (arXiv:1909.01520); the covariance is the pooled one, not their running estimate, so that no order matters.
     """
 
+    products: Tensor
+
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__(channels, num_classes)
         self.products = torch.zeros(channels, channels, dtype=torch.float64)
@@ -105,6 +110,8 @@ class RidgeHead(SLDAHead):
     Source: McDonnell et al., RanPAC: Random projections and pre-trained models for continual learning, NeurIPS 2023
     (arXiv:2307.02251), without its first-session adaptation.
     """
+
+    seen: int
 
     def __init__(self, channels: int, num_classes: int, projection: Tensor | None = None) -> None:
         super().__init__(channels if projection is None else projection.shape[1], num_classes)
@@ -148,6 +155,8 @@ class FeCAMHead(_MomentsHead):
     learning, NeurIPS 2023 (arXiv:2309.14062).
     """
 
+    products: Tensor
+
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__(channels, num_classes)
         self.products = torch.zeros(num_classes, channels, channels, dtype=torch.float64)
@@ -182,6 +191,9 @@ class FeCAMHead(_MomentsHead):
 
 class NeighboursHead(OnePassHead):
     """The vote of the nearest stored examples by cosine: keeps all features."""
+
+    features: Tensor
+    labels: Tensor
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()

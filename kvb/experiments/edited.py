@@ -93,7 +93,7 @@ class Counts(Edited):
 
     def __init__(self, study: Study, train: Examples, test: Examples, seed: int) -> None:
         model = KeyValueClassifier(random_state=seed).fit_keys(train.features)
-        self.counts = model.new_counts(len(study.classes))
+        self.counts: ClassCounts = model.new_counts(len(study.classes))
         self.train, self.test = (part._replace(features=model.coder_(part.features)) for part in (train, test))
         self.counts.add(self.train.features, train.labels)
 
@@ -142,7 +142,7 @@ class Values(Edited):
         head = demo.build(study, "bottleneck", seed, train.features)
         if not isinstance(head, BottleneckHead):
             raise TypeError(f"expected a BottleneckHead, got {type(head).__name__}")
-        self.table = head.values.detach()
+        self.table: Tensor = head.values.detach()
         self.train, self.test = (part._replace(features=head.prepare(part.features)) for part in (train, test))
         generator = torch.Generator().manual_seed(seed)
         for _ in range(EPOCHS):

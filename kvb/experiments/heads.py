@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from kvb import functional, training
 from kvb.classifier import KeyValueClassifier
+from kvb.counting import ClassCounts
 from kvb.modules.bottleneck import KeyValueBottleneck
+from kvb.projection import NearestCodes
 
 ROWS = 1024  # features that are split into queries at a time: all of them would be C*D/channels times as large
 
@@ -93,6 +95,8 @@ class _VotingHead(Head):
 class CodesHead(_VotingHead):
     """On codes as they are; heads with values of their own on the same codes share their keys."""
 
+    values: Tensor
+
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.values = nn.init.zeros_(values)
@@ -107,6 +111,8 @@ class BottleneckHead(_VotingHead):
         splitter: features [N, channels] -> [N, C, D].
         bottleneck: its value dim is the number of classes.
     """
+
+    bottleneck: KeyValueBottleneck
 
     def __init__(self, splitter: nn.Module, bottleneck: KeyValueBottleneck) -> None:
         super().__init__()
@@ -132,7 +138,10 @@ class CountingHead(Head):
         num_classes: V.
     """
 
-    passes = 1
+    coder: NearestCodes
+    counts: ClassCounts
+
+    passes: int = 1
 
     def __init__(self, model: KeyValueClassifier, num_classes: int) -> None:
         super().__init__()
@@ -154,6 +163,9 @@ class CountingHead(Head):
 
 class NearestPairsHead(_VotingHead):
     """Codebook voting of several nearest pairs, on the same codes as ``CountingHead``, by SGD."""
+
+    coder: NearestCodes
+    values: Tensor
 
     def __init__(self, model: KeyValueClassifier, num_classes: int) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ Source: Shah et al., Unlearning via Sparse Representations (arXiv:2311.15268; TM
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +21,12 @@ from torch import Tensor
 from kvb import training, unlearning
 from kvb.data import CodeDataset
 from kvb.experiments import demo, plots
+from kvb.experiments.class_incremental import Examples
 from kvb.experiments.demo import Problem
 from kvb.experiments.heads import BottleneckHead
 from kvb.experiments.studies import Study
 from kvb.experiments.versions import versions
+from kvb.modules.bottleneck import KeyValueBottleneck
 
 EPOCHS, BATCH = 10, 32
 PARTS = (0.01, 0.02, 0.03, 0.045, 0.06, 0.075, 0.09, 0.11, 0.13, 0.16, 0.2)  # of all pairs: N_a
@@ -89,18 +90,25 @@ class ClassesError(ValueError):
 class Subject:
     """A bottleneck trained on all classes at once; it can forget and is then put back."""
 
+    train: Examples
+    test: Examples
+    heads: Tensor
+    test_heads: Tensor
+    codes: Tensor
+    test_codes: Tensor
+
     def __init__(self, study: Study, problem: Problem, seed: int) -> None:
         head = demo.build(study, "bottleneck", seed, problem.train.features)
         if not isinstance(head, BottleneckHead):
             raise TypeError(f"expected a BottleneckHead, got {type(head).__name__}")
-        self.bottleneck = head.bottleneck.eval()
+        self.bottleneck: KeyValueBottleneck = head.bottleneck.eval()
         self.train, self.test = problem.train, problem.test
         self.heads, self.test_heads = head.splitter(problem.train.features), head.splitter(problem.test.features)
         self.codes, self.test_codes = self.bottleneck.encode(self.heads), self.bottleneck.encode(self.test_heads)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator: torch.Generator = torch.Generator().manual_seed(seed)
         self.learn(self.codes, torch.ones_like(self.train.labels, dtype=torch.bool), EPOCHS)
-        self.learned = self.bottleneck.values.detach().clone()
-        self.hits = unlearning.class_hits(
+        self.learned: Tensor = self.bottleneck.values.detach().clone()
+        self.hits: Tensor = unlearning.class_hits(
             self.bottleneck, CodeDataset(self.codes, self.train.labels), len(study.classes)
         )
 
@@ -275,10 +283,7 @@ def main(study: Study, out: Path, seed: int, classes: Sequence[int] = ()) -> Non
     def say(line: str) -> None:
         print(line, flush=True)
 
-    try:
-        result = run(study, seed, say, out, classes)
-    except ClassesError as error:
-        sys.exit(f"--{error}")
+    result = run(study, seed, say, out, classes)
     figure, numbers = save(study, result, out)
     say(f"\nFigure:  {figure}\nNumbers: {numbers}\nTook {time.perf_counter() - begun:.1f} s.")
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from kvb import validation
 from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.key_report import KeyReport
 from kvb.modules.wrapping import BottleneckWrapper
@@ -38,7 +39,16 @@ class InitKeys(Callback):
         options: of ``init_keys``: ``inputs_extractor=``, ``mask_extractor=``, ``generator=``, ``progress=``.
     Attributes:
         reports: what ``init_keys`` returned, by the module's name.
+    Examples:
+        >>> from kvb.integrations.lightning import InitKeys
+        >>> trainer = lightning.pytorch.Trainer(logger=False, callbacks=[InitKeys("kmeans++", epochs=2)])
     """
+
+    method: Any
+    epochs: int
+    freeze: bool
+    submodule: str | None
+    options: dict[str, Any]
 
     def __init__(
         self,
@@ -69,7 +79,13 @@ class FreezeKeys(Callback):
     Args:
         epoch: counted from 0.
         submodule: the name of the one module; None for all.
+    Examples:
+        >>> from kvb.integrations.lightning import FreezeKeys, InitKeys
+        >>> trainer = lightning.pytorch.Trainer(logger=False, callbacks=[InitKeys(freeze=False), FreezeKeys(epoch=2)])
     """
+
+    epoch: int
+    submodule: str | None
 
     def __init__(self, epoch: int, *, submodule: str | None = None) -> None:
         super().__init__()
@@ -85,23 +101,49 @@ class FreezeKeys(Callback):
 class LogUsage(Callback):
     """At the end of every training epoch, log how the keys are used, as ``<module>/perplexity`` and so on.
 
-    Logged are the mean over codebooks of ``perplexity()``, and the share of pairs without hits in ``usage()``: those
-    counted with frozen keys, or the moving averages while keys learn.
+    Logged are the mean over codebooks of ``perplexity()``, the share of pairs without hits in ``usage()``
+    (``unused_pairs``) and their number (``dead_codes``): those counted with frozen keys, or the moving averages while
+    keys learn. Where an ``InitKeys`` of the same trainer initialised the keys, their ``inertia`` then, too.
 
     Args:
         submodule: the name of the one module; None for all.
+        pictures: give the loggers that take figures, TensorBoard's for one, those of ``kvb.plots`` after every so many
+            epochs; 0 for never. Needs matplotlib.
         options: of Lightning's ``log``: ``sync_dist=``, ``logger=``, ``prog_bar=``.
+    Examples:
+        >>> from kvb.integrations.lightning import LogUsage
+        >>> trainer = lightning.pytorch.Trainer(logger=False, callbacks=[LogUsage(prog_bar=True)])
     """
 
-    def __init__(self, *, submodule: str | None = None, **options: Any) -> None:
+    submodule: str | None
+    pictures: int
+    options: dict[str, Any]
+
+    def __init__(self, *, submodule: str | None = None, pictures: int = 0, **options: Any) -> None:
         super().__init__()
         self.submodule, self.options = submodule, options
+        self.pictures = pictures and validation.positive_int("pictures", pictures)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        reports: dict[str, KeyReport] = {}
+        for callback in trainer.callbacks:
+            if isinstance(callback, InitKeys):
+                reports |= callback.reports
         for name, module in bottlenecks(pl_module, self.submodule).items():
-            usage = module.usage()
-            figures = {"perplexity": module.perplexity().mean(), "unused_pairs": (usage == 0).float().mean()}
+            dead = module.usage() == 0
+            figures = {
+                "perplexity": module.perplexity().mean(),
+                "unused_pairs": dead.float().mean(),
+                "dead_codes": dead.sum().float(),
+                **({"inertia": reports[name].inertia} if name in reports else {}),
+            }
             pl_module.log_dict({f"{name}/{figure}": value for figure, value in figures.items()}, **self.options)
+            if self.pictures and trainer.is_global_zero and (trainer.current_epoch + 1) % self.pictures == 0:
+                from kvb.integrations.tensorboard import log_pictures  # needs matplotlib
+
+                for writer in (logger.experiment for logger in trainer.loggers):
+                    if hasattr(writer, "add_figure"):
+                        log_pictures(writer, module, trainer.global_step, tag=name)
 
 
 def bottlenecks(model: nn.Module, name: str | None = None) -> dict[str, Any]:
@@ -109,6 +151,11 @@ def bottlenecks(model: nn.Module, name: str | None = None) -> dict[str, Any]:
 
     Raises:
         ValueError: there is none. TypeError: the module of that name is none.
+    Examples:
+        >>> from kvb.integrations.lightning import bottlenecks
+        >>> model = torch.nn.ModuleDict({"memory": kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)})
+        >>> list(bottlenecks(model))
+        ['memory']
     """
     kinds = (KeyValueBottleneck, BottleneckWrapper)
     if name is not None:

@@ -54,6 +54,13 @@ class CodebookUsage(_Hits):
     """The share of pairs that were fetched at least once, [].
 
     Equivalent to ``1 - module.fraction_of_unused_keys()`` after counting the same batches.
+
+    Examples:
+        >>> from kvb.integrations.torchmetrics import CodebookUsage
+        >>> metric = CodebookUsage(num_codebooks=1, key_value_pairs_per_codebook=4)
+        >>> metric.update(torch.tensor([[0], [3]]))
+        >>> metric.compute()
+        tensor(0.5000)
     """
 
     higher_is_better = True
@@ -66,6 +73,13 @@ class Perplexity(_Hits):
     """exp(entropy) of a codebook's hits, its pairs in effective use from 1 to K; the mean over codebooks, [].
 
     Equivalent to ``module.perplexity().mean()`` after counting the same batches. Zero before the first.
+
+    Examples:
+        >>> from kvb.integrations.torchmetrics import Perplexity
+        >>> metric = Perplexity(num_codebooks=1, key_value_pairs_per_codebook=4)
+        >>> metric.update(torch.tensor([[0], [3]]))
+        >>> round(metric.compute().item(), 4)
+        2.0
     """
 
     higher_is_better = True
@@ -128,6 +142,16 @@ class AverageIncrementalAccuracy(_ByTask):
     """The mean over i of the accuracy on the tasks 0 to i after learning task i, [] (Rebuffi et al., CVPR 2017).
 
     The tasks count alike, whatever their sizes. Rows of which a task is missing are left out.
+
+    Examples:
+        >>> from kvb.integrations.torchmetrics import AverageIncrementalAccuracy
+        >>> metric = AverageIncrementalAccuracy(num_tasks=2)
+        >>> preds, target = torch.tensor([0, 1]), torch.tensor([0, 1])
+        >>> metric.update(preds, target, task=0, learnt=0)
+        >>> metric.update(1 - preds, target, task=0, learnt=1)  # the first task is lost
+        >>> metric.update(preds, target, task=1, learnt=1)
+        >>> metric.compute()
+        tensor(0.7500)
     """
 
     higher_is_better = True
@@ -142,6 +166,16 @@ class Forgetting(_ByTask):
 
     Source: Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018. Negative where tasks got better; zero
     after a single task.
+
+    Examples:
+        >>> from kvb.integrations.torchmetrics import Forgetting
+        >>> metric = Forgetting(num_tasks=2)
+        >>> preds, target = torch.tensor([0, 1]), torch.tensor([0, 1])
+        >>> metric.update(preds, target, task=0, learnt=0)
+        >>> metric.update(1 - preds, target, task=0, learnt=1)  # the first task is lost
+        >>> metric.update(preds, target, task=1, learnt=1)
+        >>> metric.compute()
+        tensor(1.)
     """
 
     higher_is_better = False

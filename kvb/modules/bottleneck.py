@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import collectives, functional, ops, validation
-from kvb._torch import register_namedtuple
 from kvb.collectives import Group
 from kvb.functional import Pool
 from kvb.modules import fully_sharded, key_learning, positions, recomputation
 from kvb.modules.datasets import ReadsData
 from kvb.modules.hub import OnHub
 from kvb.modules.learning import LearnsKeys
+from kvb.modules.outputs import BottleneckOutput, Lookup
 from kvb.modules.streams import Part
 from kvb.modules.tables import VALUES_STARTS, Tables, ValuesStart, start_
+from kvb.modules.tracing import OneNode
 
 
-class BottleneckOutput(NamedTuple):
-    """What ``KeyValueBottleneck`` returns with ``return_values_only=False``; a topk axis follows C if topk > 1."""
-
-    values: Tensor  # [B, C, *shape, V]
-    keys: Tensor  # [B, C, *shape, D]
-    indices: Tensor  # [B, C, *shape] int64
-    distances: Tensor  # [B, C, *shape] squared L2
-
-
-# torch.export.save needs a name for the output type.
-register_namedtuple(BottleneckOutput, serialized_type_name="kvb.BottleneckOutput")
-
-
-class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
+class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
     """C codebooks of K key-value pairs: every head of the input fetches the value of its nearest key.
 
     Equivalent to, per codebook c: ``i = ((x[:, c, ..., None, :] - keys[c])**2).sum(-1).argmin(-1); values[c, i]``,
@@ -69,8 +58,11 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
         process_group: the processes of ``torch.distributed`` that learn the keys and count hits together, as one would
             on all their batches: None for those of the ``DistributedDataParallel`` around this module, or for all;
             False for this process alone.
+        pool: what ``forward`` and ``decode`` do with codebooks unless a call says so: "none", "mean" or "sum".
+        device: of all tensors.
+        dtype: of ``values``.
     Shape:
-        x [B, C, *shape, D] -> values [B, C, *shape, V].
+        x [B, C, *shape, D] -> values [B, C, *shape, V]; pooled [B, *shape, V].
     State:
         values [C, K, V] parameter; buffers initted [1], cluster_size [C, K], keys_avg [C, K, D], keys [C, K, D]
         float32 and cluster_size_counter [C, K] int64: the published names. Keys and their statistics are float32 with
@@ -80,7 +72,25 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
     Not for two threads at once while keys learn or are counted; eval-mode forwards are safe.
 
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10, init_mode="sample")
+        >>> report = bottleneck.init_keys(torch.randn(100, 4, 8), progress=False)
+        >>> values = bottleneck.freeze_keys()(torch.randn(5, 4, 8))  # a decoder makes logits of them
+        >>> values.shape
+        torch.Size([5, 4, 10])
+        >>> bottleneck(torch.randn(5, 4, 8), pool="mean").shape
+        torch.Size([5, 10])
     """
+
+    __call__: Lookup
+    init_values: ValuesStart
+    pool: Pool = "none"  # also of a module pickled before there was a choice
+    values: nn.Parameter
+    kmeans_iters: int
+    decay: float
+    eps: float
+    sample_codebook_temperature: float
+    topk: int
 
     def __init__(
         self,
@@ -101,6 +111,9 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
         sparse_grad: bool = False,
         check_finite: bool = False,
         process_group: Group = None,
+        pool: Pool = "none",
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         infinity = float("inf")
         C = validation.positive_int("num_codebooks", num_codebooks)
@@ -108,10 +121,12 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
         D = validation.positive_int("dim_keys", dim_keys)
         V = validation.positive_int("dim_values", dim_values)
         validation.choice("init_mode", init_mode, key_learning.METHODS)
-        with torch.inference_mode(False):  # tensors created in inference mode cannot learn
+        dtype = validation.float_dtype(dtype)
+        # Tensors created in inference mode cannot learn.
+        with torch.inference_mode(False), validation.placed(device):
             super().__init__(C, K, D, initialised=init_mode == "random")
             self.init_values = validation.choice("init_values", init_values, VALUES_STARTS)
-            self.values = nn.Parameter(start_(torch.empty(C, K, V), self.init_values))
+            self.values = nn.Parameter(start_(torch.empty(C, K, V, dtype=dtype), self.init_values))
         self.init_mode = init_mode
         self.kmeans_iters = validation.positive_int("kmeans_iters", kmeans_iters)
         self.decay = validation.number("decay", decay, 0.0, 1.0)
@@ -126,6 +141,7 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
         self.sparse_grad = sparse_grad
         self.check_finite = check_finite
         self.process_group = process_group
+        self.pool = validation.choice("pool", pool, functional.POOLS)
 
     @property
     def dim_values(self) -> int:
@@ -152,7 +168,7 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
         x: Tensor,
         *,
         mask: Tensor | None = None,
-        pool: Pool = "none",
+        pool: Pool | None = None,
         return_values_only: bool | None = None,
     ) -> Tensor | BottleneckOutput:
         """x [B, C, *shape, D] -> values [B, C, *shape, V], or a ``BottleneckOutput``.
@@ -165,12 +181,14 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
                 the index is 0, the distance NaN, and there is no gradient; they enter no keys and no counts. Whatever
                 x holds there, NaN too, leaves no trace.
             pool: "mean" or "sum" over codebooks, without the unpooled values in between: values [B, *shape, V].
-            return_values_only: overrides the module's for this call.
+                Overrides the module's for this call, and so does return_values_only.
         Raises:
             TypeError: not a floating-point tensor, or a mask that is not bool. ValueError: a shape does not fit, or
             ``check_finite`` found NaN. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
-        validation.choice("pool", pool, functional.POOLS)
+        if isinstance(x, Proxy):
+            return self._call_of(x, mask=mask, pool=pool, return_values_only=return_values_only)
+        pool = self._pooled(pool)
         values_only = self.return_values_only if return_values_only is None else return_values_only
         queries = self._queries(x, mask, one_position=values_only and not self.training)
         counted = None if mask is None else mask.reshape(queries.shape[:2])
@@ -218,6 +236,10 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
             dtype: torch.int64, int32 or int16, or "auto" for the smallest of the last two that holds K - 1.
         Raises:
             as ``forward``; ValueError: dtype too small.
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> bottleneck.encode(torch.randn(5, 4, 8), dtype="auto").dtype
+            torch.int16
         """
         storage = validation.code_dtype(dtype, self.key_value_pairs_per_codebook)
         queries = self._queries(x, mask)
@@ -226,7 +248,7 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
         indices = positions.cleared(self._search(queries, *self._packed_keys())[0], counted)
         return self._unfold(indices.to(storage), x.shape[2:-1])
 
-    def decode(self, indices: Tensor, pool: Pool = "none", *, mask: Tensor | None = None) -> Tensor:
+    def decode(self, indices: Tensor, pool: Pool | None = None, *, mask: Tensor | None = None) -> Tensor:
         """The values of cached indices: [B, C, *shape] -> [B, C, *shape, V], pooled over codebooks [B, *shape, V].
 
         Equivalent to ``values[arange(C), indices]`` and ``.mean(1)`` or ``.sum(1)``; differentiable for ``values``.
@@ -234,11 +256,16 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
 
         Args:
             indices: of any integer dtype; a topk axis after C.
-            pool: "mean" or "sum" over codebooks.
+            pool: "mean" or "sum" over codebooks; overrides the module's.
             mask: bool [B, *shape], as ``encode`` got it: where it is False the value is zero, without a gradient.
         Raises:
             TypeError: not integers, or a mask that is not bool. ValueError: shape or pool. IndexError: an index outside
             [0, K). RuntimeError: ``fully_shard`` has split the values together with a module around.
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> x = torch.randn(5, 4, 8)
+            >>> torch.equal(bottleneck.decode(bottleneck.encode(x)), bottleneck(x))
+            True
         """
         validation.integer("decode", "indices", indices)
         table = self._table()
@@ -247,7 +274,7 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
                 return self.decode(indices, pool, mask=mask)
             raise RuntimeError(fully_sharded.SPLIT.format(name="decode"))
         validation.codes(indices, table.shape[0])
-        validation.choice("pool", pool, functional.POOLS)
+        pool = self._pooled(pool)
         validation.same_device("indices", indices, "values", table)
         shape = indices.shape[2:]
         counted = None if mask is None else self._counted_codes(indices, mask)
@@ -259,6 +286,10 @@ class KeyValueBottleneck(OnHub, ReadsData, LearnsKeys, Tables):
         else:
             out = self._gather(table, flat, pool, counted)
         return out.view(*(indices.shape if pool == "none" else (indices.shape[0], *shape)), out.shape[-1])
+
+    def _pooled(self, pool: Pool | None) -> Pool:
+        """What a call asks for, or else the module."""
+        return self.pool if pool is None else validation.choice("pool", pool, functional.POOLS)
 
     def _counted_codes(self, indices: Tensor, mask: Tensor) -> Tensor:
         """The mask [B, *shape] of indices [B, C, (T), *shape], as [B, (T)*S]."""

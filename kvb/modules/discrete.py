@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import splitters, validation
-from kvb._torch import register_namedtuple
 from kvb.functional import Pool
 from kvb.modules import key_learning
-from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.bottleneck import KeyValueBottleneck
+from kvb.modules.outputs import BottleneckOutput, Intermediates, Recall
 from kvb.modules.tables import ValuesStart
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
@@ -36,6 +37,10 @@ class DiscreteKeyValueBottleneckConfig:
         others: the options of ``KeyValueBottleneck``, but for ``return_values_only``, with ``decay`` as published.
     Raises:
         TypeError, ValueError: a size that is no positive integer. TypeError: an encoder or splitter that is no module.
+    Examples:
+        >>> config = kvb.DiscreteKeyValueBottleneckConfig(dim=8, dim_embed=64, num_memories=16, num_memory_codebooks=4)
+        >>> kvb.DiscreteKeyValueBottleneck(config)(torch.randn(5, 64)).shape
+        torch.Size([5, 8])
     """
 
     dim: int
@@ -70,20 +75,8 @@ class DiscreteKeyValueBottleneckConfig:
 
     def bottleneck_options(self) -> BottleneckOptions:
         """The fields that are options of ``KeyValueBottleneck``."""
-        names = BottleneckOptions.__optional_keys__ - {"return_values_only"}
+        names = BottleneckOptions.__optional_keys__ - {"return_values_only", "pool"}
         return BottleneckOptions(**{name: getattr(self, name) for name in names})  # type: ignore[typeddict-item]
-
-
-class Intermediates(NamedTuple):
-    """What ``DiscreteKeyValueBottleneck`` adds with ``return_intermediates=True``."""
-
-    quantized: Tensor  # [B, *shape, C*D]: the keys found, without a gradient; zero where masked
-    memory_indices: Tensor  # [B, C, *shape] int64, for bottleneck.decode
-    commit_loss: Tensor  # []: mean squared distance to the keys in training mode, 0 in eval mode
-
-
-# torch.export.save needs a name for the output type.
-register_namedtuple(Intermediates, serialized_type_name="kvb.Intermediates")
 
 
 class DiscreteKeyValueBottleneck(BottleneckWrapper):
@@ -95,6 +88,7 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
 
     Args:
         config: a ``DiscreteKeyValueBottleneckConfig``, or ``dim``, or nothing where all comes by keyword.
+        device, dtype: of the projection and the bottleneck; of the memories. No field of the config, which files hold.
         options: the fields of the config by keyword; they win over ``config``.
     Shape:
         x [B, *shape, dim_embed], any number of axes -> [B, *shape, V]; not pooled: [B, C, *shape, V]. A topk axis comes
@@ -106,9 +100,28 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
     Methods:
         those of ``KeyValueBottleneck``, which take what ``forward`` takes.
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
+    Examples:
+        >>> memory = kvb.DiscreteKeyValueBottleneck(dim=64, num_memories=16, num_memory_codebooks=4)
+        >>> memory(torch.randn(2, 7, 64)).shape
+        torch.Size([2, 7, 64])
     """
 
-    def __init__(self, config: DiscreteKeyValueBottleneckConfig | int | None = None, **options: Any) -> None:
+    __call__: Recall[Intermediates]
+    config: DiscreteKeyValueBottleneckConfig
+    average_pool_memories: bool
+    dim_embed: int
+    encoder: nn.Module | None
+    splitter: nn.Module
+    bottleneck: KeyValueBottleneck
+
+    def __init__(
+        self,
+        config: DiscreteKeyValueBottleneckConfig | int | None = None,
+        *,
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         if isinstance(config, DiscreteKeyValueBottleneckConfig):
             config = dataclasses.replace(config, **options)
@@ -122,9 +135,11 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
         self.dim_embed = config.dim_embed or config.dim
         C, D = config.num_memory_codebooks, config.codebook_dim or config.dim
         self.encoder = config.encoder
-        self.splitter = config.splitter or splitters.RandomProjection(self.dim_embed, C, D)
         V = config.dim_memory or config.dim
-        self.bottleneck = KeyValueBottleneck(C, config.num_memories, D, V, **config.bottleneck_options())
+        self.splitter = config.splitter or splitters.RandomProjection(self.dim_embed, C, D, device=device)
+        self.bottleneck = KeyValueBottleneck(
+            C, config.num_memories, D, V, **config.bottleneck_options(), device=device, dtype=dtype
+        )
         self.train()
 
     def _arguments(self) -> dict[str, Any]:
@@ -162,6 +177,9 @@ class DiscreteKeyValueBottleneck(BottleneckWrapper):
             TypeError: not a floating-point tensor, or arguments for an encoder that is not there. ValueError: the
             shape does not fit. RuntimeError: another device, or keys that still wait for data in eval mode.
         """
+        if isinstance(x, Proxy):
+            options = {"mask": mask, "pool": pool}
+            return self._call_of(x, return_intermediates, average_pool_memories, more=encoder_arguments, **options)
         heads, mask = self._prepared(x, mask, encoder_arguments)
         if pool is None and average_pool_memories is not None:
             pool = "mean" if average_pool_memories else "none"

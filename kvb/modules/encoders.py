@@ -9,14 +9,16 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kvb import checkpoints, splitters, validation
 from kvb._torch import constant_when_compiled
 from kvb.functional import Pool
 from kvb.modules import key_learning
 from kvb.modules.adapters import FromLibraries
-from kvb.modules.bottleneck import BottleneckOutput, KeyValueBottleneck
+from kvb.modules.bottleneck import KeyValueBottleneck
 from kvb.modules.key_report import KeyReport
+from kvb.modules.outputs import BottleneckOutput, Encoding
 from kvb.modules.tables import ValuesStart
 from kvb.modules.wrapping import BottleneckOptions, BottleneckWrapper
 
@@ -54,11 +56,13 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         topk: how many nearest pairs to fetch; > 1 adds an axis after C, or after B with concatenated values.
         outputs_extractor: takes the features out of what the encoder returns, if it is neither of the two. If it
             needs two arguments, the second is the encoder's input: for a mean over its attention mask, say.
-        sparse_grad, check_finite: as for ``KeyValueBottleneck``.
+        sparse_grad, check_finite, pool: as for ``KeyValueBottleneck``.
+        device: of the splitter and the bottleneck; the encoder stays where it is.
+        dtype: of the values.
     Methods:
         those of ``KeyValueBottleneck``, which take what ``forward`` takes.
     Attributes:
-        every argument under its name, as it was given.
+        every argument under its name, as it was given, but for device and dtype.
     Shape:
         | encoder output                | values          | concatenated    |
         | channel-first [B, d, *spatial] | [B, C, V, *spatial] | [B, C·V, *spatial] |
@@ -71,10 +75,20 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         ``requires_grad`` never is.
 
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023 (arXiv:2207.11240), section 3.
+    Examples:
+        >>> encoder = torch.nn.Linear(32, 64)
+        >>> model = kvb.BottleneckedEncoder(encoder, 64, 4, 16, dim_keys=8, dim_values=10, init_mode="sample")
+        >>> model.prepare(torch.randn(100, 32), progress=False)(torch.randn(5, 32)).shape
+        torch.Size([5, 4, 10])
     """
 
+    __call__: Encoding
+    num_channels: int
+    splitter: nn.Module
+    bottleneck: KeyValueBottleneck
     encoder: nn.Module
     splitting_mode: splitters.Mode | nn.Module
+    pool: Pool = "none"  # also of a module pickled before there was a choice
 
     def __init__(
         self,
@@ -100,6 +114,9 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         init_values: ValuesStart = "random",
         sparse_grad: bool = False,
         check_finite: bool = False,
+        pool: Pool = "none",
+        device: validation.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Module):
@@ -107,30 +124,31 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         self.num_channels = validation.positive_int("num_channels", num_channels)
         self.num_codebooks = num_codebooks
         self.key_value_pairs_per_codebook = key_value_pairs_per_codebook
-        self.dim_keys = dim_keys
-        self.dim_values = dim_values
+        self.dim_keys, self.dim_values = dim_keys, dim_values
         self.init_mode = init_mode
         self.kmeans_iters = kmeans_iters
         self.__dict__["splitting_mode"] = splitting_mode  # a module becomes a child only as the splitter
-        self.decay = decay
-        self.eps = eps
+        self.decay, self.eps = decay, eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.encoder_is_channel_last = encoder_is_channel_last
         self.concat_values_from_all_codebooks = concat_values_from_all_codebooks
         self.sample_codebook_temperature = sample_codebook_temperature
         self.return_values_only = return_values_only
-        self.topk = topk
         self.init_values = init_values
         self.sparse_grad = sparse_grad
         self.check_finite = check_finite
+        self.topk, self.pool = topk, pool
         self.outputs_extractor = outputs_extractor
         self.transforms: Callable[[Any], Any] | None = None  # what makes the encoder's input of an image
         self.activate_pre_transform = False  # whether forward applies it
         self.frozen_encoder = self.frozen_splitter = False
         self.key_report: KeyReport | None = None  # of the last ``initialize_keys``
         self.encoder = encoder.eval()
-        self.splitter = self._init_splitter()
-        self.bottleneck = self._init_bottleneck()
+        with validation.placed(device):
+            self.splitter = self._init_splitter()
+            self.bottleneck = self._init_bottleneck()
+        values = self.bottleneck.values
+        values.data = values.data.to(dtype=validation.float_dtype(dtype))
 
     def _init_splitter(self) -> nn.Module:
         """The splitter of a new module, from the attributes of the constructor; subclasses may return another."""
@@ -169,6 +187,9 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
             shape does not fit, or that of a mask does not fit theirs. RuntimeError: keys that still wait for data in
             eval mode.
         """
+        if isinstance(x, Proxy):
+            options = {"mask": mask, "pool": pool, "return_values_only": return_values_only}
+            return self._call_of(x, more=encoder_options, **options)
         if x is None:
             x, encoder_options = encoder_options, {}
         own = self.bottleneck
@@ -258,6 +279,11 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
         """Freeze the encoder and the splitter, initialise the keys, and freeze them: afterwards only values learn.
 
         Equivalent to ``freeze_encoder().freeze_splitter().initialize_keys(loader, epochs).freeze_keys()``.
+
+        Examples:
+            >>> model = kvb.BottleneckedEncoder(torch.nn.Linear(32, 64), 64, 4, 16, dim_keys=8, dim_values=10)
+            >>> model.prepare(torch.randn(100, 32), progress=False).keys_frozen
+            True
         """
         self.freeze_encoder().freeze_splitter()
         self.initialize_keys(loader, epochs, inputs_extractor, generator=generator, progress=progress)

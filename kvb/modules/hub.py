@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import nn
 
 from kvb import checkpoints, files
 from kvb.about import __version__
@@ -19,7 +20,7 @@ from kvb.about import __version__
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
 _FIELDS = {"kvb_config", "kvb_version", "class", "options", "arguments"}
-_OF_THIS_RUN = {"self", "process_group"}  # which no file can hold
+_OF_THIS_RUN = {"self", "process_group", "device", "dtype"}  # which no file holds, or the tensors say
 _Self = TypeVar("_Self", bound="OnHub")
 
 
@@ -47,6 +48,10 @@ class OnHub:
         Raises:
             AttributeError: a subclass that does not keep an argument of its constructor. OSError, RuntimeError,
             TypeError: as ``kvb.save``.
+        Examples:
+            >>> kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).save_pretrained("memory")
+            >>> kvb.KeyValueBottleneck.from_pretrained("memory").values.shape
+            torch.Size([4, 16, 10])
         """
         folder = Path(folder)
         arguments = self._arguments()
@@ -193,10 +198,21 @@ def _built(cls: type[_Self], arguments: dict[str, Any], source: Any) -> Any:
     try:
         with torch.device("meta"):
             module: Any = cls(**arguments)
-        # Code that nobody here knows copies tensors into those that are there.
-        return module if checkpoints.can_adopt(module) else cls(**arguments)
+        if _makes_more_than_a_file_holds(module):
+            return cls(**arguments)
     except TypeError as error:
         raise ValueError(f"{source} does not fit {cls.__name__}: {error}") from error
+    if not checkpoints.can_adopt(module):  # code that nobody here knows copies tensors into those that are there
+        for part in module.modules():
+            if any(tensor.is_meta for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
+                part.to_empty(device=torch.get_default_device(), recurse=False)
+    return module
+
+
+def _makes_more_than_a_file_holds(module: nn.Module) -> bool:
+    """Whether a constructor made buffers, here without data, that are in no state_dict."""
+    held = module.state_dict(keep_vars=True).keys()
+    return any(buffer.is_meta and name not in held for name, buffer in module.named_buffers())
 
 
 def _library() -> ModuleType:

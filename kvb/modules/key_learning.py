@@ -357,6 +357,11 @@ def initialise(
 class Meter:
     """Sums what ``KeyReport`` says, on the device; one read at the end."""
 
+    hits: Tensor
+    inertia: Tensor
+    finite: Tensor
+    queries: int
+
     def __init__(self, like: Tensor) -> None:
         self.hits = torch.zeros(like.shape[:2], dtype=torch.int64, device=like.device)
         self.inertia = torch.zeros((), dtype=torch.float64, device=like.device)

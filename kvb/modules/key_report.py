@@ -19,6 +19,12 @@ class KeyReport(NamedTuple):
 
     rows: queries per codebook in that pass; skipped: (query, codebook) pairs with NaN or Inf;
     inertia: mean squared distance of a finite query to its key; dead_codes: pairs that no query hit, of C*K.
+
+    Examples:
+        >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10)
+        >>> report = bottleneck.init_keys(torch.randn(100, 4, 8), "kmeans", progress=False)
+        >>> report.method, report.rows, report.pairs
+        ('kmeans', 100, 64)
     """
 
     method: str
@@ -73,6 +79,9 @@ def dead_code_threshold(pairs: int, batch_size: int, positions: int = 1, factor:
         factor: >= 0, usually below 1; 0 replaces none, 1 every pair with fewer hits than the mean.
     Raises:
         TypeError, ValueError: sizes that are no positive integers; a factor below 0.
+    Examples:
+        >>> kvb.dead_code_threshold(256, batch_size=128)
+        0.05
     """
     hits = validation.positive_int("batch_size", batch_size) * validation.positive_int("positions", positions)
     share = validation.number("factor", factor, 0.0, math.inf)

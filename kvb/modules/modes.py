@@ -25,6 +25,9 @@ class Modes(BottleneckState):
 
         Raises:
             RuntimeError: the keys still await their initialisation from data.
+        Examples:
+            >>> kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys().keys_frozen
+            True
         """
         self._require_keys()
         self._set_flags(learning=False)
@@ -54,6 +57,11 @@ class Modes(BottleneckState):
 
         Raises:
             RuntimeError: nothing was counted yet, so that nothing could be fetched.
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> _ = bottleneck.train()(torch.randn(1, 4, 8))  # counts one pair of each codebook
+            >>> bottleneck.deactivate_counts().encode(torch.randn(100, 4, 8)).unique(dim=0).shape
+            torch.Size([1, 4])
         """
         if not bool((self.cluster_size_counter > 0).any()):
             raise RuntimeError(
@@ -71,7 +79,14 @@ class Modes(BottleneckState):
     # --- what was used ------------------------------------------------------------------------------------------------
 
     def fraction_of_unused_keys(self) -> Tensor:
-        """The share of all pairs that were never counted."""
+        """The share of all pairs that were never counted.
+
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> _ = bottleneck.train()(torch.randn(1, 4, 8))
+            >>> bottleneck.fraction_of_unused_keys()  # 15 of 16
+            tensor(0.9375)
+        """
         return (self.cluster_size_counter == 0).sum() / self.cluster_size_counter.numel()
 
     def usage(self) -> Tensor:
@@ -80,6 +95,12 @@ class Modes(BottleneckState):
         Hits are those counted with frozen keys (``cluster_size_counter``). While keys learn and none was counted, they
         are the moving averages ``cluster_size``, which start at 1 for every pair: with ``decay`` g, the last
         1 / (1 - g) batches or so. Zeros while keys wait for data.
+
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> _ = bottleneck.train()(torch.randn(1, 4, 8))
+            >>> bottleneck.usage().sum(-1), bottleneck.usage().max()
+            (tensor([1., 1., 1., 1.]), tensor(1.))
         """
         hits = self._hits_so_far()
         total = hits.sum(-1, keepdim=True)
@@ -101,6 +122,12 @@ class Modes(BottleneckState):
 
         While keys learn it starts at K, with ``cluster_size``, and comes down to the truth within 1 / (1 - decay)
         batches or so.
+
+        Examples:
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).freeze_keys()
+            >>> _ = bottleneck.train()(torch.randn(1, 4, 8))
+            >>> bottleneck.perplexity()  # one pair is all that was fetched
+            tensor([1., 1., 1., 1.])
         """
         usage = self.usage()
         entropy = -torch.special.xlogy(usage, usage).sum(-1)

@@ -31,6 +31,9 @@ class WatchedBuffers(dict[str, Any]):
     The module itself takes them out with ``dict.__getitem__``, which goes unnoticed.
     """
 
+    read: bool
+    taken: bool
+
     __slots__ = ("read", "taken")
 
     def __init__(self, *args: Any) -> None:

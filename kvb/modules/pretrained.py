@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -45,6 +45,7 @@ class PretrainedEncoder(BottleneckedEncoder):
         package is missing that loads the backbone. NotImplementedError: there is nothing to load.
     """
 
+    transforms: Callable[[Any], Any] | None
     BACKBONES: ClassVar[Mapping[str, backbones.Backbone]]
     _more_options = KvbOptions.__optional_keys__
 
@@ -117,18 +118,28 @@ class DinoBottleneckedEncoder(PretrainedEncoder):
     """DINO (Caron et al., ICCV 2021): "dino_resnet50" or "dino_vits8" of torch.hub; arguments: ``PretrainedEncoder``.
 
     Channels: 256, 512, 1024 or 2048 by layer; 384.
+
+    Examples:
+        >>> model = kvb.DinoBottleneckedEncoder(4, 16, backbone="dino_vits8", input_is_embedding=True)
+        >>> model(torch.randn(5, 384)).shape
+        torch.Size([5, 384])
     """
 
-    BACKBONES = backbones.DINO
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.DINO
 
 
 class SwavBottleneckedEncoder(PretrainedEncoder):
     """SwAV (Caron et al., NeurIPS 2020): "swav_resnet50" or "swav_resnet50w2"; arguments: ``PretrainedEncoder``.
 
     Channels: 256, 512, 1024 or 2048 by layer; twice as many for "w2". On a GPU under autocast, as published.
+
+    Examples:
+        >>> model = kvb.SwavBottleneckedEncoder(4, 16, input_is_embedding=True)
+        >>> model(torch.randn(5, 1024)).shape
+        torch.Size([5, 1024])
     """
 
-    BACKBONES = backbones.SWAV
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.SWAV
 
     @staticmethod
     def _wrapped(network: nn.Module) -> nn.Module:
@@ -139,9 +150,14 @@ class VICRegBottleneckedEncoder(PretrainedEncoder):
     """VICReg (Bardes et al., ICLR 2022): "vicreg_resnet50" or "vicreg_resnet50w2"; arguments: ``PretrainedEncoder``.
 
     Channels: 256, 512, 1024 or 2048 by layer; twice as many for "w2".
+
+    Examples:
+        >>> model = kvb.VICRegBottleneckedEncoder(4, 16, input_is_embedding=True)
+        >>> model(torch.randn(5, 1024)).shape
+        torch.Size([5, 1024])
     """
 
-    BACKBONES = backbones.VICREG
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.VICREG
 
 
 class SLPretrainedBottleneckedEncoder(PretrainedEncoder):
@@ -149,18 +165,28 @@ class SLPretrainedBottleneckedEncoder(PretrainedEncoder):
 
     "cifar10_resnet56", "cifar10_resnet22", "cifar100_resnet56", "cifar100_resnet22": 16, 32 or 64 channels by layer.
     "resnet50_imagenet_v2", of torchvision: 256, 512, 1024 or 2048, and ``transforms`` for images.
+
+    Examples:
+        >>> model = kvb.SLPretrainedBottleneckedEncoder(4, 16, input_is_embedding=True)
+        >>> model(torch.randn(5, 64)).shape
+        torch.Size([5, 64])
     """
 
-    BACKBONES = backbones.SUPERVISED
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.SUPERVISED
 
 
 class CLIPBottleneckedEncoder(PretrainedEncoder):
     """CLIP (Radford et al., ICML 2021): "clip_vit_b32", 512 channels; arguments: ``PretrainedEncoder``.
 
     ``transforms`` makes its input of a PIL image. Loaded in float32 on the CPU: move the whole module with ``to``.
+
+    Examples:
+        >>> model = kvb.CLIPBottleneckedEncoder(4, 16, input_is_embedding=True)
+        >>> model(torch.randn(5, 512)).shape
+        torch.Size([5, 512])
     """
 
-    BACKBONES = backbones.CLIP
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.CLIP
 
     @staticmethod
     def _wrapped(network: nn.Module) -> nn.Module:
@@ -171,6 +197,11 @@ class ConvMixerBottleneckedEncoder(PretrainedEncoder):
     """Embeddings of 256 numbers of a ConvMixer (Bricken et al., ICLR 2023); arguments: ``PretrainedEncoder``.
 
     Its weights are nowhere to be loaded from: ``input_is_embedding`` must be True.
+
+    Examples:
+        >>> model = kvb.ConvMixerBottleneckedEncoder(4, 16, input_is_embedding=True)
+        >>> model(torch.randn(5, 256)).shape
+        torch.Size([5, 256])
     """
 
-    BACKBONES = backbones.CONVMIXER
+    BACKBONES: ClassVar[dict[str, backbones.Backbone]] = backbones.CONVMIXER

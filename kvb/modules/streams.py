@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvb import bars, collectives, validation
+from kvb.collectives import Group
 from kvb.modules.samples import Share
 
 
@@ -37,6 +38,15 @@ class Stream:
     Raises:
         TypeError: batches that cannot be iterated. ValueError: a one-shot iterator, and more than one pass.
     """
+
+    batches: Iterable[Any]
+    features: Callable[[Any], Part]
+    make_queries: Callable[[Part], Tensor]
+    passes: int
+    progress: bool
+    lasting: bool
+    dear: bool
+    device: torch.device | None
 
     def __init__(
         self,
@@ -107,6 +117,9 @@ class Sample:
     Args:
         stream: whose it is. share: of this process.
     """
+
+    group: Group
+    progress: bool
 
     def __init__(self, stream: Stream, share: Share) -> None:
         self.group, self.progress, self._device, self._share = stream.group, stream.progress, stream.device, share

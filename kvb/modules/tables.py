@@ -26,6 +26,7 @@ def start_(values: Tensor, how: ValuesStart, generator: torch.Generator | None =
 class Tables(Modes):
     """The part of a ``KeyValueBottleneck`` that fills and grows its tables."""
 
+    values: nn.Parameter
     init_values: ValuesStart = "random"  # also of a module pickled before there was a choice
     _processes: Any
 
@@ -61,6 +62,11 @@ class Tables(Modes):
         Raises:
             TypeError: not a dense floating-point tensor. ValueError: another shape; NaN or Inf. RuntimeError: the keys
             are frozen.
+        Examples:
+            >>> keys = torch.randn(4, 16, 8)
+            >>> bottleneck = kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).set_keys(keys)
+            >>> bottleneck.freeze_keys().encode(keys.transpose(0, 1))[:3, 0]  # each key is nearest to itself
+            tensor([0, 1, 2])
         """
         own = self._taken_quietly("keys")
         sizes = self.num_codebooks, self.key_value_pairs_per_codebook, self.dim_keys
@@ -96,6 +102,9 @@ class Tables(Modes):
             generator: draws random values.
         Raises:
             TypeError, ValueError: no positive integer, or less than now. NotImplementedError: split tables.
+        Examples:
+            >>> kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).expand_values(12).values.shape
+            torch.Size([4, 16, 12])
         """
         added = self._added("expand_values", "V", V, _VALUES)
         if added:
@@ -118,6 +127,9 @@ class Tables(Modes):
             generator: draws keys and random values.
         Raises:
             as ``expand_values``; TypeError, ValueError: keys of another shape, not floating-point, or with NaN or Inf.
+        Examples:
+            >>> kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).expand_pairs(20).values.shape
+            torch.Size([4, 20, 10])
         """
         added = self._added("expand_pairs", "K", K, _PAIRS)
         return self._grow(_PAIRS, added, "expand_pairs", keys, generator)
@@ -137,6 +149,9 @@ class Tables(Modes):
             generator: draws keys and random values.
         Raises:
             as ``expand_pairs``.
+        Examples:
+            >>> kvb.KeyValueBottleneck(4, 16, dim_keys=8, dim_values=10).expand_codebooks(6).values.shape
+            torch.Size([6, 16, 10])
         """
         added = self._added("expand_codebooks", "C", C, _CODEBOOKS)
         return self._grow(_CODEBOOKS, added, "expand_codebooks", keys, generator)

@@ -18,6 +18,7 @@ from kvb.modules.hub import OnHub
 from kvb.modules.samples import cut
 from kvb.modules.streams import Part
 from kvb.modules.tables import ValuesStart
+from kvb.modules.tracing import OneNode
 
 BATCH = 256  # samples of one batch cut from a tensor for an encoder
 _Self = TypeVar("_Self", bound="BottleneckWrapper")
@@ -29,6 +30,7 @@ class KvbOptions(TypedDict, total=False):
     init_values: ValuesStart
     sparse_grad: bool
     check_finite: bool
+    pool: Pool
 
 
 class BottleneckOptions(KvbOptions, total=False):
@@ -44,7 +46,7 @@ class BottleneckOptions(KvbOptions, total=False):
     topk: int
 
 
-class BottleneckWrapper(OnHub, ReadsData, nn.Module):
+class BottleneckWrapper(OnHub, ReadsData, OneNode):
     """An encoder (or None), a splitter and a bottleneck. A subclass says how they are built, and what goes in and out.
 
     Its inputs are whatever the encoder takes, the features themselves where there is none. Everything that is not
@@ -69,7 +71,7 @@ class BottleneckWrapper(OnHub, ReadsData, nn.Module):
 
     def _pool(self, pool: Pool | None) -> Pool:
         """What None means."""
-        return pool or "none"
+        return pool or self.bottleneck.pool
 
     def _arranged(self, fetched: Tensor, pool: Pool) -> Tensor:
         """Values as the bottleneck returns them, in the layout of this module's output."""

@@ -71,7 +71,7 @@ def _find_on_cuda() -> tuple[str, str]:
 
 _backends = {"cpu": _find_on_cpu(), "cuda": _find_on_cuda()}
 # Why a device type has no fast backend; empty where it has one.
-absent = {device: why for device, (_, why) in _backends.items()}
+absent: dict[str, str] = {device: why for device, (_, why) in _backends.items()}
 
 
 @functools.cache

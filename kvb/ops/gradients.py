@@ -381,10 +381,10 @@ def _directly(name: str, function: type[torch.autograd.Function], learns: int) -
     return call
 
 
-gather = _directly("gather", _Gather, learns=0)
-gather_backward = _directly("gather_backward", _GatherBackward, learns=0)
-gather_backward_rows = _directly("gather_backward_rows", _GatherBackwardRows, learns=0)
-lookup = _directly("lookup", _Lookup, learns=3)
+gather: Callable[..., Any] = _directly("gather", _Gather, learns=0)
+gather_backward: Callable[..., Any] = _directly("gather_backward", _GatherBackward, learns=0)
+gather_backward_rows: Callable[..., Any] = _directly("gather_backward_rows", _GatherBackwardRows, learns=0)
+lookup: Callable[..., Any] = _directly("lookup", _Lookup, learns=3)
 
 
 def _keep_books(name: str, written: int) -> None:

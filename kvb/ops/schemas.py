@@ -14,7 +14,7 @@ from kvb.ops import backends
 
 if hasattr(torch.ops.kvb, "pack_keys"):
     raise ImportError("kvb.ops cannot be loaded twice: PyTorch keeps operators as long as a process lives; restart it")
-library = torch.library.Library("kvb", "DEF")
+library: torch.library.Library = torch.library.Library("kvb", "DEF")
 _schemas: list[str] = []
 
 

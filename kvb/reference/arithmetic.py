@@ -135,9 +135,9 @@ class RowSums:
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        self.paired = dtype == widest(device)
-        self.total = torch.zeros((rows, width), dtype=dtype if self.paired else torch.float64, device=device)
-        self.lost = torch.zeros_like(self.total) if self.paired else None
+        self.paired: bool = dtype == widest(device)
+        self.total: Tensor = torch.zeros((rows, width), dtype=dtype if self.paired else torch.float64, device=device)
+        self.lost: Tensor | None = torch.zeros_like(self.total) if self.paired else None
 
     def add(self, row: Tensor, part: Tensor) -> None:
         """Add part[i] [n, width] to row[i] of the table."""

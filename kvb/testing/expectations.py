@@ -167,10 +167,10 @@ class SumOfRows:
         case, width, rows = problem.case, rows.shape[-1], rows.cpu().double()
         flat = table_rows(problem.indices, case.K).flatten()
         empty = torch.zeros(case.C * case.K, width, dtype=torch.float64)
-        self.exact = empty.index_add(0, flat, rows.reshape(-1, width)).view(case.C, case.K, width)
+        self.exact: Tensor = empty.index_add(0, flat, rows.reshape(-1, width)).view(case.C, case.K, width)
         size = empty.index_add(0, flat, rows.abs().reshape(-1, width)).view_as(self.exact)
         hits = torch.bincount(flat, minlength=case.C * case.K).view(case.C, case.K, 1)
-        self.allowed = 2 * hits * UNIT[accumulator(dtype)] * size
+        self.allowed: Tensor = 2 * hits * UNIT[accumulator(dtype)] * size
         self.allowed += UNIT[dtype] * self.exact.abs().clamp(min=torch.finfo(dtype).smallest_normal)
         self.dtype = dtype
 

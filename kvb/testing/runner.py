@@ -71,16 +71,22 @@ def jobs(devices: Sequence[torch.device], operators: Sequence[str], cases: Seque
 class Run:
     """All jobs, and what has come of them so far."""
 
+    work: Sequence[Job]
+    worker: Sequence[str]
+    record: IO[str] | None
+    lock: threading.Lock
+    cut: bool
+
     def __init__(self, work: Sequence[Job], worker: Sequence[str], processes: int, record: IO[str] | None) -> None:
         self.work, self.worker, self.record = work, worker, record
         self.processes = processes
-        self.threads = max(THREADS, (os.cpu_count() or 1) // processes)
+        self.threads: int = max(THREADS, (os.cpu_count() or 1) // processes)
         self.lock, self.cut = threading.Lock(), False
         self.alive: set[subprocess.Popen[str]] = set()
-        self.total = collections.Counter[tuple[str, str]]()
+        self.total: collections.Counter[tuple[str, str]] = collections.Counter[tuple[str, str]]()
         for job in work:
             self.total.update((operator, job.where) for operator, _ in job.steps)
-        self.left = self.total.copy()
+        self.left: collections.Counter[tuple[str, str]] = self.total.copy()
         self.failures: dict[tuple[str, str], list[tuple[str, str]]] = {key: [] for key in self.total}
 
     def tell(self, job: Job, step: Step, failure: str) -> None:

@@ -6,11 +6,7 @@ import torch
 import kvb
 
 pytestmark = pytest.mark.integrations
-try:
-    import timm
-except (ImportError, RuntimeError) as error:  # of a torchvision for another torch
-    pytest.skip(f"timm cannot be imported: {str(error)[:80]}", allow_module_level=True)
-
+timm = pytest.importorskip("timm", reason="pip install timm")
 SIZES = {"num_codebooks": 2, "key_value_pairs_per_codebook": 8, "dim_keys": 4, "dim_values": 3}
 
 

@@ -111,6 +111,17 @@ def test_in_half_precision_keys_stay_exact(taught, tmp_path):
     assert torch.equal(again.memory.keys, taught.memory.keys)
 
 
+def test_an_auto_class_finds_it(taught, tmp_path):
+    transformers.AutoConfig.register(Config.model_type, Config, exist_ok=True)
+    transformers.AutoModel.register(Config, Model, exist_ok=True)
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    x = torch.randn(9, 6)
+    assert type(again) is Model
+    assert torch.equal(again(x), taught(x))
+    again.save_pretrained(tmp_path / "copy")
+    assert torch.equal(transformers.AutoModel.from_pretrained(tmp_path / "copy")(x), taught(x))
+
+
 @pytest.mark.parametrize("buffers", [False, True])
 def test_dispatched_by_accelerate(taught, tmp_path, buffers):
     accelerate = pytest.importorskip("accelerate", reason="pip install 'kvb[integrations]'")

@@ -236,3 +236,50 @@ def test_a_subclass_keeps_its_arguments(tmp_path):
     module.save_pretrained(tmp_path)
     assert hub.read_config(tmp_path)["options"] == {"size": 5}
     assert torch.equal(Mine.from_pretrained(tmp_path).values, module.values)
+
+
+class Counted(kvb.BottleneckedEncoder):
+    built = 0
+
+    def __init__(self, encoder):
+        Counted.built += 1
+        super().__init__(encoder, 12, 3, 8, 4, 5)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_module_is_built_once(hooked, tmp_path):
+    """Its constructor may be dear, or do more than build."""
+    module = taught(Counted(nn.Linear(6, 12)), 6)
+    module.save_pretrained(tmp_path)
+    encoder = nn.Linear(6, 12)
+    if hooked:
+        encoder.register_load_state_dict_post_hook(lambda *_: None)
+    Counted.built = 0
+    again = Counted.from_pretrained(tmp_path, encoder=encoder)
+    assert Counted.built == 1
+    assert again.encoder is encoder
+    assert torch.equal(again(features(9, 6)), module(features(9, 6)))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 12)
+        self.register_buffer("scale", torch.arange(12.0), persistent=False)
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+class WithItsEncoder(kvb.BottleneckedEncoder):
+    _arguments = dict
+
+    def __init__(self):
+        super().__init__(Scaled(), 12, 3, 8, 4, 5)
+
+
+def test_what_a_constructor_makes_and_no_file_holds(tmp_path):
+    module = taught(WithItsEncoder(), 6)
+    module.save_pretrained(tmp_path)
+    again = WithItsEncoder.from_pretrained(tmp_path)
+    assert torch.equal(again(features(9, 6)), module(features(9, 6)))

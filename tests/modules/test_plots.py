@@ -80,12 +80,26 @@ def test_values_are_in_the_order_of_their_classes():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c", "d"]
 
 
+def test_winning_classes_are_named_beside_their_pairs():
+    table = [[0, 0, 3, 0], [5, 0, 0, 0], [0, 0, 0, 0], [9, 0, 0, 0]]
+    axes = plots.values(counted([[1] * 4], [table]))
+    won = [(label.get_text(), place) for label, place in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True)]
+    assert won == [("0", 0.5), ("2", 2), ("none", 3)]  # two pairs, one, and one that says nothing
+    assert [line.get_ydata()[0] for line in axes.lines] == [1.5, 2.5]
+
+
 def test_matrices_and_given_axes():
     mine = Figure().subplots()
     matrix = torch.tensor([[1, torch.nan], [0.5, 0.25]])
     assert plots.accuracies(matrix, mine) is mine
     assert mine.images[0].get_array().filled(-1).tolist() == [[1, -1], [0.5, 0.25]]
-    assert plots.overlap(matrix, names=["a", "b"]).get_yticklabels()[1].get_text() == "b"
+    assert [number.get_text() for number in mine.texts] == ["1.00", "0.50", "0.25"]
+    shared = plots.overlap(torch.tensor([[1, 0.4], [0.4, 1]]), names=["a", "b"])
+    assert shared.get_yticklabels()[1].get_text() == "b"
+    drawn = shared.images[0].get_array().filled(-1)
+    assert drawn.flatten().tolist() == pytest.approx([-1, 0.4, 0.4, -1]), "a class shares everything with itself"
+    assert shared.images[0].get_clim() == (0, pytest.approx(0.4))
+    assert len(plots.overlap(torch.ones(1, 1)).images) == 1
 
 
 @pytest.mark.parametrize(
@@ -147,6 +161,20 @@ def test_a_page_of_a_folder_with_codes(encoder, tmp_path):
     codes = CodeDataset.open(tmp_path / "codes.npy").codes
     used = sum(len(codes[:, c].unique()) for c in range(3)) / 24
     assert f"<td>pairs in use</td><td>{used:.1%}</td>" in page
+
+
+def test_accuracies_on_the_page(encoder, tmp_path):
+    kvb.save(encoder, tmp_path / "m.pt")
+    (tmp_path / "ok.json").write_text("[[0.5, null], [0.25, 1]]")
+    page = report.write(tmp_path / "m.pt", tmp_path / "page.html", accuracies=tmp_path / "ok.json").read_text()
+    assert pictures(page)[-1] == "What tasks cost each other"
+    for text in ("[[0.5", "[[0.5], 3]", '[["a"]]', "7"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match="expected a JSON list of rows of numbers in .*bad.json"):
+            report.write(tmp_path / "m.pt", tmp_path / "page.html", accuracies=tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text("[[0.5, 1]]")
+    with pytest.raises(ValueError, match=r"of shape \(L, L\), got \(1, 2\)"):
+        report.write(tmp_path / "m.pt", tmp_path / "page.html", accuracies=tmp_path / "bad.json")
 
 
 def test_files_without_a_bottleneck_or_with_two(encoder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 
@@ -56,6 +57,43 @@ def test_usage_names_the_command_as_it_was_called(called, name, monkeypatch, cap
     with pytest.raises(SystemExit, match="2"):
         command_line.main(["no-such-command"])
     assert f"usage: {name} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("no-such-command", "invalid choice: 'no-such-command' (choose from "),
+        ("demo --seed x", "argument --seed: expected an integer from 0 to 2**63 - 1, got 'x'"),
+        ("check --seconds -1", "argument --seconds: expected a number of seconds, got '-1'"),
+        ("check --processes 0", "argument --processes: expected a positive integer, got '0'"),
+        ("check --device tpu", "--device must be one of the devices of this machine, cpu"),
+        ("check --json no/such/file", "There is no folder no/such to write to. Make it, or choose another one."),
+        ("report model.safetensors --out no/such/page", "There is no folder no/such to write to."),
+        ("protocol --heads worst", "--heads must be of bottleneck, "),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_two(words, line, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(words.split())
+    assert stopped.value.code == 2
+    assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("report no-such-file", "There is no file no-such-file."),
+        ("report text", "text is neither a torch zip file nor safetensors"),
+        ("report .", "There is no file model.safetensors."),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(words, line, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("no tensors in here")
+    with pytest.raises(SystemExit, match=f"^{re.escape(line)}"):
+        command_line.main(words.split())
 
 
 def run(stdout):

@@ -1,11 +1,13 @@
-"""README and docs: their Python runs as it stands there, their links lead somewhere, and their promises hold."""
+"""README and docs: their Python runs and prints what they show, their links lead somewhere, their promises hold."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -14,12 +16,22 @@ import kvb
 from kvb.experiments import protocol
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+sys.path.insert(0, str(ROOT / "docs"))
+notebooks = importlib.import_module("notebooks")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OTHERS = [path for path in PAGES if notebooks.needs(path.read_text())]
+HOSTS = {
+    "arxiv.org",
+    "avalanche.continualai.org",
+    "capymoa.org",
+    "github.com",
+}  # that links may lead to; nothing is asked over the network
 README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "docs" / "guide.md").read_text()
 
 
 def blocks(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    """Those that need kvb alone; tests/integrations/test_pages.py runs the others."""
+    return re.findall(r"(?<!-->\n)```python\n(.*?)```", text, re.DOTALL)
 
 
 def anchors(text: str) -> set[str]:
@@ -31,22 +43,49 @@ def anchors(text: str) -> set[str]:
 # --- every page -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore:this optimizer moves rows")
-def test_every_block_runs_in_its_order(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT).with_suffix(""))
+
+
+def without_numbers(text: str) -> str:
+    """Last digits differ from machine to machine, and so does the width of a number."""
+    return re.sub(r" *\d+(\.\d+)?(e-\d+)?", "0", text).strip()
+
+
+def run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a page's Python in a folder; where the page shows what a block prints, it prints that."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # which would outlive the page
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)  # what torchrun sets
-    names: dict = {}
-    for block in blocks(page.read_text()):
-        exec(block, names)
+    cells = notebooks.cells(page.read_text())
+    assert [cell.source for cell in cells if cell.code] == [block.rstrip() for block in blocks(page.read_text())]
+    for cell, output in zip(cells, notebooks.printed(cells), strict=True):
+        assert cell.shown is None or without_numbers(cell.shown) == without_numbers(output)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in OTHERS], ids=name_of)
+@pytest.mark.filterwarnings("ignore:this optimizer moves rows")
+def test_every_block_runs_in_its_order(page, tmp_path, monkeypatch):
+    if "sklearn" in page.read_text() or "plots" in page.read_text():
+        pytest.importorskip("sklearn", reason="needs kvb[demo]")
+    run(page, tmp_path, monkeypatch)
+
+
+@pytest.mark.integrations
+@pytest.mark.parametrize("page", OTHERS, ids=name_of)
+def test_every_block_runs_with_packages_of_others(page, tmp_path, monkeypatch):
+    if why := notebooks.missing(notebooks.needs(page.read_text())):
+        pytest.skip(why)
+    run(page, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_leads_somewhere(page):
     text = page.read_text()
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
-    for link in links:
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert {urlsplit(link)[:2] for link in links if "://" in link} <= {("https", host) for host in HOSTS}
+    for link in (link for link in links if "://" not in link):
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         assert target.exists(), link

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import pydoc
+import re
+import subprocess
+import sys
 
 import pytest
+
+import kvb
 
 PUBLIC = {
     "kvb": [
@@ -62,3 +68,24 @@ def test_names_are_where_they_were(module):
     found = importlib.import_module(module)
     missing = [name for name in PUBLIC[module] if not hasattr(found, name)]
     assert not missing, f"{module} lacks {', '.join(missing)}"
+
+
+def test_the_names_are_complete_and_rooms_are_imported_late():
+    """``dir(kvb)`` serves completion; a room costs nothing until it is asked for."""
+    code = (
+        "import kvb, sys; print(*dir(kvb)); print('kvb.compat' in sys.modules, kvb.compat.alias, kvb.splitters.Chunk)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names, late = done.stdout.splitlines()
+    assert not {*PUBLIC["kvb"], "KeyValueClassifier", "counting", "growth"} - {*names.split()}
+    assert late.startswith("False ")
+    with pytest.raises(AttributeError, match="module 'kvb' has no attribute 'no_such_name'"):
+        _ = kvb.no_such_name
+
+
+def test_help_is_a_page():
+    lines = pydoc.plain(pydoc.render_doc(kvb)).splitlines()
+    assert len(lines) < 100
+    named = {*re.findall(r"\w+", kvb.__doc__)}
+    hidden = {"__version__", "DiscreteKeyValueBottleneckConfig"} | {name for name in PUBLIC["kvb"] if "Encoder" in name}
+    assert {*PUBLIC["kvb"], "KeyValueClassifier", "counting", "growth"} - hidden <= named

@@ -84,6 +84,7 @@ def test_clipping_and_smoothing_by_hand(dtype):
         {"B": 64, "K": 2},
         {"C": 41},
         {"B": 2 if INTERPRETED else 70, "shape": (20,), "C": 3, "V": 50},
+        {"B": 30 if INTERPRETED else 300, "shape": (8,), "C": 17, "K": 500, "V": 10},
     ],
     ids=str,
 )
@@ -163,8 +164,9 @@ def test_a_thousand_steps_are_the_dense_steps():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels have no threads of the host")
-def test_the_number_of_threads_changes_no_bit():
-    values, codes, targets = problem(B=300, shape=(2,), C=40, K=300, V=10)
+@pytest.mark.parametrize("K", [300, 3000])
+def test_the_number_of_threads_changes_no_bit(K):
+    values, codes, targets = problem(B=300, shape=(2,), C=40, K=K, V=10)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
@@ -180,7 +182,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="a million positions, interpreted one chunk after the other")
-@pytest.mark.parametrize(("B", "C", "K"), [(70_000, 16, 900), (600_000, 8, 50), (270_000, 64, 3)])
+@pytest.mark.parametrize(("B", "C", "K"), [(70_000, 16, 900), (10_000, 70, 32_000), (600_000, 8, 50), (270_000, 64, 3)])
 def test_large_batches_go_other_ways_to_the_same_end(B, C, K):
     """More partial sums than stay in cache; more chains than are kept; more positions than heads have numbers for."""
     values, codes, targets = torch.randn(C, K, 2), torch.randint(K, (B, C), dtype=torch.int16), torch.randint(2, (B,))
@@ -207,6 +209,21 @@ def test_rows_that_no_code_names_keep_their_bits():
     assert torch.equal(values[:, :100], learned[:, :100])
     assert torch.equal(values[:, 200:], learned[:, 200:])
     assert not torch.equal(values[:, 100:200], learned[:, 100:200])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bits_of_any_kind_are_kept_where_most_rows_are_fetched(dtype):
+    """Negative zeros, infinities and numbers that are none, quiet or not, in the rows between those that learn."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    limits = torch.iinfo(integer)
+    values = torch.zeros(3, 40, 5, dtype=dtype)
+    values[:, ::2] = torch.randint(limits.min, limits.max, (3, 20, 5), dtype=integer).view(dtype)
+    values[:, 0], values[:, 2] = -0.0, float("inf")
+    before = values.clone()
+    step = sgd_step(values, torch.randint(20, (64, 3)) * 2 + 1, torch.randint(5, (64,)))
+    assert step.norm.isfinite()
+    assert torch.equal(values[:, ::2].contiguous().view(integer), before[:, ::2].contiguous().view(integer))
+    assert not torch.equal(values[:, 1::2], before[:, 1::2])
 
 
 @MANY_STEPS

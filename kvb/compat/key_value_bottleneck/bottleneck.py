@@ -6,7 +6,7 @@ is off; a name of ``BUGS`` turns one of them on again.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -46,8 +46,13 @@ class KeyValueBottleneck(bottleneck.KeyValueBottleneck):
         ValueError: x is not [b, C, n, D]; an unknown bug.
     """
 
+    __call__: Callable[..., tuple[Tensor, ...]]  # type: ignore[assignment]
+    bugs: frozenset[str]
+    values: torch.nn.Parameter
+
     def __init__(self, *arguments: Any, bugs: Collection[str] = (), **options: Any) -> None:
         super().__init__(*arguments, **options)
+        validation.choice("pool", self.pool, ("none",))
         self.bugs = frozenset(validation.choice("bugs", bug, tuple(BUGS)) for bug in bugs)
         if "starts_at_zero" in self.bugs:
             self.cluster_size.zero_()

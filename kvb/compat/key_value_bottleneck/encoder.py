@@ -35,6 +35,8 @@ class BottleneckedEncoder(encoders.BottleneckedEncoder):
         bugs: as for ``KeyValueBottleneck``; the others are those of ``kvb.BottleneckedEncoder``.
     """
 
+    __call__: Callable[..., tuple[Tensor, ...]]  # type: ignore[assignment]
+    bugs: frozenset[str]
     VALID_SPLITTING_MODES: ClassVar[set[str]] = set(MODES)
     bottleneck: KeyValueBottleneck
 

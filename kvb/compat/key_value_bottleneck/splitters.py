@@ -22,6 +22,10 @@ class RandomDownProjection(Splitter, splitters.RandomProjection):
         rand_proj [C, d, D].
     """
 
+    num_codebooks: int
+    num_channels: int
+    dim_keys: int
+
     def __init__(self, num_codebooks: int, num_channels: int, dim_keys: int) -> None:
         super().__init__(num_channels, num_codebooks, dim_keys)
 

@@ -53,8 +53,12 @@ def words(text: str) -> list[str]:
 class WordPieces:
     """Words cut into the longest pieces that the vocabulary has, from the left."""
 
+    unknown: int
+    begin: int
+    end: int
+
     def __init__(self, vocabulary: Sequence[str]) -> None:
-        self.ids = {piece: number for number, piece in enumerate(vocabulary)}
+        self.ids: dict[str, int] = {piece: number for number, piece in enumerate(vocabulary)}
         self.unknown, self.begin, self.end = (self.ids[name] for name in ("[UNK]", "[CLS]", "[SEP]"))
         self._pieces = lru_cache(maxsize=1 << 16)(self._cut)
 
@@ -85,6 +89,11 @@ class WordPieces:
 
 class MiniLM(nn.Module):
     """tokens [B, N] int64, padded with 0, -> embeddings [B, 384] of length 1: the mean over the tokens, normalised."""
+
+    words: nn.Embedding
+    positions: nn.Embedding
+    norm: nn.LayerNorm
+    encoder: nn.TransformerEncoder
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()

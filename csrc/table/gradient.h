@@ -1,0 +1,85 @@
+// What the ways to take a step share: the values and the codes that they read, and the rows of the gradient.
+#pragma once
+
+#include "pooled.h"
+#include "short_rows.h"
+
+namespace kvb {
+
+// --- rows of values and gradients ------------------------------------------------------------------------------------
+
+template <class Sum, class T>
+inline void add_short_row(Sum* sums, const T* row, int64_t width) {
+  update_row(sums, row, width, [](Sum sum, T value) { return sum + widen<Sum>(value); });
+}
+
+template <class Sum>
+double square(const Sum* row, int64_t width) {
+  double totals[kVector] = {}; // one alone would wait for each addition
+  int64_t v = 0;
+  for (; v + kVector <= width; v += kVector)
+    for (int64_t i = 0; i < kVector; ++i) totals[i] += static_cast<double>(row[v + i]) * row[v + i];
+  for (; v < width; ++v) totals[0] += static_cast<double>(row[v]) * row[v];
+  return (totals[0] + totals[1]) + (totals[2] + totals[3]);
+}
+
+// The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.
+template <class Sum>
+struct Gradient {
+  Vector<Sum> rows;
+  Vector<double> squares; // [B]
+  int64_t width, positions; // V, S
+
+  Gradient(int64_t samples, int64_t positions, int64_t width)
+      : rows(samples * width), squares(samples), width(width), positions(positions) {}
+
+  int64_t sample(int64_t position) const {
+    return positions == 1 ? position : position / positions; // a division takes longer than all else
+  }
+  const Sum* at(int64_t position) const {
+    return rows.data() + sample(position) * width;
+  }
+};
+
+template <class Sum, class T>
+inline void move_row(T* row, const Sum* grad, int64_t width, Sum step) {
+  update_row(row, grad, width, [step](T value, Sum slope) { return static_cast<T>(widen<Sum>(value) - step * slope); });
+}
+
+// --- codes -----------------------------------------------------------------------------------------------------------
+
+// Those of codebooks [c0, c1) as [books, N]; they follow each other closely, in the same cache lines.
+inline void read_codes(const Tensor& indices, int64_t c0, int64_t c1, int32_t* code) {
+  with_integer(indices.scalar_type(), [&](auto index) {
+    const auto* const all = static_cast<const decltype(index)*>(indices.const_data_ptr());
+    const int64_t B = indices.size(0), S = indices.size(1), batch = indices.stride(0), position = indices.stride(1);
+    for (int64_t c = c0; c < c1; ++c) {
+      const auto* const of = all + c * indices.stride(2);
+      for (int64_t b = 0; b < B; ++b)
+        for (int64_t s = 0; s < S; ++s) *code++ = static_cast<int32_t>(of[b * batch + s * position]);
+    }
+  });
+}
+
+// --- means over codebooks, rounded as gather rounds them -------------------------------------------------------------
+
+// Of the first ``count`` totals, to which those of the other groups of codebooks are added.
+template <class T, class Sum>
+Vector<Sum> mean_of_groups(Vector<Sum> totals, int64_t count, int64_t C) {
+  for (size_t at = count; at < totals.size(); at += count) add_row(totals.data(), totals.data() + at, count);
+  totals.resize(count);
+  for (Sum& total : totals) total = widen<Sum>(static_cast<T>(total / static_cast<Sum>(C)));
+  return totals;
+}
+
+// Of a whole table, [N, V].
+template <class T, class Sum = Accumulator<T>>
+Vector<Sum> gathered(const T* table, const Tensor& indices, int64_t K, int64_t V) {
+  Vector<T> rounded(indices.size(0) * indices.size(1) * V);
+  gather_pooled(table, walk(indices, {}, K * V, V), V, true, rounded.data());
+  Vector<Sum> means(rounded.size());
+  std::transform(rounded.begin(), rounded.end(), means.begin(), [](T mean) { return widen<Sum>(mean); });
+  return means;
+}
+
+} // namespace kvb
