@@ -86,26 +86,25 @@ class BottleneckState(nn.Module):
 
     # --- sizes: those of the tensors, which may be replaced -----------------------------------------------------------
 
-    @property
-    def _sizes(self) -> torch.Size:
-        """(C, K, D); also where this is traced, the keys are not taken."""
-        sizes: torch.Size = dict.__getitem__(self.__dict__["_buffers"], "keys").shape
-        return sizes
+    # Also where this is traced, the keys are not taken.
 
     @property
     def num_codebooks(self) -> int:
         """C."""
-        return self._sizes[0]
+        size: int = dict.__getitem__(self.__dict__["_buffers"], "keys").shape[0]
+        return size
 
     @property
     def key_value_pairs_per_codebook(self) -> int:
         """K."""
-        return self._sizes[1]
+        size: int = dict.__getitem__(self.__dict__["_buffers"], "keys").shape[1]
+        return size
 
     @property
     def dim_keys(self) -> int:
         """D."""
-        return self._sizes[2]
+        size: int = dict.__getitem__(self.__dict__["_buffers"], "keys").shape[2]
+        return size
 
     @property
     def _device(self) -> torch.device:
