@@ -15,6 +15,7 @@ from kvb.experiments.heads import Budget, Head, NetworkHead
 
 RIDGE = 1e-4  # SLDA: share of the identity in the covariance, as published
 PENALTIES = tuple(10.0**power for power in range(-4, 7))  # ridge and RanPAC choose from these
+FOLDS = 5  # one example of so many decides on the penalty
 SHRINK, TUKEY = 1.0, 0.5  # FeCAM: of each covariance, towards its mean variance and covariance; of the features
 NEIGHBOURS = 20
 
@@ -103,7 +104,7 @@ class SLDAHead(_MomentsHead):
 
 
 class RidgeHead(SLDAHead):
-    """Ridge regression of one-hot labels; the penalty is chosen on every fifth batch, then all examples count.
+    """Ridge regression of one-hot labels; the penalty is chosen on every fifth example of a class, then all count.
 
     Args:
         projection: [channels, M]: first project the features at random, and rectify them (RanPAC).
@@ -111,27 +112,24 @@ class RidgeHead(SLDAHead):
     (arXiv:2307.02251), without its first-session adaptation.
     """
 
-    seen: int
-
     def __init__(self, channels: int, num_classes: int, projection: Tensor | None = None) -> None:
         super().__init__(channels if projection is None else projection.shape[1], num_classes)
         self.projection = projection
         self.held: list[tuple[Tensor, Tensor]] = []
-        self.seen = 0
 
     def prepare(self, features: Tensor) -> Tensor:
         return features if self.projection is None else (features @ self.projection).relu()
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        self.seen += 1
-        if self.seen % 5 == 0:
-            self.held.append((features, labels))
+        earlier = self.counts[labels] + (labels[:, None] == labels).tril(-1).sum(1)
+        held = earlier % FOLDS == FOLDS - 1
+        self.held.append((features[held], labels[held]))
         super().add(features, labels)
 
     def solve(self) -> tuple[Tensor, Tensor]:
         products, sums = self.products, self.sums
         penalty = 1.0
-        if self.held:
+        if any(len(labels) for _, labels in self.held):
             features, labels = (torch.cat(parts) for parts in zip(*self.held, strict=True))
             rest = sums.index_add(0, labels, features, alpha=-1)
             values, vectors = torch.linalg.eigh(products - features.T @ features)
@@ -150,6 +148,8 @@ class RidgeHead(SLDAHead):
 
 class FeCAMHead(_MomentsHead):
     """Mahalanobis distance to the mean of each class, by its own covariance, shrunk and normalised to correlations.
+
+    A class of one example is as far as that example.
 
     Source: Goswami et al., FeCAM: Exploiting the heterogeneity of class distributions in exemplar-free continual
     learning, NeurIPS 2023 (arXiv:2309.14062).
@@ -182,6 +182,8 @@ class FeCAMHead(_MomentsHead):
         mean, count = self.means[label], self.counts[label].clamp(min=1)
         covariance = self.products[label] / count - mean.outer(mean)
         variance = covariance.diagonal().mean()
+        if count == 1:
+            return torch.eye(len(mean), dtype=mean.dtype)
         apart = (covariance.sum() - covariance.diagonal().sum()) / (len(mean) * (len(mean) - 1))
         eye = torch.eye(len(mean), dtype=mean.dtype)
         shrunk = covariance + SHRINK * (variance * eye + apart * (1 - eye))

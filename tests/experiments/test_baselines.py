@@ -79,7 +79,27 @@ def test_ridge_is_the_regression_of_scikit_learn(name, monkeypatch):
     torch.testing.assert_close(head(head.prepare(held)), theirs)
 
 
-def test_the_penalty_is_the_best_on_held_out_batches(monkeypatch):
+def test_every_fifth_example_of_a_class_is_held_out():
+    """Whatever the batches: a task of one batch must not choose for a class that is gone."""
+    features, labels = torch.arange(24.0).double()[:, None], torch.tensor([0, 0, 1] * 8)
+    for order in (torch.arange(24).split(24), torch.arange(24).split(7), torch.arange(24).split(1)):
+        head = baselines.RidgeHead(1, 2)
+        for rows in order:
+            head.add(features[rows], labels[rows])
+        held, wanted = (torch.cat(parts) for parts in zip(*head.held, strict=True))
+        assert held[:, 0].tolist() == [6.0, 13.0, 14.0, 21.0]
+        assert wanted.tolist() == [0, 0, 1, 0]
+
+
+def test_one_example_of_a_class_is_enough():
+    """A penalty is chosen, and a covariance used, where there is something to do that with."""
+    features, labels = torch.eye(4).double(), torch.arange(4)
+    for head in (baselines.RidgeHead(4, 4), baselines.FeCAMHead(4, 4), baselines.SLDAHead(4, 4)):
+        head.add(head.prepare(features), labels)
+        assert head(head.prepare(features)).argmax(-1).tolist() == [0, 1, 2, 3], type(head).__name__
+
+
+def test_the_penalty_is_the_best_on_held_out_examples(monkeypatch):
     """More columns of noise than examples: a large penalty answers better on what was held out, and is chosen."""
     torch.manual_seed(1)
     labels = torch.arange(2).repeat(40)
