@@ -207,15 +207,13 @@ class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
             if queries.dim() == 3:
                 return values
             values = positions.cleared(values, counted)
-            axes = x.shape[2:-1] if pool != "none" else codes.shape[2:]
-            return values.view(values.shape[0], *axes, values.shape[-1])
+            return values.view(x.shape[0], *(x.shape[2:-1] if pool != "none" else codes.shape[2:]), values.shape[-1])
         queries = queries.unsqueeze(1) if queries.dim() == 3 else queries
         indices, distances = self._search(queries.detach() if values_only else queries, keys, packed)
         del packed
         indices = positions.cleared(indices, counted)
-        shape = x.shape[2:-1]
+        shape, sent = x.shape[2:-1], self._codes_of_all(queries, indices, counted)
         output: Tensor | BottleneckOutput
-        sent = self._codes_of_all(queries, indices, counted)
         output = values = self._fetch_values(indices, shape, pool, counted, sent)
         if not values_only:
             fetched = self._fetch(keys, indices, shape, counted=counted)
@@ -302,8 +300,7 @@ class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
     def _queries(self, x: Tensor, mask: Tensor | None = None, *, one_position: bool = False) -> Tensor:
         """x [B, C, *shape, D] as [B, S, C, D], without a copy for both seed layouts; NaN where ``mask`` is False.
 
-        Args:
-            one_position: x [B, C, D] without a mask may stay as it is.
+        With ``one_position``, x [B, C, D] without a mask stays as it is.
         """
         owner, keys = type(self).__name__, dict.__getitem__(self.__dict__["_buffers"], "keys")
         validation.floating(owner, "x", x)
@@ -347,9 +344,8 @@ class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
 
     def _in_one_pass(self, pool: Pool, axes: int) -> bool:
         """Whether ``lookup`` gives the values as they are wanted: not with codebooks before more than one position."""
-        if self.topk > 1 or self.sample_codebook_temperature > 0 or self._fewest == 0 or self.sparse_grad:
-            return False
-        return (pool != "none" or axes == 0) and not self.shares_values
+        nearest = self.topk == 1 and self.sample_codebook_temperature == 0 and self._fewest > 0
+        return nearest and not (self.sparse_grad or self.shares_values) and (pool != "none" or axes == 0)
 
     def _present(self) -> Tensor | None:
         """Which ranks of a search find a usable pair, [C, T]; None where all do."""
