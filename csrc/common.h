@@ -14,6 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -113,15 +114,25 @@ Buffer<T> new_buffer(int64_t count) {
   return Buffer<T>(Allocator<T>().allocate(static_cast<size_t>(count)));
 }
 
-// A new tensor with undefined contents.
+constexpr size_t kMostAxes = 4; // of a new tensor
+
+// A new tensor with undefined contents. torch::stable::new_empty would look up an operator by its name first, which
+// takes longer than all else that a small call does.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  try {
-    return torch::stable::new_empty(like, sizes, type);
-  } catch (const std::exception&) {
-    double bytes = aoti_torch_dtype_element_size(static_cast<int32_t>(type));
-    for (int64_t size : sizes) bytes *= static_cast<double>(size);
-    out_of_memory(bytes);
-  }
+  std::array<int64_t, kMostAxes> strides;
+  int64_t elements = 1;
+  for (size_t axis = sizes.size(); axis-- > 0; elements *= std::max<int64_t>(sizes.begin()[axis], 1))
+    strides[axis] = elements;
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle created = nullptr;
+  const bool failed = aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), static_cast<int32_t>(type), device, 0,
+      &created);
+  if (!failed) return Tensor(created);
+  double bytes = aoti_torch_dtype_element_size(static_cast<int32_t>(type));
+  for (int64_t size : sizes) bytes *= static_cast<double>(size);
+  out_of_memory(bytes);
 }
 
 inline Tensor compact(const Tensor& tensor) {

@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvb, CPU, m) {
   m.impl("pack_keys", TORCH_BOX(&kvb::pack_keys));
   m.impl("packed_matches", TORCH_BOX(&kvb::packed_matches));
   m.impl("nearest", TORCH_BOX(&kvb::nearest));
-  m.impl("lookup", TORCH_BOX(&kvb::lookup));
+  m.impl("lookup", TORCH_BOX(&kvb::lookup_positions));
   m.impl("gather", TORCH_BOX(&kvb::gather));
   m.impl("gather_backward", TORCH_BOX(&kvb::gather_backward));
   m.impl("gather_backward_rows", TORCH_BOX(&kvb::gather_backward_rows));

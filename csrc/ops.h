@@ -18,6 +18,10 @@ std::tuple<Tensor, Tensor> lookup(
 std::string cpu_capability(); // the instruction set in use
 int64_t cpu_packed_nbytes(int64_t K, int64_t D, bool float64); // bytes of one packed codebook
 
+// table/positions.cpp
+std::tuple<Tensor, Tensor> lookup_positions(
+    Tensor queries, Tensor keys, Tensor packed, Tensor values, std::optional<Tensor> mask, std::string pool);
+
 // table/values.cpp
 Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layout);
 Tensor gather_backward(Tensor grad, Tensor indices, int64_t K, std::string pool);

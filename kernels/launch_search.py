@@ -37,6 +37,9 @@ def lookup(
     queries: Tensor, keys: Tensor, packed: Tensor, values: Tensor, mask: Tensor | None, pool: str
 ) -> tuple[Tensor, Tensor]:
     """Search and gather: values [B, S, C, V] (pooled [B, S, V]) and indices [B, S, C]; one kernel for few queries."""
+    if queries.dim() == 3:  # of one position a sample
+        out, indices = lookup(queries.unsqueeze(1), keys, packed, values, mask, pool)
+        return out.squeeze(1), indices.squeeze(1)
     _require_search(queries, keys, packed, mask, 1)
     C, K, _ = keys.shape
     if pool == "none" and _few(queries) and splits(C, K, keys.device) == 1:

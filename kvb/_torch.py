@@ -133,6 +133,12 @@ def record_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
+def entry_of(operator: Any) -> Callable[..., Any]:
+    """What a call of ``torch.ops.kvb.<name>.default`` comes to, without the Python before it; else itself."""
+    entry: Callable[..., Any] = getattr(operator, "_op", operator)
+    return entry
+
+
 def coordinates(sparse: Tensor) -> Tensor:
     """Where the rows of a sparse tensor lie, [axes, M], whether or not it is coalesced."""
     return sparse._indices()

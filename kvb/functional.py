@@ -185,7 +185,7 @@ def gather(
     validation.same_device("indices", indices, "values", values)
     validation.choice("pool", pool, POOLS)
     validation.choice("layout", layout, LAYOUTS)
-    fetch = ops.gather_row_grad if sparse_grad else torch.ops.kvb.gather
+    fetch = ops.gather_row_grad if sparse_grad else ops.gather
     return fetch(values, indices, pool, layout)
 
 

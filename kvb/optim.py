@@ -52,7 +52,7 @@ def _flat(places: Tensor, shape: torch.Size) -> Tensor:
     """Places [axes, M] in a table of this shape as row numbers [M]."""
     rows = places[0]
     for axis in range(1, len(places)):
-        rows = rows * shape[axis] + places[axis]
+        rows = torch.add(places[axis], rows, alpha=shape[axis])
     return rows
 
 

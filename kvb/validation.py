@@ -14,6 +14,8 @@ from torch import Tensor
 
 Device: TypeAlias = torch.device | str | int | None  # as torch.nn takes one
 _SHOWN = 8  # names in a message
+_FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_INTEGER = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 _Choice = TypeVar("_Choice", bound=str)
 
 
@@ -101,13 +103,22 @@ def batches(data: Any) -> None:
         raise TypeError(found)
 
 
+def _is_plain(value: Any, dtypes: frozenset[torch.dtype]) -> bool:
+    """Whether a value is as it should be, as most are, in a third of the time that it takes to say what is wrong."""
+    return type(value) is Tensor and value.dtype in dtypes and value.layout is torch.strided and not value.is_nested
+
+
 def floating(owner: str, name: str, value: Any) -> Tensor:
+    if _is_plain(value, _FLOATING):
+        return value
     if not tensor(owner, name, value).is_floating_point() or value.dtype.itemsize < 2:
         raise TypeError(f"{owner}(): expected a floating-point {name}, got {value.dtype}; call {name}.float() first")
     return value
 
 
 def integer(owner: str, name: str, value: Any) -> Tensor:
+    if _is_plain(value, _INTEGER):
+        return value
     dtype = tensor(owner, name, value).dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise TypeError(f"{owner}(): expected integer {name}, got {dtype}")
@@ -118,9 +129,10 @@ def integer(owner: str, name: str, value: Any) -> Tensor:
 
 def shape(name: str, value: Tensor, letters: str, sizes: Sequence[int | None], hint: str = "") -> None:
     """``letters`` names the axes, ``sizes`` gives those that are fixed."""
-    fits = value.dim() == len(sizes) and all(
-        want is None or want == got for want, got in zip(sizes, value.shape, strict=True)
-    )
+    fits = value.dim() == len(sizes)
+    if fits:
+        for size, got in zip(sizes, value.shape, strict=True):
+            fits = fits and (size is None or size == got)
     if not fits:
         axes = letters.split()
         want = ", ".join(axis if size is None else str(size) for axis, size in zip(axes, sizes, strict=True))
@@ -131,7 +143,8 @@ def shape(name: str, value: Tensor, letters: str, sizes: Sequence[int | None], h
 
 def split_features(x: Tensor, C: int, D: int) -> None:
     """x is [B, C, *shape, D]."""
-    if x.dim() < 3 or x.shape[1] != C or x.shape[-1] != D:
+    sizes = x.shape
+    if len(sizes) < 3 or sizes[1] != C or sizes[-1] != D:
         raise ValueError(
             f"expected x of shape (B, C, *shape, D) = (B, {C}, *shape, {D}), got {tuple(x.shape)}; a splitter of "
             f"kvb.splitters turns features (B, *shape, channels) into {C} heads of {D}"

@@ -312,32 +312,40 @@ inline Sizes places(const Source& source, int64_t books) {
   return {source.indices.size(1) * position, position, source.pooled ? 0 : width};
 }
 
-// List the rows of ``source`` that go to one range, in batch order: visit(data, rows, how many), with places in
-// ``data`` and targets in the range.
+// The rows of one range, a tile of positions at a time: they are staged.
 template <class T, class F>
-void list_source(const Source& source, const RowRange& range, const F& visit) {
+void list_staged(const Source& source, Walk part, const RowRange& range, int64_t c0, const F& visit) {
   using Sum = Accumulator<T>;
-  const int64_t positions = source.indices.size(0) * source.indices.size(1), width = source.width();
-  const int64_t c0 = range.first / source.K, c1 = (range.last - 1) / source.K + 1, books = c1 - c0;
-  const int64_t staged_books = !source.staged() ? 0 : source.pooled ? 1 : books;
+  const int64_t positions = part.size[0] * part.size[1], books = part.size[2], width = source.width();
+  const int64_t staged_books = source.pooled ? 1 : books;
   const int64_t tile = std::max<int64_t>(1, kListedRows / std::max(books, staged_books * width / 8));
-  Walk part = walk(source.indices, places(source, books), source.K, 1);
-  part.table_origin = -range.first;
-  part = codebooks(part, c0, c1);
   Vector<Row> rows(std::min(tile, positions) * books);
-  Vector<Sum> stage_rows(std::min(tile, positions) * staged_books * width);
-
+  Vector<Sum> staged(std::min(tile, positions) * staged_books * width);
   for (int64_t n = 0; n < positions; n += tile) {
     const int64_t end = std::min(positions, n + tile);
-    if (source.staged()) part.place_origin = -n * part.place[1];
-    const Walk order = with_long_runs(part);
-    const int64_t listed = list_rows(order, n * books, end * books, range.rows(), rows.data());
-    if (!source.staged()) {
-      visit(source.tensor.template const_data_ptr<T>(), rows.data(), listed);
-    } else {
-      stage<T>(source, n, end, c0, c0 + staged_books, stage_rows.data());
-      visit(static_cast<const Sum*>(stage_rows.data()), rows.data(), listed);
-    }
+    part.place_origin = -n * part.place[1];
+    const int64_t listed = list_rows(with_long_runs(part), n * books, end * books, range.rows(), rows.data());
+    stage<T>(source, n, end, c0, c0 + staged_books, staged.data());
+    visit(static_cast<const Sum*>(staged.data()), rows.data(), listed);
+  }
+}
+
+// List the rows of ``source`` that go to one range, those of each codebook in batch order: visit(data, rows, how many),
+// with places in ``data`` and targets in the range.
+template <class T, class F>
+void list_source(const Source& source, const RowRange& range, const F& visit) {
+  const int64_t c0 = range.first / source.K, c1 = (range.last - 1) / source.K + 1;
+  Walk part = walk(source.indices, places(source, c1 - c0), source.K, 1);
+  part.table_origin = -range.first;
+  part = codebooks(part, c0, c1);
+  if (source.staged()) return list_staged<T>(source, part, range, c0, visit);
+  if (part.place[2] > part.place[1]) swap_axes(part, 1, 2); // as the rows lie in memory
+  part = with_long_runs(part);
+  Buffer<Row> rows = new_buffer<Row>(kListedRows);
+  for (int64_t at = 0; at < part.positions(); at += kListedRows) {
+    const int64_t end = std::min(part.positions(), at + kListedRows);
+    const int64_t listed = list_rows(part, at, end, range.rows(), rows.get());
+    visit(source.tensor.template const_data_ptr<T>(), rows.get(), listed);
   }
 }
 

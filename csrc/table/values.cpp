@@ -1,6 +1,7 @@
 // Values fetched by index, and the gradient of that: gather, gather_backward, gather_backward_rows.
 #include "../ops.h"
 #include "pooled.h"
+#include "short_rows.h"
 
 #include <bit>
 
@@ -118,36 +119,6 @@ int64_t cached_rows(int64_t bytes) {
   return kCachedBytes / std::max<int64_t>(bytes, 1);
 }
 
-template <class T>
-void sum_dense(const Source& source, const RowRange& range, Accumulator<T>* sums) {
-  const int64_t width = source.width();
-  std::fill_n(sums, range.rows() * width, Accumulator<T>{0});
-  for_rows<T>(source, range, [&](const auto* row, int64_t target) { add_row(sums + target * width, row, width); });
-}
-
-template <class T>
-void dense_gradient(const Source& source, T* out) {
-  using Sum = Accumulator<T>;
-  const int64_t width = source.width(), rows = source.indices.size(2) * source.K;
-  const Shares shares = share_out(
-      source.indices.size(2), source.K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
-  for_shares(shares, [&](int64_t t) {
-    Vector<Sum> scratch;
-    for (const RowRange& range : shares[t]) {
-      T* to = out + range.first * width;
-      if constexpr (std::is_same_v<T, Sum>) {
-        sum_dense<T>(source, range, to);
-      } else {
-        scratch.resize(range.rows() * width);
-        sum_dense<T>(source, range, scratch.data());
-        std::transform(scratch.begin(), scratch.end(), to, [](Sum sum) { return static_cast<T>(sum); });
-      }
-    }
-  });
-}
-
-// --- gradients as merged rows ----------------------------------------------------------------------------------------
-
 // The rows of one range that any index points at.
 struct TouchedRows {
   RowRange range;
@@ -179,14 +150,57 @@ void number_rows(const TouchedRows& touched, int64_t* slots, int64_t* rows) {
   }
 }
 
+// The sums of the touched rows of one range, one after the other.
 template <class T>
 void sum_touched(const Source& source, const TouchedRows& touched, const int64_t* slots, Accumulator<T>* sums) {
   const int64_t width = source.width();
   std::fill_n(sums, touched.count * width, Accumulator<T>{0});
   for_rows<T>(source, touched.range, [&](const auto* row, int64_t target) {
-    add_row(sums + slots[target] * width, row, width);
+    update_row(sums + slots[target] * width, row, width, [](auto sum, auto number) {
+      return sum + widen<decltype(sum)>(number);
+    });
   });
 }
+
+// All sums of one range, where they are kept in another type: only touched rows are summed and rounded.
+template <class T>
+void sum_rounded(const Source& source, const RowRange& range, T* out) {
+  using Sum = Accumulator<T>;
+  const int64_t width = source.width();
+  const TouchedRows touched = find_touched(source, range);
+  const Buffer<int64_t> slots = new_buffer<int64_t>(range.rows());
+  Vector<int64_t> rows(touched.count);
+  number_rows(touched, slots.get(), rows.data());
+  Vector<Sum> sums(touched.count * width);
+  sum_touched<T>(source, touched, slots.get(), sums.data());
+  std::fill_n(out, range.rows() * width, T{});
+  const Sum* sum = sums.data();
+  for (int64_t row : rows) {
+    T* const to = out + (row - range.first) * width;
+    for (int64_t v = 0; v < width; ++v) to[v] = static_cast<T>(*sum++);
+  }
+}
+
+template <class T>
+void dense_gradient(const Source& source, T* out) {
+  using Sum = Accumulator<T>;
+  const int64_t width = source.width(), rows = source.indices.size(2) * source.K;
+  const Shares shares = share_out(
+      source.indices.size(2), source.K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
+  for_shares(shares, [&](int64_t t) {
+    for (const RowRange& range : shares[t]) {
+      T* const to = out + range.first * width;
+      if constexpr (std::is_same_v<T, Sum>) {
+        std::fill_n(to, range.rows() * width, Sum{0});
+        for_rows<T>(source, range, [&](const auto* row, int64_t target) { add_row(to + target * width, row, width); });
+      } else {
+        sum_rounded<T>(source, range, to);
+      }
+    }
+  });
+}
+
+// --- gradients as merged rows ----------------------------------------------------------------------------------------
 
 using TouchedShares = std::vector<std::vector<TouchedRows>>;
 

@@ -31,9 +31,9 @@ class ByCodebooks(Sharded):
     def _table(self) -> Tensor:
         return exchange.local(self.values, False)  # gradients are those of all processes already
 
-    def _queries(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        queries = exchange.shared(super()._queries(x, mask), self._layout.shards)
-        return queries[:, :, self._layout.here]
+    def _queries(self, x: Tensor, mask: Tensor | None = None, *, one_position: bool = False) -> Tensor:
+        queries = exchange.shared(super()._queries(x, mask, one_position=one_position), self._layout.shards)
+        return queries[..., self._layout.here, :]
 
     def _seed(self) -> Tensor:
         """As there; other draws in other codebooks, where processes have the same generator."""

@@ -71,7 +71,12 @@ def gather_backward(grad: Any, indices: Any, K: int, pool: str) -> list[Choice]:
 
 def lookup(queries: Any, keys: Any, packed: Any, values: Any, mask: Any, pool: str) -> list[Choice]:
     fetched, axes, added = _pooled(pool)
-    return _choices(axes, (QUERIES, KEYS, PACKED, VALUES, mask and MASK, None), (fetched, CODES), added)
+    inputs: tuple[str | None, ...] = (QUERIES, KEYS, PACKED, VALUES, mask and MASK, None)
+    outputs: tuple[str, ...] = (fetched, CODES)
+    if queries.ndim < len(QUERIES):  # of one position: nothing has an axis S
+        inputs = tuple(one and one.replace("S", "") for one in inputs)
+        outputs, axes = tuple(one.replace("S", "") for one in outputs), axes.replace("S", "")
+    return _choices(axes, inputs, outputs, added)
 
 
 def accumulate(queries: Any, indices: Any, K: int) -> list[Choice]:

@@ -41,7 +41,7 @@ class ByPairs(Sharded):
 
     # --- search -------------------------------------------------------------------------------------------------------
 
-    def _in_one_pass(self, pool: Pool, shape: torch.Size) -> bool:
+    def _in_one_pass(self, pool: Pool, axes: int) -> bool:
         return False
 
     def _search(self, queries: Tensor, keys: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:

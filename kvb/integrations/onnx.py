@@ -137,8 +137,13 @@ def _nearest(queries: Any, keys: Any, packed: Any, mask: Any, topk: int = 1) -> 
 
 
 def _lookup(queries: Any, keys: Any, packed: Any, values: Any, mask: Any, pool: str = "none") -> tuple[Any, Any]:
-    indices = op.Squeeze(_nearest(queries, keys, packed, mask, 1)[0], _numbers([-1]))
-    return _gather(values, indices, pool, "bscv"), indices
+    one_position = len(queries.shape) == 3
+    rows = op.Unsqueeze(queries, _numbers([1])) if one_position else queries
+    indices = op.Squeeze(_nearest(rows, keys, packed, mask, 1)[0], _numbers([-1]))
+    out = _gather(values, indices, pool, "bscv")
+    if one_position:
+        out, indices = (op.Squeeze(found, _numbers([1])) for found in (out, indices))
+    return out, indices
 
 
 def _gather(values: Any, indices: Any, pool: str = "none", layout: str = "bscv") -> Any:

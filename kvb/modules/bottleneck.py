@@ -190,27 +190,30 @@ class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
             return self._call_of(x, mask=mask, pool=pool, return_values_only=return_values_only)
         pool = self._pooled(pool)
         values_only = self.return_values_only if return_values_only is None else return_values_only
-        queries = self._queries(x, mask)
+        queries = self._queries(x, mask, one_position=values_only and not self.training)
         counted = None if mask is None else mask.reshape(queries.shape[:2])
         self._look()
         if self.training:
             self._meet(queries)
         if not self._initialised:
             self._initialise_from(x, mask)
-        keys, packed = self._keys_for(queries, learns=self.training and self._learning)
-        shape = x.shape[2:-1]
-        if values_only and self._in_one_pass(pool, shape):
+        learns = self.training and self._learning
+        keys, packed = self._keys_for(queries, learns=True) if learns else self._packed_keys()
+        if values_only and self._in_one_pass(pool, x.dim() - 3):
             values, codes = ops.lookup(queries, keys, packed, self._table(), self._usable, pool)
             del packed  # its memory is that of the keys' next packed form
             if self.training:
                 self._observe(queries, codes[..., None], counted)
+            if queries.dim() == 3:
+                return values
             values = positions.cleared(values, counted)
-            return values.view(x.shape[0], *(shape if pool != "none" else queries.shape[2:3]), values.shape[-1])
+            return values.view(x.shape[0], *(x.shape[2:-1] if pool != "none" else codes.shape[2:]), values.shape[-1])
+        queries = queries.unsqueeze(1) if queries.dim() == 3 else queries
         indices, distances = self._search(queries.detach() if values_only else queries, keys, packed)
         del packed
         indices = positions.cleared(indices, counted)
+        shape, sent = x.shape[2:-1], self._codes_of_all(queries, indices, counted)
         output: Tensor | BottleneckOutput
-        sent = self._codes_of_all(queries, indices, counted)
         output = values = self._fetch_values(indices, shape, pool, counted, sent)
         if not values_only:
             fetched = self._fetch(keys, indices, shape, counted=counted)
@@ -294,18 +297,21 @@ class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
         positions.checked(type(self).__name__, mask, sizes, "indices", indices)
         return positions.per_rank(mask.reshape(mask.shape[0], math.prod(mask.shape[1:])), ranks)
 
-    def _queries(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B, C, *shape, D] as [B, S, C, D], without a copy for both seed layouts; NaN where ``mask`` is False."""
-        owner = type(self).__name__
+    def _queries(self, x: Tensor, mask: Tensor | None = None, *, one_position: bool = False) -> Tensor:
+        """x [B, C, *shape, D] as [B, S, C, D], without a copy for both seed layouts; NaN where ``mask`` is False.
+
+        With ``one_position``, x [B, C, D] without a mask stays as it is.
+        """
+        owner, keys = type(self).__name__, dict.__getitem__(self.__dict__["_buffers"], "keys")
         validation.floating(owner, "x", x)
-        validation.split_features(x, self.num_codebooks, self.dim_keys)
-        validation.same_device("x", x, "keys", self._taken_quietly("initted"))
+        validation.split_features(x, self.num_codebooks, keys.shape[2])
+        validation.same_device("x", x, "keys", keys)
         if mask is not None:
             positions.checked(owner, mask, (x.shape[0], *x.shape[2:-1]), "x", x)
         if self.check_finite:
             validation.finite("x", x if mask is None else torch.where(mask[:, None, ..., None], x, 0))
         if x.dim() == 3:
-            flat = x.unsqueeze(1)
+            flat = x if one_position and mask is None else x.unsqueeze(1)
         else:
             flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:-1]), x.shape[-1]).transpose(1, 2)
         if mask is not None:
@@ -336,10 +342,10 @@ class KeyValueBottleneck(OnHub, ReadsData, OneNode, LearnsKeys, Tables):
         """Of one draw of keys."""
         return torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
 
-    def _in_one_pass(self, pool: Pool, shape: torch.Size) -> bool:
+    def _in_one_pass(self, pool: Pool, axes: int) -> bool:
         """Whether ``lookup`` gives the values as they are wanted: not with codebooks before more than one position."""
         nearest = self.topk == 1 and self.sample_codebook_temperature == 0 and self._fewest > 0
-        return nearest and not (self.sparse_grad or self.shares_values) and (pool != "none" or len(shape) == 0)
+        return nearest and not (self.sparse_grad or self.shares_values) and (pool != "none" or axes == 0)
 
     def _present(self) -> Tensor | None:
         """Which ranks of a search find a usable pair, [C, T]; None where all do."""

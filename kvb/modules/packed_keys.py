@@ -120,8 +120,12 @@ def _holders(buffers: dict[str, Any], place: _Place) -> tuple[int, ...]:
     """How many hold the keys and their storage, as Python and PyTorch count them."""
     keys, storage = dict.__getitem__(buffers, "keys"), place.storage
     return (
-        *(sys.getrefcount(keys), weakref.getweakrefcount(keys), _torch.users_of(keys)),
-        *(sys.getrefcount(storage), weakref.getweakrefcount(storage), _torch.users_of_storage(place.address)),
+        sys.getrefcount(keys),
+        weakref.getweakrefcount(keys),
+        _torch.users_of(keys),
+        sys.getrefcount(storage),
+        weakref.getweakrefcount(storage),
+        _torch.users_of_storage(place.address),
     )
 
 
@@ -177,15 +181,12 @@ class PackedKeys:
 
     def current(self, buffers: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The keys and their packed form. Not for what Dynamo traces: see ``traced``."""
-        kept, packed = self._untouched(buffers)
-        if (
-            kept is None
-            or packed is None
-            or _observed()
-            or (kept.place.cuda and torch.cuda.is_current_stream_capturing())
-        ):
+        kept = self._untouched(buffers)
+        if kept is None or kept.packed is None or _observed():
             return self._look(buffers)
-        return kept.place.alias, packed
+        if kept.place.cuda and torch.cuda.is_current_stream_capturing():
+            return self._look(buffers)
+        return kept.place.alias, kept.packed
 
     def traced(self, buffers: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The keys, and what stands for their packed form in a graph that is traced: it is looked up when that runs."""
@@ -201,19 +202,17 @@ class PackedKeys:
         buffers = self._buffers
         if dict.__getitem__(buffers, "keys") is not keys:  # the graph changed them, and will write them at its end
             return torch.ops.kvb.pack_keys(keys)
-        kept, packed = self._untouched(buffers)
-        if (
-            kept is None or packed is None or kept.version != _torch.version_of(keys)
-        ):  # which the graph may have written
+        kept = self._untouched(buffers)
+        if kept is None or kept.packed is None or kept.version != _torch.version_of(keys):  # the graph may have written
             return self._look(buffers)[1]
-        return packed
+        return kept.packed
 
-    def _untouched(self, buffers: dict[str, Any]) -> tuple[_Kept | None, Tensor | None]:
-        """What is kept, and packed: None where somebody may have written to the keys since they were last looked at."""
+    def _untouched(self, buffers: dict[str, Any]) -> _Kept | None:
+        """What is kept; None where somebody may have written to the keys since they were last looked at."""
         kept = self._kept
         if kept is None or not kept.alone or getattr(buffers, "taken", True) or not self._alone(buffers, kept.place):
-            return None, None
-        return kept, kept.packed
+            return None
+        return kept
 
     def _alone(self, buffers: dict[str, Any], place: _Place) -> bool:
         """Whether nobody holds the keys but the module, and the graphs that hold their twin as often."""

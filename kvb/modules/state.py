@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from kvb import _torch, validation
 from kvb.checkpoints import FLAGS, MASK, all_or_nothing
@@ -76,7 +77,8 @@ class BottleneckState(nn.Module):
 
     def _table(self) -> Tensor:
         """The values that are here, [C, K, V]."""
-        return self.values
+        own = self.__dict__["_parameters"].get("values")
+        return self.values if own is None else own  # which finds what stands in its place, ten times as slow
 
     def _part(self, whole: Tensor) -> Tensor:
         """What is here of a tensor [C, K, ...]."""
@@ -84,26 +86,25 @@ class BottleneckState(nn.Module):
 
     # --- sizes: those of the tensors, which may be replaced -----------------------------------------------------------
 
-    @property
-    def _sizes(self) -> torch.Size:
-        """(C, K, D); also where this is traced, the keys are not taken."""
-        sizes: torch.Size = dict.__getitem__(self.__dict__["_buffers"], "keys").shape
-        return sizes
+    # Also where this is traced, the keys are not taken.
 
     @property
     def num_codebooks(self) -> int:
         """C."""
-        return self._sizes[0]
+        size: int = dict.__getitem__(self.__dict__["_buffers"], "keys").shape[0]
+        return size
 
     @property
     def key_value_pairs_per_codebook(self) -> int:
         """K."""
-        return self._sizes[1]
+        size: int = dict.__getitem__(self.__dict__["_buffers"], "keys").shape[1]
+        return size
 
     @property
     def dim_keys(self) -> int:
         """D."""
-        return self._sizes[2]
+        size: int = dict.__getitem__(self.__dict__["_buffers"], "keys").shape[2]
+        return size
 
     @property
     def _device(self) -> torch.device:
@@ -193,13 +194,13 @@ class BottleneckState(nn.Module):
 
     def _taken_quietly(self, name: str) -> Any:
         """A buffer, without the look at the keys that follows whenever somebody takes them."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return getattr(self, name)
         return dict.__getitem__(self.__dict__["_buffers"], name)
 
     def _look(self) -> None:
         """Bring the host's copy up to date. A traced graph has that of the time when it was traced, and guards it."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return
         buffers = self.__dict__["_buffers"]
         if self._held or getattr(buffers, "read", True):
@@ -242,12 +243,12 @@ class BottleneckState(nn.Module):
 
     def _packed_keys(self) -> tuple[Tensor, Tensor]:
         """The keys and their packed form: what a search takes."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._packed.traced(self.__dict__["_buffers"])
         return self._packed.current(self.__dict__["_buffers"])
 
     def _keep_packed(self, packed: Tensor) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._packed.forget()
         else:
             self._packed.keep(self.__dict__["_buffers"], packed)

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from kvb._torch import (
     after_bookkeeping,
     below_autograd,
     below_bookkeeping,
     derivatives_on,
+    entry_of,
     is_mapped,
     record_of,
     saveable,
@@ -36,7 +38,8 @@ def _below_autograd(operator: Any, *args: Any) -> Any:
 def _forward(operator: Any, *args: Any) -> Any:
     """The same, in ``forward``: inside nested torch.func transforms the outer ones go on differentiating."""
     if not transforms_active():
-        return _below_autograd(operator, *args)
+        with below_autograd():
+            return operator(*args)
     with derivatives_on():
         return _below_autograd(operator, *args)
 
@@ -140,7 +143,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         grad = _in_order(ctx, grads[0])
-        return torch.ops.kvb.gather_backward(grad, indices, ctx.shape[1], ctx.pool), None, None, None
+        return gather_backward(grad, indices, ctx.shape[1], ctx.pool), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -186,12 +189,14 @@ class _GatherRows(torch.autograd.Function):
 
 def sparse_rows(grad: Tensor, indices: Tensor, shape: torch.Size, pool: str) -> Tensor:
     """The gradient of values of a shape [C, K, V] as a coalesced sparse tensor, C and K its sparse axes."""
-    K = shape[1]
-    rows, merged, count = torch.ops.kvb.gather_backward_rows(grad, indices, K, pool)
+    C, K, _ = shape
+    rows, merged, count = gather_backward_rows(grad, indices, K, pool)
     n = int(count)  # on another device the host waits here: a sparse tensor knows its size
     rows = rows[:n]
-    book = rows // K  # one division: they take longer than all else here
-    places = torch.stack([book, rows - book * K])
+    # They ascend, so that to look for where a codebook begins takes a third of a division by K.
+    begins = torch.searchsorted(rows, torch.arange(0, (C + 1) * K, K, device=rows.device))
+    book = torch.repeat_interleave(begins.diff(), output_size=n)
+    places = torch.stack([book, torch.sub(rows, book, alpha=K)])
     return torch.sparse_coo_tensor(places, merged[:n], shape, check_invariants=False, is_coalesced=True)
 
 
@@ -208,11 +213,13 @@ def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str, cou
     Args:
         counted: bool [B, S]; elsewhere the gradient is zero, and names no rows. None where all positions count.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if not _learns(values) or (not compiling and _must_be_dense(values, indices)):
         return torch.ops.kvb.gather(values, indices, pool, layout)
-    apply = torch.compiler.disable(_GatherRows.apply) if compiling else _GatherRows.apply
-    return apply(values, indices, pool, layout, counted)
+    if compiling:
+        return torch.compiler.disable(_GatherRows.apply)(values, indices, pool, layout, counted)
+    record = _GatherRows.apply if transforms_active() else record_of(_GatherRows)
+    return record(values, indices, pool, layout, counted)
 
 
 class _GatherBackward(torch.autograd.Function):
@@ -312,16 +319,21 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (indices,) = ctx.saved_tensors
-        return None, None, None, torch.ops.kvb.gather_backward(grads[0], indices, ctx.K, ctx.pool), None, None
+        (indices,), grad = ctx.saved_tensors, grads[0]
+        if indices.dim() == 2:  # of one position
+            indices, grad = indices.unsqueeze(1), grad.unsqueeze(1)
+        return None, None, None, gather_backward(grad, indices, ctx.K, ctx.pool), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
         """Which values are fetched does not change with the queries and keys, almost everywhere."""
         if tangents[3] is None:
             return None, None
+        (indices,) = ctx.saved_tensors
         with derivatives_on():
-            return torch.ops.kvb.gather(tangents[3], *ctx.saved_tensors, ctx.pool, "bscv"), None
+            if indices.dim() == 2:  # of one position
+                return torch.ops.kvb.gather(tangents[3], indices.unsqueeze(1), ctx.pool, "bscv").squeeze(1), None
+            return torch.ops.kvb.gather(tangents[3], indices, ctx.pool, "bscv"), None
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -354,19 +366,24 @@ differentiate("lookup", _Lookup, learns=(3,))
 
 
 def _directly(name: str, function: type[torch.autograd.Function], learns: int) -> Callable[..., Any]:
-    """``torch.ops.kvb.<name>``, past the way to the Python at its Autograd key: a sixth of a small call."""
+    """``torch.ops.kvb.<name>``, past the way to the Python at its Autograd key: a third of a small call."""
     operator = getattr(torch.ops.kvb, name).default
-    record = record_of(function)
+    record, entry = record_of(function), entry_of(operator)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or tangents_possible():
+        if is_compiling() or tangents_possible():
             return operator(*args)
-        return record(*args) if _learns(args[learns]) else _below_autograd(operator, *args)
+        if torch.is_grad_enabled() and args[learns].requires_grad:
+            return record(*args)
+        with below_autograd():
+            return entry(*args)
 
     return call
 
 
 gather: Callable[..., Any] = _directly("gather", _Gather, learns=0)
+gather_backward: Callable[..., Any] = _directly("gather_backward", _GatherBackward, learns=0)
+gather_backward_rows: Callable[..., Any] = _directly("gather_backward_rows", _GatherBackwardRows, learns=0)
 lookup: Callable[..., Any] = _directly("lookup", _Lookup, learns=3)
 
 

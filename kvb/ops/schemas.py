@@ -211,8 +211,9 @@ def count(queries: Tensor, indices: Tensor, K: int) -> Tensor:
 def lookup(
     queries: Tensor, keys: Tensor, packed: Tensor, values: Tensor, mask: Tensor | None, pool: str
 ) -> tuple[Tensor, Tensor]:
-    indices = queries.new_empty(queries.shape[:3], dtype=torch.int64)
-    return gather(values, indices, pool, "bscv"), indices
+    indices = queries.new_empty(queries.shape[:-1], dtype=torch.int64)
+    books = indices.shape if pool == "none" else indices.shape[:-1]
+    return values.new_empty((*books, values.shape[-1])), indices
 
 
 SCHEMAS = tuple(_schemas)

@@ -275,6 +275,12 @@ def sample(
 def lookup(
     queries: Tensor, keys: Tensor, packed: Tensor, values: Tensor, mask: Tensor | None, pool: str
 ) -> tuple[Tensor, Tensor]:
-    """Search and gather in one pass: values [B, S, C, V] (pooled [B, S, V]) and indices [B, S, C]."""
+    """Search and gather in one pass: values [B, S, C, V] (pooled [B, S, V]) and indices [B, S, C].
+
+    Queries [B, C, D] are those of one position a sample: then nothing has an axis S.
+    """
+    if queries.dim() == 3:
+        out, indices = lookup(queries.unsqueeze(1), keys, packed, values, mask, pool)
+        return out.squeeze(1), indices.squeeze(1)
     indices = nearest(queries, keys, packed, mask, 1)[0][..., 0]
     return gather(values, indices, pool, "bscv"), indices

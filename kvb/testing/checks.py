@@ -305,6 +305,12 @@ def check_lookup(op: Any, problem: Problem) -> None:
         dtype = accumulator(torch.promote_types(problem.queries.dtype, problem.keys.dtype))
         judge_search(problem, indices[..., None], distances.to(dtype), 1)
         judge_gather(problem, indices, out, pool, "bscv")
+        if problem.case.S == 0:
+            continue
+        first = op.lookup(problem.queries[:, 0], problem.keys, packed, problem.values, problem.mask, pool)
+        for name, one, of_all in zip(("values", "indices"), first, (out, indices), strict=True):
+            part = require_like(f"{name} of one position", one, of_all[:, 0].shape, of_all.dtype)
+            require_close(f"{name} of one position", part, of_all[:, 0].cpu(), torch.zeros(()))
 
 
 CHECKS: dict[str, Callable[[Any, Problem], None]] = {name: globals()[f"check_{name}"] for name in ops.NAMES}

@@ -120,6 +120,9 @@ def _operators():
     found = ops.lookup(part(queries, 0), part(keys), ops.pack_keys(part(keys)), part(values), None, "mean")
     for one, other in zip(found, wanted, strict=True):
         _same(one, other, Shard(0))
+    found = ops.lookup(part(queries[:, 0], 0), part(keys), ops.pack_keys(part(keys)), part(values), None, "mean")
+    for one, other in zip(found, wanted, strict=True):
+        _same(one, other[:, 0], Shard(0))
     _same(ops.gather(table, part(first, 2), "mean", "bscv"), wanted[0], Replicate())  # joined first
     for found, wanted in zip(
         ops.accumulate(part(queries, 0), part(first, 0), 7), ops.accumulate(queries, first, 7), strict=True

@@ -171,6 +171,32 @@ def test_opcheck(name, sizes):
     torch.library.opcheck(getattr(op, name).default, arguments(sizes)[name])
 
 
+@pytest.mark.parametrize("pool", functional.POOLS)
+def test_one_position_without_an_axis(pool):
+    queries, keys, packed, values = problem(SIZES["S=1"])
+    values.requires_grad_()
+    one = queries.repeat(2, 1, 1, 1)[len(queries) :, 0]  # from the middle of its memory
+    torch.library.opcheck(op.lookup.default, (one, keys, packed, values, None, pool))
+    found, wanted = (op.lookup(q, keys, packed, values, None, pool) for q in (one, queries))
+    for part, whole in zip(found, wanted, strict=True):
+        assert torch.equal(part, whole[:, 0])
+        assert part.is_contiguous()
+    weight = torch.randn_like(found[0])
+    for run in (op.lookup, ops.lookup):
+        out = run(one, keys, packed, values, None, pool)[0]
+        gradients = (torch.autograd.grad(o, values, w)[0] for o, w in ((out, weight), (wanted[0], weight[:, None])))
+        assert torch.equal(*gradients)
+        wanted = op.lookup(queries, keys, packed, values, None, pool)
+    mapped = torch.vmap(lambda q: op.lookup(q, keys, packed, values.detach(), None, pool)[0])(one[:, None])
+    assert torch.equal(mapped[:, 0], found[0])
+    tangent = torch.randn_like(values)
+    moved = [
+        torch.func.jvp(lambda v, q=q: op.lookup(q, keys, packed, v, None, pool)[0], (values.detach(),), (tangent,))[1]
+        for q in (one, queries)
+    ]
+    assert torch.equal(moved[0], moved[1][:, 0])
+
+
 @pytest.mark.parametrize("name", ["nearest", "sample"])
 def test_opcheck_with_gradient(name):
     """The tracing check sums an integer output first, which only works without gradient."""

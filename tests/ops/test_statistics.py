@@ -81,3 +81,17 @@ def test_hits_are_exact_beyond_what_float32_counts():
     n = (1 << 24) + 5
     queries = torch.zeros(1, 1, 1, 1).expand(n, 1, 1, 1)
     assert int(op.count(queries, torch.zeros(1, 1, 1, dtype=torch.int64).expand(n, 1, 1), 1)) == n
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_sums_do_not_depend_on_how_rows_lie_in_memory(dtype):
+    B, S, C, K, D = 7, 9, 5, 4, 6
+    seen = torch.randn(B, C, S, D).to(dtype).transpose(1, 2)
+    codes = torch.randint(K, (B, S, C))
+    for run in (
+        lambda rows: op.accumulate(rows, codes, K),
+        lambda rows: (op.gather_backward(rows, codes, K, "none"), op.count(rows, codes, K)),
+        lambda rows: op.gather_backward_rows(rows, codes, K, "none"),
+    ):
+        for found, wanted in zip(run(seen), run(seen.contiguous()), strict=True):
+            assert torch.equal(found, wanted)

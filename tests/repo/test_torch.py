@@ -109,6 +109,12 @@ def test_a_function_records_and_gradients_can_be_on_inside():
     assert not torch.is_grad_enabled() or x.requires_grad
 
 
+def test_the_entry_of_an_operator_is_what_it_calls():
+    x = torch.ones(2)
+    assert torch.equal(_torch.entry_of(torch.ops.aten.mul.Tensor)(x, x + 1), x + 1)
+    assert _torch.entry_of(len) is len
+
+
 def test_assert_async():
     _torch.assert_async(torch.tensor(True), "fine")
     with pytest.raises(RuntimeError, match="not fine"):
