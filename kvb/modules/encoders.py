@@ -84,6 +84,11 @@ class BottleneckedEncoder(FromLibraries, BottleneckWrapper):
 
     __call__: Encoding
     num_channels: int
+    dim_keys: int
+    dim_values: int
+    decay: float
+    eps: float
+    topk: int
     splitter: nn.Module
     bottleneck: KeyValueBottleneck
     encoder: nn.Module
