@@ -24,7 +24,7 @@ README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "docs" / "guide.md").r
 
 
 def blocks(text: str) -> list[str]:
-    """Those that need kvb alone; tests/integrations/test_pages.py runs the others."""
+    """Those that need kvb alone; tests/integrations/test_recipes_of_others.py runs the others."""
     return re.findall(r"(?<!-->\n)```python\n(.*?)```", text, re.DOTALL)
 
 
