@@ -131,7 +131,7 @@ ARM_PACKAGES := torch==2.10.0 filelock typing-extensions sympy mpmath networkx j
 ARM_APT := apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Sandbox::User= \
 	-o Dir::State=$(ARM)/apt -o Dir::State::status=/dev/null -o Dir::Cache=$(ARM)/apt -o Debug::NoLocking=1
 # $(call on_arm,processor): Python on it.
-on_arm = PYTHONPATH=$(ARM)/kvb:$(ARM)/packages PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 QEMU_CPU=$1 $(ARM)/root/usr/bin/emulated
+on_arm = PYTHONPATH=$(ARM)/kvb:$(ARM)/packages PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 QEMU_CPU=$1 $(ARM)/debian/usr/bin/emulated
 PYTEST_ON_ARM = KVB_EXPECT_BACKEND=cpp KVB_EXPECT_FOLDER=$(ARM) $(call on_arm,$1) -m pytest -q -rs -p no:cacheprovider
 ARM_TESTS := $(patsubst tests/ops/%.py,$(ARM)/passed-%,$(wildcard tests/ops/test_*.py))
 
@@ -146,7 +146,7 @@ $(ARM_TESTS): $(ARM)/passed-%: tests/ops/%.py $(ARM)/.kvb
 $(ARM)/.kvb: $(ARM)/.packages setup.py $(wildcard csrc/*.* csrc/*/*) $(shell find kvb kernels -name '*.py')
 	@echo "Building kvb for 64-bit Arm"
 	@rm -rf $(ARM)/kvb $(ARM)/*.whl $(ARM)/passed-* build/*.linux-aarch64*
-	@KVB_BUILD_EXT=1 CXX=aarch64-linux-gnu-g++ CPLUS_INCLUDE_PATH=$(ARM)/root/usr/include/python3:$(ARM)/root/usr/include \
+	@KVB_BUILD_EXT=1 CXX=aarch64-linux-gnu-g++ CPLUS_INCLUDE_PATH=$(ARM)/debian/usr/include/python3:$(ARM)/debian/usr/include \
 		$(call on_arm,$(ARM_CPU)) setup.py -q bdist_wheel --dist-dir $(ARM) >$(ARM)/build.log 2>&1 || { tail -n 30 $(ARM)/build.log; exit 1; }
 	@$(BIN)/python -m zipfile -e $(ARM)/kvb-*.whl $(ARM)/kvb
 	@touch $@
@@ -155,7 +155,7 @@ $(ARM)/.packages: $(ARM)/.root | $(SETUP)
 	@echo "Installing PyTorch for 64-bit Arm in $(ARM)"
 	@rm -rf $(ARM)/packages
 	@$(PIP) install -q --target $(ARM)/packages --no-deps --only-binary=:all: --implementation cp \
-		--python-version $$(ls $(ARM)/root/usr/lib | sed -n 's/^python\(3\.[0-9]*\)$$/\1/p') \
+		--python-version $$(ls $(ARM)/debian/usr/lib | sed -n 's/^python\(3\.[0-9]*\)$$/\1/p') \
 		$(foreach glibc,2_28 2_27 2_26 2_17,--platform manylinux_$(glibc)_aarch64) --platform manylinux2014_aarch64 $(ARM_PACKAGES)
 	@touch $@
 
@@ -164,15 +164,15 @@ $(ARM)/.root:
 	@for tool in $(ARM_TOOLS); do command -v $$tool >/dev/null || { \
 		echo "There is no $$tool. On Debian or Ubuntu: apt install qemu-user-static g++-aarch64-linux-gnu" >&2; exit 1; }; done
 	@echo "Unpacking Debian's Python for 64-bit Arm in $(ARM)"
-	@rm -rf $(ARM)/apt $(ARM)/root
-	@mkdir -p $(ARM)/apt/lists/partial $(ARM)/apt/archives/partial $(ARM)/root/usr/bin
+	@rm -rf $(ARM)/apt $(ARM)/debian
+	@mkdir -p $(ARM)/apt/lists/partial $(ARM)/apt/archives/partial $(ARM)/debian/usr/bin
 	@$(ARM_APT) update
 	@$(ARM_APT) install -y --download-only --no-install-recommends python3 libpython3-dev libstdc++6 >/dev/null
-	@for package in $(ARM)/apt/archives/*.deb; do dpkg-deb -x $$package $(ARM)/root || exit 1; done
-	@ln -s $$(ls $(ARM)/root/usr/include | grep '^python3') $(ARM)/root/usr/include/python3
-	@printf '%s\n' '#!/bin/sh' 'exec qemu-aarch64-static -L $(ARM)/root -0 "$$0" $(ARM)/root/usr/bin/python3 "$$@"' \
-		>$(ARM)/root/usr/bin/emulated
-	@chmod +x $(ARM)/root/usr/bin/emulated
+	@for package in $(ARM)/apt/archives/*.deb; do dpkg-deb -x $$package $(ARM)/debian || exit 1; done
+	@ln -s $$(ls $(ARM)/debian/usr/include | grep '^python3') $(ARM)/debian/usr/include/python3
+	@printf '%s\n' '#!/bin/sh' 'exec qemu-aarch64-static -L $(ARM)/debian -0 "$$0" $(ARM)/debian/usr/bin/python3 "$$@"' \
+		>$(ARM)/debian/usr/bin/emulated
+	@chmod +x $(ARM)/debian/usr/bin/emulated
 	@touch $@
 
 lint: $(VENV)/.kvb-test ## check style, format and types

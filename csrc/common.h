@@ -124,7 +124,7 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   for (size_t axis = sizes.size(); axis-- > 0; elements *= std::max<int64_t>(sizes.begin()[axis], 1))
     strides[axis] = elements;
   int32_t device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle created = nullptr;
   const bool failed = aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), static_cast<int32_t>(type), device, 0,

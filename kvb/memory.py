@@ -63,6 +63,10 @@ class ProductKeyMemory(nn.Module):
     Raises:
         TypeError, ValueError: an argument out of its range, or shared values of another shape.
     Source: Lample et al., arXiv:1907.05242; Berges et al., arXiv:2412.09764, section 3.
+    Examples:
+        >>> memory = kvb.memory.ProductKeyMemory(64, num_keys=32, topk=8)  # 1,024 rows
+        >>> memory(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
     """
 
     def __init__(

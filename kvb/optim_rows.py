@@ -36,6 +36,10 @@ class RowCounts:
         counts: int64 of that shape, fetches. batches_with: the same, batches that fetched the row. batches: how many.
     Raises:
         TypeError, ValueError: no sizes, or sizes that are no positive integers.
+    Examples:
+        >>> seen = kvb.optim.RowCounts(5).add(torch.tensor([0, 3, 3]))
+        >>> seen.counts
+        tensor([1, 0, 0, 2, 0])
     """
 
     def __init__(self, *shape: int, device: torch.device | str | None = None) -> None:
@@ -120,6 +124,11 @@ def select_rows(counts: RowCounts, background: RowCounts, number: int, *, by: By
     Raises:
         TypeError: no counters. ValueError: counters of different tables, an unknown measure, or ``number`` < 1.
     Source: Lin et al., arXiv:2510.15103, section 3; Goyal et al., arXiv:2604.05248.
+    Examples:
+        >>> earlier = kvb.optim.RowCounts(5).add(torch.tensor([0, 0, 1]))
+        >>> new = kvb.optim.RowCounts(5).add(torch.tensor([0, 3, 3, 4]))
+        >>> kvb.optim.select_rows(new, earlier, 2)
+        tensor([3, 4])
     """
     for name, one in (("counts", counts), ("background", background)):
         if not isinstance(one, RowCounts):
@@ -154,6 +163,14 @@ def keep_rows_(param: Tensor, rows: Tensor) -> None:
         rows: [M] int64, of the flattened table, as ``select_rows`` gives them.
     Raises:
         TypeError: rows that are no integers. ValueError: rows of more than one axis. IndexError: one outside of it.
+    Examples:
+        >>> table = torch.zeros(3, 2, requires_grad=True)
+        >>> table.sum().backward()
+        >>> kvb.optim.keep_rows_(table, torch.tensor([1]))
+        >>> table.grad
+        tensor([[0., 0.],
+                [1., 1.],
+                [0., 0.]])
     """
     validation.integer("keep_rows_", "rows", rows)
     validation.shape("rows", rows, "M", (None,))

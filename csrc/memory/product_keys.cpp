@@ -122,7 +122,7 @@ class Finder {
 // Half scores [n, K] of queries [n, D / 2] and keys [D / 2, K].
 void multiply(const Tensor& queries, const Tensor& keys, Tensor& scores) {
   // Past the dispatcher, so that autocast rounds nothing.
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(scores.get(), queries.get(), keys.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(scores.get(), queries.get(), keys.get()));
 }
 
 // Queries [rows, D / 2] of both halves, from row ``first`` on. Views are made before threads start: they take no part

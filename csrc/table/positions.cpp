@@ -9,7 +9,7 @@ using Axes = std::array<int64_t, 4>;
 // The same memory in the first axes of ``sizes``.
 Tensor seen_as(const Tensor& tensor, int64_t axes, const Axes& sizes, const Axes& strides) {
   AtenTensorHandle view = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(tensor.get(), axes, sizes.data(), strides.data(), /*further in=*/0, &view));
   return Tensor(view);
 }

@@ -38,6 +38,7 @@ EVERY_OPTION = {
     "init_values": "zeros",
     "sparse_grad": True,
     "check_finite": True,
+    "pool": "sum",
 }
 
 
@@ -86,11 +87,11 @@ def test_every_method_takes_the_same_arguments(build):
 @pytest.mark.parametrize("build", WRAPPERS)
 def test_no_option_is_lost(build):
     assert set(EVERY_OPTION) == BottleneckOptions.__optional_keys__
-    names = set(inspect.signature(KeyValueBottleneck).parameters) - {"process_group"}
+    names = set(inspect.signature(KeyValueBottleneck).parameters) - {"process_group", "device", "dtype"}
     assert names == {*EVERY_OPTION, "num_codebooks", "key_value_pairs_per_codebook", "dim_keys", "dim_values"}
     given = dict(EVERY_OPTION)
     if build is discrete:
-        del given["return_values_only"]  # what it returns is chosen per call
+        del given["return_values_only"], given["pool"]  # what it returns is chosen per call, and it averages
     own = build(**given).bottleneck
     assert {name: getattr(own, name) for name in given} == given
     with pytest.raises(TypeError, match="unexpected keyword argument 'decays'"):
@@ -225,22 +226,23 @@ def test_every_class_lists_the_options_alike():
                 assert listed[name].default == own[name].default or (listed is config and name == "decay"), name
             else:
                 assert name in KvbOptions.__optional_keys__ or listed is config, name
-    assert set(types) - set(config) == {"return_values_only"}
+    assert set(types) - set(config) == {"pool", "return_values_only"}
     assert config["decay"].default == 0.8
 
 
 def test_the_published_classes_take_every_option():
-    given = {**EVERY_OPTION, "bugs": ("learns_in_eval",)}
+    every = {name: value for name, value in EVERY_OPTION.items() if name != "pool"}  # they have a shape of their own
+    given = {**every, "bugs": ("learns_in_eval",)}
     order = ("kmeans", 3, 0.5, 1e-3, 0.25, 0.0, False, 2)
     options = {name: given[name] for name in ("init_values", "sparse_grad", "check_finite", "bugs")}
     for module in (
         core.KeyValueBottleneck(C, K, D, V, *order, **options),
         core.KeyValueBottleneck(C, K, D, V, **given),
     ):
-        assert {name: getattr(module, name) for name in EVERY_OPTION} == EVERY_OPTION
+        assert {name: getattr(module, name) for name in every} == every
         assert module.bugs == {"learns_in_eval"}
     with pytest.raises(TypeError, match="unexpected keyword argument 'decays'"):
         core.KeyValueBottleneck(C, K, D, V, decays=0.5)
     model = core.BottleneckedEncoder(nn.Identity(), CHANNELS, C, K, D, V, **given)
-    assert {name: getattr(model, name) for name in EVERY_OPTION} == EVERY_OPTION
-    assert {name: getattr(model.bottleneck, name) for name in EVERY_OPTION} == EVERY_OPTION
+    assert {name: getattr(model, name) for name in every} == every
+    assert {name: getattr(model.bottleneck, name) for name in every} == every
