@@ -35,7 +35,8 @@ class CrowdedStep {
         V_(V),
         C_(indices.size(2)),
         N_(indices.size(0) * indices.size(1)),
-        share_((K * V + N_ - 1) / N_) {}
+        share_((K * V + N_ - 1) / N_),
+        books_(std::max(kSummedBooks, C_ / 16)) {}
 
   static bool pays(const Tensor& values, int64_t positions) {
     const int64_t C = values.size(0), K = values.size(1), V = values.size(2);
@@ -48,7 +49,7 @@ class CrowdedStep {
     if (bytes > kTotalBytes) return gathered(table_, indices_, K_, V_);
     Vector<Sum> totals(groups() * N_ * V_);
     for_codes([&](int64_t c, const int32_t* codes, Vector<Sum>&) {
-      Sum* const total = totals.data() + c / kSummedBooks * N_ * V_;
+      Sum* const total = totals.data() + c / books_ * N_ * V_;
       for (int64_t n = 0; n < N_; ++n) {
         fetch_share(c + 1, n);
         add_short_row(total + n * V_, table_ + (c * K_ + codes[n]) * V_, V_);
@@ -77,17 +78,17 @@ class CrowdedStep {
   static constexpr int64_t kTotalBytes = 1 << 25; // of sums at every position, one for each group of codebooks
 
   int64_t groups() const {
-    return (C_ + kSummedBooks - 1) / kSummedBooks;
+    return (C_ + books_ - 1) / books_;
   }
 
   // visit(c, codes [N], memory of the thread): a group of codebooks stays in one thread.
   template <class F>
   void for_codes(const F& visit) const {
-    parallel(groups(), kSerialWork / std::max<int64_t>(N_ * V_ * kSummedBooks, 1), [&](int64_t begin, int64_t end) {
-      Vector<int32_t> codes(kSummedBooks * N_);
+    parallel(groups(), kSerialWork / std::max<int64_t>(N_ * V_ * books_, 1), [&](int64_t begin, int64_t end) {
+      Vector<int32_t> codes(books_ * N_);
       Vector<Sum> memory;
-      for (int64_t c0 = begin * kSummedBooks; c0 < std::min(C_, end * kSummedBooks); c0 += kSummedBooks) {
-        const int64_t c1 = std::min(C_, c0 + kSummedBooks);
+      for (int64_t c0 = begin * books_; c0 < std::min(C_, end * books_); c0 += books_) {
+        const int64_t c1 = std::min(C_, c0 + books_);
         read_codes(indices_, c0, c1, codes.data());
         for (int64_t c = c0; c < c1; ++c) visit(c, codes.data() + (c - c0) * N_, memory);
       }
@@ -117,6 +118,7 @@ class CrowdedStep {
   const Tensor& indices_;
   int64_t K_, V_, C_, N_;
   int64_t share_; // numbers of a codebook for each position
+  int64_t books_; // codebooks of a group: at least 16 groups, work for many threads, or a cache line of codes
 };
 
 } // namespace kvb

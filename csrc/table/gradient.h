@@ -66,9 +66,13 @@ inline void read_codes(const Tensor& indices, int64_t c0, int64_t c1, int32_t* c
 // Of the first ``count`` totals, to which those of the other groups of codebooks are added.
 template <class T, class Sum>
 Vector<Sum> mean_of_groups(Vector<Sum> totals, int64_t count, int64_t C) {
-  for (size_t at = count; at < totals.size(); at += count) add_row(totals.data(), totals.data() + at, count);
+  Sum* const sums = totals.data();
+  const int64_t whole = totals.size(), groups = whole / std::max<int64_t>(count, 1);
+  parallel(count, kSerialWork / std::max<int64_t>(groups, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t at = count; at < whole; at += count) add_row(sums + begin, sums + at + begin, end - begin);
+    for (int64_t i = begin; i < end; ++i) sums[i] = widen<Sum>(static_cast<T>(sums[i] / static_cast<Sum>(C)));
+  });
   totals.resize(count);
-  for (Sum& total : totals) total = widen<Sum>(static_cast<T>(total / static_cast<Sum>(C)));
   return totals;
 }
 
