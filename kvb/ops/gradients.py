@@ -246,30 +246,32 @@ class _GatherBackward(torch.autograd.Function):
             return torch.ops.kvb.gather_backward(tangents[0], *ctx.saved_tensors, ctx.K, ctx.pool)
 
 
-class _GatherBackwardRows(torch.autograd.Function):
+class MergedRows(torch.autograd.Function):
     """Nothing differentiates merged rows, and nobody shall believe so."""
-
-    @staticmethod
-    def forward(grad: Tensor, indices: Tensor, K: int, pool: str) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(torch.ops.kvb.gather_backward_rows.default, grad, indices, K, pool)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[0], output[2])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(_ROWS)
+
+def refusing(operator: str) -> Any:
+    """The ``backward`` and the ``jvp`` of an operator that merges rows."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> Any:
+        raise NotImplementedError(
+            f"torch.ops.kvb.{operator}, which makes the gradients of sparse_grad=True, has no derivative of its own: "
+            "use sparse_grad=False for second derivatives"
+        )
+
+    return staticmethod(refuse)
+
+
+class _GatherBackwardRows(MergedRows):
+    backward = jvp = refusing("gather_backward_rows")
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(_ROWS)
-
-
-_ROWS = (
-    "torch.ops.kvb.gather_backward_rows, which makes the gradients of sparse_grad=True, has no derivative of its own: "
-    "use sparse_grad=False for second derivatives"
-)
+    def forward(grad: Tensor, indices: Tensor, K: int, pool: str) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(torch.ops.kvb.gather_backward_rows.default, grad, indices, K, pool)
 
 
 class _Accumulate(torch.autograd.Function):

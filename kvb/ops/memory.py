@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kvb._torch import derivatives_on, is_mapped, saveable, transforms_of
-from kvb.ops.gradients import _forward, _learns, _save, differentiate
+from kvb.ops.gradients import MergedRows, _forward, _learns, _save, differentiate, refusing
 from kvb.reference.shared import TILE, accumulator
 
 
@@ -169,30 +169,12 @@ class _ProductNearest(torch.autograd.Function):
             return None, None if each is None else each.view(shape).sum(2).to(accumulator(keys.dtype))
 
 
-class _ScatterWeightedRows(torch.autograd.Function):
-    """Nothing differentiates merged rows, and nobody shall believe so."""
+class _ScatterWeightedRows(MergedRows):
+    backward = jvp = refusing("scatter_weighted_rows")
 
     @staticmethod
     def forward(vectors: Tensor, indices: Tensor, weights: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
         return _forward(torch.ops.kvb.scatter_weighted_rows.default, vectors, indices, weights, K)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[0], output[2])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(_ROWS)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(_ROWS)
-
-
-_ROWS = (
-    "torch.ops.kvb.scatter_weighted_rows, which makes the gradients of sparse_grad=True, has no derivative of its own: "
-    "use sparse_grad=False for second derivatives"
-)
 
 
 def _halves(queries: Tensor, keys: Tensor) -> Tensor:
