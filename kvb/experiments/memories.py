@@ -7,7 +7,6 @@ forgetting of what came first against learning of what follows, for full, low-ra
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from kvb import optim
-from kvb.experiments import plots, shares
+from kvb.experiments import results, shares
 from kvb.experiments.data.texts import Text, Texts
 from kvb.experiments.language_model import LanguageModel, Shape, adapt
 from kvb.experiments.plots import Panel
+from kvb.experiments.results import Found, Say
 from kvb.experiments.seeding import seeded
-from kvb.experiments.versions import versions
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -303,7 +300,7 @@ def main(
     name: str,
     out: Path,
     seed: int,
-    say: Say = lambda line: print(line, flush=True),
+    say: Say = results.aloud,
     plan: Plan | None = None,
 ) -> None:
     """Run the study; writes ``memory.json``, ``.md`` and ``.png`` into the folder ``out``.
@@ -318,9 +315,7 @@ def main(
     blocks, courses = [block for block, _ in done], [course for _, each in done for course in each]
     tables = losses(blocks, plan), forgetting(courses, plan.gain), verdict(courses, plan.gain)
     say("\n" + "\n\n".join(tables))
-    about = {"data": study.title, "seed": seed, "plan": asdict(plan), "versions": versions()}
-    record = {**about, "blocks": blocks, "courses": [asdict(one) for one in courses]}
-    (out / f"{name}.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
-    (out / f"{name}.md").write_text("\n\n".join(tables) + "\n")
-    plots.panels(_panels(courses, plan.gain), title=study.title, path=out / f"{name}.png")
-    say(f"\nWritten: {out / name}.json, .md and .png\nTook {time.perf_counter() - begun:.0f} s.")
+    about = {"data": study.title, "seed": seed, "plan": asdict(plan)}
+    records = {"blocks": blocks, "courses": [asdict(one) for one in courses]}
+    found = Found([], "\n\n".join(tables), _panels(courses, plan.gain))
+    results.save(out / name, about, records, study.title, found, begun, say)

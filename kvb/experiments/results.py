@@ -35,7 +35,15 @@ def write(path: Path, about: Mapping[str, Any], title: str, study: Callable[[], 
     """Run a study; writes ``path``.json with ``about``, .md with the table, and a figure as .png."""
     begun = time.perf_counter()
     found = study()
-    record = {**about, "versions": versions(), "records": found.records}
+    save(path, about, {"records": found.records}, title, found, begun, say)
+    return found
+
+
+def save(
+    path: Path, about: Mapping[str, Any], records: Mapping[str, Any], title: str, found: Found, begun: float, say: Say
+) -> None:
+    """The same of a study that has run since ``begun``, with its records by name."""
+    record = {**about, "versions": versions(), **records}
     path.with_name(path.name + ".json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
     path.with_name(path.name + ".md").write_text(found.table + "\n")
     picture = path.with_name(path.name + ".png")
@@ -44,7 +52,6 @@ def write(path: Path, about: Mapping[str, Any], title: str, study: Callable[[], 
     else:
         plots.images(found.images, title=title, path=picture)
     say(f"\nWritten: {path}.json, .md and .png\nTook {time.perf_counter() - begun:.0f} s.")
-    return found
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
