@@ -13,7 +13,7 @@ Shapes:
     A query with NaN or Inf gets the indices 0..T-1 at distance NaN; where fewer than T keys are usable, the lowest
     unused indices follow at distance +inf.
     ``lookup`` takes queries [B, C, D] of one position a sample as well, and leaves S out of its results.
-    ``nearest`` and ``lookup`` take int64 [1] or [0] for ``packed`` as well, which stands for packed keys, and
+    ``nearest`` and ``lookup`` take int64 of one axis for ``packed`` as well, which stands for packed keys, and
     uint8 [C, 0] for keys that were not packed: ``ops.kept``.
     ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
     ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].

@@ -1,7 +1,7 @@
 """Packed keys that a compiled graph asks for as it runs: it makes none, and holds none that could be stale.
 
-In place of ``packed`` such a graph passes ``number_of(keeper)``, int64 [1]: the keeper, a module, has packed keys and
-knows whether they are up to date. An exported program, which runs in other processes and on other machines, passes
+In place of ``packed`` such a graph passes ``number_of(keeper)``, int64 of one axis: the keeper, a module, has packed
+keys and knows whether they are up to date. An exported program, which runs in other processes and on other machines, passes
 ``nobody()``, int64 [0]: then the first call packs, and later ones do where PyTorch says that the keys were written.
 ``unpacked(keys)``, uint8 [C, 0], stands for keys that nobody packed.
 """
@@ -31,6 +31,7 @@ class _Known(NamedTuple):
     packed: Tensor
 
 
+_LENGTH = 1009  # of what stands for packed keys: of 1 or 2 numbers a compiled graph looks at the keys once more
 _numbers = itertools.count()
 _keepers: weakref.WeakValueDictionary[int, Keeper] = weakref.WeakValueDictionary()
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the keys of exported programs
@@ -40,7 +41,7 @@ def number_of(keeper: Keeper) -> Tensor:
     """What stands for the packed keys of a new keeper."""
     number = next(_numbers)
     _keepers[number] = keeper
-    return torch.full((1009,), number, device="cpu")
+    return torch.full((_LENGTH,), number, device="cpu")
 
 
 def nobody() -> Tensor:
