@@ -1,9 +1,9 @@
 """Packed keys that a compiled graph asks for as it runs: it makes none, and holds none that could be stale.
 
 In place of ``packed`` such a graph passes ``number_of(keeper)``, int64 of one axis: the keeper, a module, has packed
-keys and knows whether they are up to date. An exported program, which runs in other processes and on other machines, passes
-``nobody()``, int64 [0]: then the first call packs, and later ones do where PyTorch says that the keys were written.
-``unpacked(keys)``, uint8 [C, 0], stands for keys that nobody packed.
+keys and knows whether they are up to date. An exported program, which runs in other processes and on other machines,
+passes ``nobody()``, int64 [0]: then the first call packs, and later ones do where PyTorch says that the keys were
+written. ``unpacked(keys)``, uint8 [C, 0], stands for keys that nobody packed.
 """
 
 from __future__ import annotations
