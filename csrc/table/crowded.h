@@ -21,8 +21,8 @@ void move_numbers(T* __restrict values, const Sum* __restrict grad, int64_t coun
   }
 }
 
-// One step, in three passes over the codebooks: sum the values, sum the gradients for their norm, sum them again and
-// move the rows. Sums of a codebook are made twice, which takes no longer than to fetch them from far away.
+// One step, in two passes over the codebooks: sum the values; sum the gradients, for their norm and to move the rows.
+// Where the norm has to be known first, sums are made twice, which takes no longer than to fetch them from far away.
 template <class T>
 class CrowdedStep {
   using Sum = Accumulator<T>;
@@ -59,18 +59,17 @@ class CrowdedStep {
   }
 
   double norm(const Gradient<Sum>& grad) const {
-    Vector<double> squares(C_);
-    for_codes([&](int64_t c, const int32_t* codes, Vector<Sum>& sums) {
-      sum(grad, codes, sums, [](int64_t) {});
-      squares[c] = square(sums.data(), K_ * V_);
-    });
-    return std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0));
+    return norm_of([&](int64_t, const int32_t* codes, Vector<Sum>& sums) { sum(grad, codes, sums, [](int64_t) {}); });
   }
 
   void move(const Gradient<Sum>& grad, Sum step) const {
-    for_codes([&](int64_t c, const int32_t* codes, Vector<Sum>& sums) {
-      sum(grad, codes, sums, [&](int64_t n) { fetch_share(c, n); });
-      move_numbers(table_ + c * K_ * V_, sums.data(), K_ * V_, step);
+    for_codes([&](int64_t c, const int32_t* codes, Vector<Sum>& sums) { sum_and_move(grad, step, c, codes, sums); });
+  }
+
+  // Both in one pass, for a step that does not depend on the norm.
+  double norm_and_move(const Gradient<Sum>& grad, Sum step) const {
+    return norm_of([&](int64_t c, const int32_t* codes, Vector<Sum>& sums) {
+      sum_and_move(grad, step, c, codes, sums);
     });
   }
 
@@ -93,6 +92,22 @@ class CrowdedStep {
         for (int64_t c = c0; c < c1; ++c) visit(c, codes.data() + (c - c0) * N_, memory);
       }
     });
+  }
+
+  // The norm of all sums, which sum(c, codes, sums) makes codebook by codebook.
+  template <class F>
+  double norm_of(const F& sum) const {
+    Vector<double> squares(C_);
+    for_codes([&](int64_t c, const int32_t* codes, Vector<Sum>& sums) {
+      sum(c, codes, sums);
+      squares[c] = square(sums.data(), K_ * V_);
+    });
+    return std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0));
+  }
+
+  void sum_and_move(const Gradient<Sum>& grad, Sum step, int64_t c, const int32_t* codes, Vector<Sum>& sums) const {
+    sum(grad, codes, sums, [&](int64_t n) { fetch_share(c, n); });
+    move_numbers(table_ + c * K_ * V_, sums.data(), K_ * V_, step);
   }
 
   // The gradient of a codebook [K, V], in batch order; at(n) is called at every position.

@@ -8,6 +8,7 @@
 #include "gradient.h"
 
 #include <cmath>
+#include <limits>
 
 namespace kvb {
 namespace {
@@ -164,7 +165,8 @@ class Group {
 constexpr int64_t kListBytes = 1 << 25; // of lists kept between the passes: beyond 32 MB, listing again is cheaper
 constexpr int64_t kValueBytes = 1 << 18; // of fetched values that wait to be summed: a quarter of an L2 cache
 
-// One step, in three passes over the codebooks: sum the values, sum the gradients, move the rows.
+// One step, in passes over the codebooks: sum the values; sum the gradients for their norm and move the rows, at once
+// where the step is known.
 template <class T>
 class TrainingStep {
   using Sum = Accumulator<T>;
@@ -182,18 +184,53 @@ class TrainingStep {
   Vector<Sum> means() {
     if (kept_.empty()) return gathered(table_, indices_, K_, V_);
     Vector<Sum> totals(groups() * N_ * V_);
-    for_groups([&](int64_t g, Scratch& scratch, Group<Sum>&) {
+    for_groups<false>([&](int64_t g, Scratch& scratch, Group<Sum>&) {
       list_and_add(g, scratch, totals.data() + g * N_ * V_);
     });
     return mean_of_groups<T>(std::move(totals), N_ * V_, C_);
   }
 
-  // The norm of the whole gradient: that of all positions as if they shared no row, and corrections, added in order.
   double norm(const Gradient<Sum>& grad) {
+    return norm_of(grad, [](int64_t, const Group<Sum>&) {});
+  }
+
+  void move(const Gradient<Sum>& grad, Sum step) {
+    for_groups([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
+      move_group(kept_.empty() ? summed(g, grad, scratch, own) : kept_[g], g, grad, step);
+    });
+  }
+
+  // Both in one pass, for a step that does not depend on the norm.
+  double norm_and_move(const Gradient<Sum>& grad, Sum step) {
+    return norm_of(grad, [&](int64_t g, const Group<Sum>& group) { move_group(group, g, grad, step); });
+  }
+
+ private:
+  int64_t groups() const {
+    return (C_ + books_ - 1) / books_;
+  }
+
+  // A thread's groups are the same in every pass: the caches that it filled are its own. Last groups first: the rows
+  // that the pass over the values fetched last are still there.
+  template <bool LastFirst = true, class F>
+  void for_groups(const F& visit) {
+    parallel(groups(), kSerialWork / std::max<int64_t>(N_ * V_ * books_, 1), [&](int64_t begin, int64_t end) {
+      Scratch scratch{K_, books_, N_};
+      Group<Sum> own(1, kept_.empty() ? N_ : 0);
+      for (int64_t i = begin; i < end; ++i) visit(LastFirst ? begin + end - 1 - i : i, scratch, own);
+    });
+  }
+
+  // The norm of the whole gradient: that of all positions as if they shared no row, and corrections, added in order.
+  // Calls then(g, group) once a group has its sums.
+  template <class F>
+  double norm_of(const Gradient<Sum>& grad, const F& then) {
     if (N_ == 0 || C_ == 0) return 0; // whatever the loss
     Vector<double> corrections(groups());
     for_groups([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
-      corrections[g] = summed(g, grad, scratch, own).correction(grad);
+      const Group<Sum>& group = summed(g, grad, scratch, own);
+      corrections[g] = group.correction(grad);
+      then(g, group);
     });
     double total = 0;
     for (double square : grad.squares) total += square;
@@ -202,27 +239,8 @@ class TrainingStep {
     return std::sqrt(std::max(total, 0.0));
   }
 
-  // Last groups first: the rows that the pass over the values fetched last are still in cache.
-  void move(const Gradient<Sum>& grad, Sum step) {
-    for_groups<true>([&](int64_t g, Scratch& scratch, Group<Sum>& own) {
-      const Group<Sum>& group = kept_.empty() ? summed(g, grad, scratch, own) : kept_[g];
-      group.move(table_ + g * books_ * K_ * V_, grad, step);
-    });
-  }
-
- private:
-  int64_t groups() const {
-    return (C_ + books_ - 1) / books_;
-  }
-
-  // A thread's groups are the same in every pass: the caches that it filled are its own.
-  template <bool LastFirst = false, class F>
-  void for_groups(const F& visit) {
-    parallel(groups(), kSerialWork / std::max<int64_t>(N_ * V_ * books_, 1), [&](int64_t begin, int64_t end) {
-      Scratch scratch{K_, books_, N_};
-      Group<Sum> own(1, kept_.empty() ? N_ : 0);
-      for (int64_t i = begin; i < end; ++i) visit(LastFirst ? begin + end - 1 - i : i, scratch, own);
-    });
+  void move_group(const Group<Sum>& group, int64_t g, const Gradient<Sum>& grad, Sum step) {
+    group.move(table_ + g * books_ * K_ * V_, grad, step);
   }
 
   // List a group and add its values to ``totals``: those of a codebook come from far away while the next one is listed.
@@ -286,6 +304,16 @@ double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t C, Su
   return total / B;
 }
 
+// What the norm of a gradient cannot exceed, in whichever rows it meets; NaN or infinite where a loss was.
+template <class Sum>
+double longest(const Gradient<Sum>& grad, int64_t C) {
+  double total = 0; // of the norms of all positions, as if they met in one row of each codebook
+  for (double square : grad.squares) total += std::sqrt(square);
+  const double addends = static_cast<double>(grad.squares.size()) * grad.positions;
+  const double rounding = 1 + addends * std::numeric_limits<Sum>::epsilon();
+  return total * grad.positions * std::sqrt(static_cast<double>(C)) * rounding;
+}
+
 } // namespace
 
 std::tuple<Tensor, Tensor, Tensor> sgd_step_(
@@ -319,10 +347,11 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
       *loss.mutable_data_ptr<Sum>() = static_cast<Sum>(losses(
           means.data(), targets.const_data_ptr<int64_t>(), B, C, static_cast<Sum>(label_smoothing),
           logits.mutable_data_ptr<Sum>(), grad));
-      const double norm_of_all = step.norm(grad);
-      *norm.mutable_data_ptr<Sum>() = static_cast<Sum>(norm_of_all);
-      if (!std::isfinite(norm_of_all)) return; // there is no direction to step in
-      const double share = max_norm / (norm_of_all + 1e-6);
+      const bool whole = longest(grad, C) < max_norm - 1e-5; // beyond what clipping adds to a norm
+      const double length = whole ? step.norm_and_move(grad, static_cast<Sum>(lr)) : step.norm(grad);
+      *norm.mutable_data_ptr<Sum>() = static_cast<Sum>(length);
+      if (whole || !std::isfinite(length)) return; // moved, or without a direction to step in
+      const double share = max_norm / (length + 1e-6);
       step.move(grad, static_cast<Sum>(lr * (share < 1 ? share : 1.0)));
     };
     T* const table = values.mutable_data_ptr<T>();

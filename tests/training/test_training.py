@@ -164,15 +164,16 @@ def test_a_thousand_steps_are_the_dense_steps():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels have no threads of the host")
+@pytest.mark.parametrize("max_norm", [0.01, 1.0])
 @pytest.mark.parametrize("K", [300, 3000])
-def test_the_number_of_threads_changes_no_bit(K):
+def test_the_number_of_threads_changes_no_bit(K, max_norm):
     values, codes, targets = problem(B=300, shape=(2,), C=40, K=K, V=10)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             table = values.clone()
-            found.append((table, *(sgd_step(table, codes, targets, max_norm=0.01) for _ in range(3))))
+            found.append((table, *(sgd_step(table, codes, targets, max_norm=max_norm) for _ in range(3))))
     finally:
         torch.set_num_threads(before)
     for table, *steps in found[1:]:
@@ -182,18 +183,31 @@ def test_the_number_of_threads_changes_no_bit(K):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="a million positions, interpreted one chunk after the other")
+@pytest.mark.parametrize("K", [50, 900])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_step_that_cannot_be_clipped_is_the_step_that_was_not(K, dtype):
+    values, codes, targets = problem(B=40, C=9, K=K, V=5, dtype=dtype)
+    known, found = values.clone(), values.clone()
+    step = sgd_step(known, codes, targets, max_norm=None)
+    assert not torch.equal(known, values)
+    close_to_its_norm = sgd_step(found, codes, targets, max_norm=step.norm.item() * 1.001 + 1e-5)
+    assert torch.equal(found, known)
+    torch.testing.assert_close(close_to_its_norm.norm, step.norm, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1.0])
 @pytest.mark.parametrize(("B", "C", "K"), [(70_000, 16, 900), (10_000, 70, 32_000), (600_000, 8, 50), (270_000, 64, 3)])
-def test_large_batches_go_other_ways_to_the_same_end(B, C, K):
+def test_large_batches_go_other_ways_to_the_same_end(B, C, K, max_norm):
     """More partial sums than stay in cache; more chains than are kept; more positions than heads have numbers for."""
     values, codes, targets = torch.randn(C, K, 2), torch.randint(K, (B, C), dtype=torch.int16), torch.randint(2, (B,))
     mine, theirs = values.clone(), values.double()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        got = sgd_step(mine, codes, targets, max_norm=0.01, lr=1.0)
+        got = sgd_step(mine, codes, targets, max_norm=max_norm, lr=1.0)
     finally:
         torch.set_num_threads(before)
-    want = reference.sgd_step_(theirs, codes[:, None], targets, 1.0, 0.01, 0.1)
+    want = reference.sgd_step_(theirs, codes[:, None], targets, 1.0, max_norm, 0.1)
     torch.testing.assert_close(got.loss.double(), want[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(got.norm.double(), want[1], rtol=1e-4, atol=0)
     torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=2e-6)
