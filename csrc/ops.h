@@ -34,6 +34,10 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
 // table/descent.cpp
 void move_rows_(Tensor values, Tensor rows, Tensor grads, double step);
 
+// table/places.cpp
+Tensor rows_to_places(Tensor rows, int64_t K);
+std::tuple<Tensor, Tensor> places_to_rows(Tensor places, int64_t K);
+
 // table/tally.cpp
 Tensor tally_(Tensor counts, Tensor indices, Tensor targets, std::optional<Tensor> weights, bool remove);
 

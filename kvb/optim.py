@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvb import _torch, validation
+from kvb import _torch, ops, validation
 from kvb.optim_audit import Finding, audit
 from kvb.optim_groups import param_groups
 from kvb.optim_growth import grow
@@ -44,16 +44,19 @@ def _merged(grad: Tensor) -> Tensor:
     if grad.is_coalesced():
         return grad
     # Autograd forgets that the rows are merged and in order; checking is cheaper than sorting them again.
-    rows = _flat(_torch.coordinates(grad), grad.shape)
-    return _torch.call_coalesced(grad) if bool((rows[1:] > rows[:-1]).all()) else grad.coalesce()
+    _, ascending = _flat(_torch.coordinates(grad), grad.shape)
+    return _torch.call_coalesced(grad) if bool(ascending) else grad.coalesce()
 
 
-def _flat(places: Tensor, shape: torch.Size) -> Tensor:
-    """Places [axes, M] in a table of this shape as row numbers [M]."""
+def _flat(places: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Places [axes, M] in a table of this shape as row numbers [M], and whether they ascend without repetition, []."""
+    if len(places) == 2:
+        found: tuple[Tensor, Tensor] = ops.places_to_rows(places, shape[1])
+        return found
     rows = places[0]
     for axis in range(1, len(places)):
         rows = torch.add(places[axis], rows, alpha=shape[axis])
-    return rows
+    return rows, (rows[1:] > rows[:-1]).all()
 
 
 def _sparse_rows(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +67,7 @@ def _sparse_rows(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
             f"{param.dim() - 1}, got sparse_dim = {grad.sparse_dim()}: a row learns as a whole"
         )
     merged = _merged(grad)
-    return _flat(merged.indices(), param.shape), merged.values()
+    return _flat(merged.indices(), param.shape)[0], merged.values()
 
 
 def _touched_rows(param: Tensor, grad: Tensor, zeros_move: bool) -> tuple[Tensor, Tensor]:
@@ -251,7 +254,7 @@ class RowwiseSGD(_Rowwise):
         """The same to the last bit, on the CPU in one pass over the rows."""
         one_pass = table.is_cpu and table.dtype == grads.dtype and group["weight_decay"] == 0
         if one_pass and not isinstance(group["lr"], Tensor):
-            torch.ops.kvb.move_rows_(table, rows, grads, group["lr"])
+            ops.move_rows_(table, rows, grads, group["lr"])
         else:
             super()._move_rows(table, rows, grads, memory, group)
 
@@ -410,9 +413,10 @@ def clip_grad_norm_(
             numbers.append(owner.grad)
             parts.append(part)
             continue
+        merged = _merged(part)
         if _is_whole(owner.grad):
-            owner.grad = part = _merged(part)
-        parts.append(_merged(part).values())
+            owner.grad = merged
+        parts.append(merged.values())
         numbers.append(parts[-1] if _is_whole(owner.grad) else _norms_of_parts(owner.grad, parts[-1], norm_type))
     norm = _norm(numbers, norm_type, error_if_nonfinite, foreach)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -430,6 +434,8 @@ def _norms_of_parts(grad: Any, rows: Tensor, norm_type: float) -> Any:
 
 def _norm(numbers: list[Any], norm_type: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
     """One norm over all tensors; those of a mesh are one tensor with all its processes."""
+    if len(numbers) == 1 and _is_whole(numbers[0]) and not error_if_nonfinite:
+        return torch.linalg.vector_norm(numbers[0], norm_type)  # most of what one table takes are the steps to here
     by_mesh: dict[Any, list[Any]] = {}
     for each in numbers:
         by_mesh.setdefault(None if _is_whole(each) else each.device_mesh, []).append(each)

@@ -18,6 +18,8 @@ Shapes:
     ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
     ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].
     ``move_rows_`` writes values [R, V]; it takes rows int64 [M], ascending, and grads [M, V], and returns nothing.
+    ``rows_to_places`` takes rows int64 [M] of values [C * K, V], and returns the codebook and the pair of each, int64
+    [2, M]; ``places_to_rows`` goes back, and says in a bool [] whether the rows ascend without repetition.
     ``product_nearest`` takes queries [N, C, D] and half keys [C, 2, K, D / 2], and returns indices int64 below K * K
     and scores, both [N, C, T]. ``gather_weighted`` and ``gather_dot`` take values [K, V], indices int64 [N, T], and
     weights [N, T] or vectors [N, V]; they return [N, V] and [N, T]. ``scatter_weighted_rows`` takes vectors, indices
@@ -30,7 +32,7 @@ Shapes:
 
 from kvb.ops import batching, gradients, kept, memory
 from kvb.ops.backends import CPU_CAPABILITIES, absent, backend
-from kvb.ops.gradients import gather, gather_row_grad, lookup
+from kvb.ops.gradients import gather, gather_row_grad, lookup, move_rows_, places_to_rows
 from kvb.ops.memory import gather_weighted_row_grad
 from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, operators
 from kvb.ops.together import gather_together
@@ -51,5 +53,7 @@ __all__ = [
     "kept",
     "lookup",
     "memory",
+    "move_rows_",
     "operators",
+    "places_to_rows",
 ]

@@ -189,15 +189,13 @@ class _GatherRows(torch.autograd.Function):
 
 def sparse_rows(grad: Tensor, indices: Tensor, shape: torch.Size, pool: str) -> Tensor:
     """The gradient of values of a shape [C, K, V] as a coalesced sparse tensor, C and K its sparse axes."""
-    C, K, _ = shape
+    K = shape[1]
     rows, merged, count = gather_backward_rows(grad, indices, K, pool)
     n = int(count)  # on another device the host waits here: a sparse tensor knows its size
-    rows = rows[:n]
-    # They ascend, so that to look for where a codebook begins takes a third of a division by K.
-    begins = torch.searchsorted(rows, torch.arange(0, (C + 1) * K, K, device=rows.device))
-    book = torch.repeat_interleave(begins.diff(), output_size=n)
-    places = torch.stack([book, torch.sub(rows, book, alpha=K)])
-    return torch.sparse_coo_tensor(places, merged[:n], shape, check_invariants=False, is_coalesced=True)
+    if n < len(rows):
+        rows, merged = rows[:n], merged[:n]
+    places = rows_to_places(rows, K)
+    return torch.sparse_coo_tensor(places, merged, shape, check_invariants=False, is_coalesced=True)
 
 
 def _must_be_dense(values: Tensor, indices: Tensor) -> bool:
@@ -367,6 +365,21 @@ differentiate("accumulate", _Accumulate, learns=(0,))
 differentiate("lookup", _Lookup, learns=(3,))
 
 
+def _constant(name: str) -> Callable[..., Any]:
+    """``torch.ops.kvb.<name>``, which has no derivative, without the Python before it."""
+    operator = getattr(torch.ops.kvb, name).default
+    entry = entry_of(operator)
+
+    def call(*args: Any) -> Any:
+        return operator(*args) if is_compiling() else entry(*args)
+
+    return call
+
+
+rows_to_places: Callable[..., Any] = _constant("rows_to_places")
+places_to_rows: Callable[..., Any] = _constant("places_to_rows")
+
+
 def _directly(name: str, function: type[torch.autograd.Function], learns: int) -> Callable[..., Any]:
     """``torch.ops.kvb.<name>``, past the way to the Python at its Autograd key: a third of a small call."""
     operator = getattr(torch.ops.kvb, name).default
@@ -404,3 +417,16 @@ def _keep_books(name: str, written: int) -> None:
 
 for _name in IN_PLACE:
     _keep_books(_name, written=SCHEMAS[NAMES.index(_name)].count("!)"))
+
+
+def move_rows_(values: Tensor, rows: Tensor, grads: Tensor, step: float) -> None:
+    """``torch.ops.kvb.move_rows_``, past the way to the Python that keeps its books."""
+    if is_compiling() or tangents_possible():
+        torch.ops.kvb.move_rows_(values, rows, grads, step)
+        return
+    torch.autograd.graph.increment_version(values)
+    with below_bookkeeping():
+        _move_rows(values, rows, grads, step)
+
+
+_move_rows = entry_of(torch.ops.kvb.move_rows_.default)

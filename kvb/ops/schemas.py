@@ -155,6 +155,16 @@ def sgd_step_(
     return loss, norm, values.new_empty(shape, dtype=dtype)
 
 
+@_operator("(Tensor rows, SymInt K) -> Tensor")
+def rows_to_places(rows: Tensor, K: int) -> Tensor:
+    return rows.new_empty((2, rows.shape[0]))
+
+
+@_operator("(Tensor places, SymInt K) -> (Tensor, Tensor)")
+def places_to_rows(places: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    return places.new_empty((places.shape[1],)), places.new_empty((), dtype=torch.bool)
+
+
 @_operator("(Tensor(a!) values, Tensor rows, Tensor grads, float step) -> ()")
 def move_rows_(values: Tensor, rows: Tensor, grads: Tensor, step: float) -> None:
     return None

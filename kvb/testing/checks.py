@@ -181,6 +181,34 @@ def check_sgd_step_(op: Any, problem: Problem) -> None:
     require_close("values", values, torch.where(touched, moved, before.double()), torch.where(touched, allowed, 0))
 
 
+def _rows(problem: Problem) -> list[Tensor]:
+    """Rows in the order of the batch, in ascending order without repetition, one more than once, and none."""
+    fetched = table_rows(problem.indices, problem.case.K).flatten()
+    ascending = fetched.unique()
+    rows = [fetched, ascending, torch.cat([ascending, ascending[-1:]]), ascending.flip(0), fetched[:0]]
+    return [each.to(problem.indices.device) for each in rows]
+
+
+def check_rows_to_places(op: Any, problem: Problem) -> None:
+    K = problem.case.K
+    for rows in _rows(problem):
+        want = torch.stack([rows.cpu() // K, rows.cpu() % K])
+        found = require_like("places", op.rows_to_places(rows, K), want.shape, torch.int64)
+        require(torch.equal(found, want), f"{int((found != want).sum())} of {found.numel()} numbers are wrong")
+
+
+def check_places_to_rows(op: Any, problem: Problem) -> None:
+    K = problem.case.K
+    for rows in _rows(problem):
+        places, want = torch.stack([rows // K, rows % K]), rows.cpu()
+        found, ascending = op.places_to_rows(places, K)
+        found = require_like("rows", found, want.shape, torch.int64)
+        require(torch.equal(found, want), f"{int((found != want).sum())} of {found.numel()} rows are wrong")
+        ordered = torch.equal(want, want.unique())
+        found = require_like("whether the rows ascend", ascending, (), torch.bool)
+        require(bool(found) == ordered, f"expected {ordered} where rows ascend, got {bool(found)}")
+
+
 def check_move_rows_(op: Any, problem: Problem) -> None:
     """To the last bit: each row once, the product rounded, then the difference."""
     for values in (problem.values, problem.values * 3):

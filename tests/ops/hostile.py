@@ -235,6 +235,16 @@ def _move(call: Call) -> Any:
     return {"values": values, "rows": rows, "grads": call.floats(len(rows), call.V, dtype=values.dtype)}, (0.1,)
 
 
+def _rows(call: Call) -> Any:
+    call.integer = torch.int64
+    return {"rows": call.codes(call.B, limit=call.C * call.K)}, (_count(call),)
+
+
+def _places(call: Call) -> Any:
+    call.integer = torch.int64
+    return {"places": call.codes(2, call.B, limit=call.K)}, (_count(call),)
+
+
 def _update(call: Call) -> Any:
     sizes = call.C, call.K, call.D
     exact = torch.float64 if call.float == torch.float64 else torch.float32
@@ -265,6 +275,8 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "accumulate": _statistics,
     "count": _statistics,
     "sgd_step_": _sgd,
+    "rows_to_places": _rows,
+    "places_to_rows": _places,
     "move_rows_": _move,
     "tally_": _tally,
     "update_keys_": _update,

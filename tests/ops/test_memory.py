@@ -38,6 +38,8 @@ def calls(C=2, K=4, D=3, V=5, B=6):
             {"values": values, "indices": indices, "targets": torch.randint(V, (B,))},
             (0.1, 1.0, 0.0),
         ),
+        "rows_to_places": ({"rows": torch.randint(C * K, (B,))}, (K,)),
+        "places_to_rows": ({"places": torch.randint(K, (2, B))}, (K,)),
         "move_rows_": (
             {"values": values.view(C * K, V), "rows": torch.arange(K), "grads": torch.randn(K, V)},
             (0.1,),
