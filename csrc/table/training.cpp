@@ -2,32 +2,15 @@
 //
 // Every codebook gets the same gradient row for a position. So where a batch fetches few of the rows, most of them need
 // none of their own: those that several positions fetch get a sum, and all are listed with the row that they get.
-#include "../glibc.h"
 #include "../ops.h"
 #include "crowded.h"
-#include "gradient.h"
+#include "loss.h"
 
 #include <cmath>
 #include <limits>
 
 namespace kvb {
 namespace {
-
-// --- the loss --------------------------------------------------------------------------------------------------------
-
-// Cross entropy of one sample with label smoothing; ``grad`` gets ``scale`` times its gradient.
-template <class Sum>
-Sum cross_entropy(const Sum* logits, int64_t V, int64_t target, Sum smoothing, Sum scale, Sum* grad) {
-  const Sum highest = *std::max_element(logits, logits + V), each = smoothing / V;
-  Sum total = 0, sum = 0;
-  for (int64_t v = 0; v < V; ++v) {
-    grad[v] = std::exp(logits[v] - highest);
-    total += grad[v];
-    sum += logits[v] - highest;
-  }
-  for (int64_t v = 0; v < V; ++v) grad[v] = (grad[v] / total - each - (v == target ? 1 - smoothing : 0)) * scale;
-  return std::log(total) - (1 - smoothing) * (logits[target] - highest) - each * sum;
-}
 
 // --- touched rows ----------------------------------------------------------------------------------------------------
 
@@ -280,29 +263,7 @@ class TrainingStep {
   Vector<Group<Sum>> kept_; // all groups, or none where they would fill the memory
 };
 
-// --- the loss of a batch ---------------------------------------------------------------------------------------------
-
-// Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets, and the loss.
-template <class Sum>
-double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t C, Sum smoothing, Sum* logits,
-              Gradient<Sum>& grad) {
-  const int64_t S = grad.positions, V = grad.width;
-  Vector<Sum> loss(B);
-  const Sum scale = static_cast<Sum>(1.0 / (static_cast<double>(B) * S * C));
-  parallel(B, kSerialWork / std::max<int64_t>((S + 8) * V, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      Sum *const row = logits + b * V, *const slopes = grad.rows.data() + b * V;
-      std::fill_n(row, V, Sum{0});
-      for (int64_t s = 0; s < S; ++s) add_row(row, means + (b * S + s) * V, V);
-      for (int64_t v = 0; v < V; ++v) row[v] /= static_cast<Sum>(S);
-      loss[b] = cross_entropy(row, V, targets[b], smoothing, scale, slopes);
-      grad.squares[b] = square(slopes, V);
-    }
-  });
-  double total = 0;
-  for (Sum one : loss) total += one;
-  return total / B;
-}
+// --- one step -------------------------------------------------------------------------------------------------------
 
 // What the norm of a gradient cannot exceed, in whichever rows it meets; NaN or infinite where a loss was.
 template <class Sum>
