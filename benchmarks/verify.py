@@ -167,7 +167,7 @@ def trained(start: Tensor, codes: Tensor, targets: Tensor, values: Tensor, loss:
     """values [C, K, V] are what a step of the paper's recipe on codes [B, (S), C] makes of ``start``, with its loss.
 
     The step is that of ``kvb.training.sgd_step`` with its defaults, in float64 here. A row may be off by the rounding
-    of its number and of the gradients that meet in it, which may cancel; one that no code names not at all.
+    of its number and of the gradients that meet in it, one by one, and may cancel; one that no code names not at all.
     """
     exact, codes = start.double(), codes.view(len(codes), -1, len(start))
     want, _, logits = reference.sgd_step_(exact, codes, targets, 0.3, 1.0, 0.1)
@@ -175,6 +175,7 @@ def trained(start: Tensor, codes: Tensor, targets: Tensor, values: Tensor, loss:
     _, grad = cross_entropy(logits, targets, 0.1)
     each = (grad.abs() / codes.shape[1])[:, None].expand(-1, codes.shape[1], -1)
     addends = reference.gather_backward(each, codes, start.shape[1], "mean")
+    fetches = reference.gather_backward(torch.ones_like(each[..., :1]), codes, start.shape[1], "sum")
     moved, size = (exact - start).abs(), start.double().abs()
-    off = (values - exact).abs() > 2 * UNIT * (size + moved) + 64 * UNIT * (moved + 0.3 * addends)
+    off = (values - exact).abs() > 2 * UNIT * (size + moved) + UNIT * (64 * moved + (64 + fetches) * 0.3 * addends)
     _require(not off.any(), f"{int(off.sum())} of {off.numel()} values are off by more than rounding")

@@ -13,6 +13,7 @@ namespace kvb {
 // exp(x) of a shifted logit, x <= 0, within one unit in the last place; loops over it become vectors. Zero where it
 // has no normal number.
 inline float exp_of_shifted(float x) {
+  // log2(e), and ln(2) as a sum of which the first part has few bits: a product with an integer is exact
   constexpr float kLog2E = 0x1.715476p+0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   constexpr float kInteger = 0x1.8p23f; // added to a number, rounds it to an integer, which its lowest bits hold
   constexpr int32_t kBias = 127, kFraction = 23; // of a float's exponent, and its bits after that
