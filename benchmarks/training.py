@@ -83,7 +83,7 @@ def _autograd(
     learner = optimizer([values])
 
     def step(codes: Tensor, targets: Tensor) -> Tensor:
-        logits = functional.gather(values, codes[:, None], pool="mean", sparse_grad=sparse_grad)[:, 0]
+        logits = functional.gather(values, codes[:, None], pool="mean", sparse_grad=sparse_grad).squeeze(1)
         loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
         learner.zero_grad()
         loss.backward()

@@ -38,7 +38,7 @@ inline double exp_of_shifted(double x) {
 // combine(combine(start, at(0)), at(1)) ... in lanes side by side, each of which waits for its own results only.
 template <class Sum, class F, class G>
 Sum fold(Sum start, int64_t count, const F& at, const G& combine) {
-  constexpr int64_t kLanes = 2 * kVector;
+  constexpr int64_t kLanes = 2 * kVector; // two chains of vectors hide most of the wait
   Sum lanes[kLanes];
   std::fill_n(lanes, kLanes, start);
   int64_t v = 0;
