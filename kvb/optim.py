@@ -9,14 +9,16 @@ the pairs that were fetched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvb import _torch, ops, validation
+from kvb import ops, validation
 from kvb.optim_audit import Finding, audit
+from kvb.optim_clip import clip_grad_norm_
+from kvb.optim_gradients import part_of, require_whole_rows, touched_rows
 from kvb.optim_groups import param_groups
 from kvb.optim_growth import grow
 from kvb.optim_rows import RowCounts, keep_rows_, select_rows
@@ -34,87 +36,6 @@ __all__ = [
     "param_groups",
     "select_rows",
 ]
-
-
-# --- gradients as rows ------------------------------------------------------------------------------------------------
-
-
-def _merged(grad: Tensor) -> Tensor:
-    """A sparse gradient without repeated rows."""
-    if grad.is_coalesced():
-        return grad
-    # Autograd forgets that the rows are merged and in order; checking is cheaper than sorting them again.
-    _, ascending = _flat(_torch.coordinates(grad), grad.shape)
-    return _torch.call_coalesced(grad) if bool(ascending) else grad.coalesce()
-
-
-def _flat(places: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Places [axes, M] in a table of this shape as row numbers [M], and whether they ascend without repetition, []."""
-    if len(places) == 2:
-        found: tuple[Tensor, Tensor] = ops.places_to_rows(places, shape[1])
-        return found
-    rows = places[0]
-    for axis in range(1, len(places)):
-        rows = torch.add(places[axis], rows, alpha=shape[axis])
-    return rows, (rows[1:] > rows[:-1]).all()
-
-
-def _sparse_rows(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Row numbers in the flattened table, and their gradients [M, V]."""
-    if grad.sparse_dim() != param.dim() - 1:
-        raise ValueError(
-            f"expected a sparse gradient with the last axis of {tuple(param.shape)} dense, sparse_dim = "
-            f"{param.dim() - 1}, got sparse_dim = {grad.sparse_dim()}: a row learns as a whole"
-        )
-    merged = _merged(grad)
-    return _flat(merged.indices(), param.shape)[0], merged.values()
-
-
-def _touched_rows(param: Tensor, grad: Tensor, zeros_move: bool) -> tuple[Tensor, Tensor]:
-    """The rows whose gradient is not zero: the same for a dense and a sparse gradient.
-
-    Rows of zeros in a sparse gradient may stay in the list if the optimizer does not move them.
-    """
-    if grad.is_sparse:
-        rows, each = _sparse_rows(param, grad)
-        if not zeros_move:
-            return rows, each
-        moving = (each != 0).any(-1)
-        return (rows, each) if bool(moving.all()) else (rows[moving], each[moving])
-    table = grad.reshape(-1, grad.shape[-1])
-    rows = (table != 0).any(-1).nonzero()[:, 0]
-    return rows, table.index_select(0, rows)
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is none of ``torch.distributed.tensor``, of which a process has a part."""
-    return not hasattr(tensor, "placements")
-
-
-def _part(tensor: Any, like: Any = None) -> Tensor:
-    """What this process has of a DTensor, sharing its memory; any other tensor itself.
-
-    Args:
-        like: a DTensor whose placements the part shall have.
-    """
-    if _is_whole(tensor):
-        return tensor
-    if like is not None and tensor.placements != like.placements:
-        tensor = tensor.redistribute(placements=like.placements)
-    part: Tensor = tensor.to_local()
-    return part
-
-
-def _require_whole_rows(param: Any) -> None:
-    last = param.dim() - 1
-    if not _is_whole(param) and any(placement.is_shard(last) for placement in param.placements):
-        raise ValueError(
-            f"expected a table whose rows are whole in one process, got {param.placements}: shard another axis than "
-            "the last, or put the parameter in a group with rowwise=False"
-        )
-
-
-# --- the optimizers ---------------------------------------------------------------------------------------------------
 
 
 class _Rowwise(torch.optim.Optimizer):
@@ -139,6 +60,15 @@ class _Rowwise(torch.optim.Optimizer):
             if not isinstance(group[name], Tensor):
                 validation.number(name, group[name], 0.0, infinity)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``, without what PyTorch does around it, which takes longer."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a closure computes the loss and its gradients first, and its loss is returned.
@@ -158,18 +88,18 @@ class _Rowwise(torch.optim.Optimizer):
 
     def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         by_row = param.dim() == 3 if group["rowwise"] is None else group["rowwise"]
-        grad = _part(grad, like=param)
+        grad = part_of(grad, like=param)
         rows_move = (by_row or grad.is_sparse) and param.dim() > 1
         if rows_move:
-            _require_whole_rows(param)
-        memory = {name: _part(kept) for name, kept in self._memory(param, group, rows=rows_move).items()}
-        param = _part(param)
+            require_whole_rows(param)
+        memory = {name: part_of(kept) for name, kept in self._memory(param, group, rows=rows_move).items()}
+        param = part_of(param)
         if not rows_move:
             self._move(param, grad, memory, group)
             return
         if not param.is_contiguous():
             raise ValueError(f"expected a contiguous table of values, got strides {param.stride()}; call contiguous()")
-        rows, grads = _touched_rows(param, grad, self._zeros_move(group))
+        rows, grads = touched_rows(param, grad, self._zeros_move(group))
         self._move_rows(param.view(-1, param.shape[-1]), rows, grads, memory, group)
 
     def _move_rows(
@@ -188,7 +118,7 @@ class _Rowwise(torch.optim.Optimizer):
         if not state:
             state.update(self._fresh(param, group))
             if "step" in state:
-                each = param[..., :1] if rows else _part(param).new_zeros(())
+                each = param[..., :1] if rows else part_of(param).new_zeros(())
                 state["step"] = torch.zeros_like(each, dtype=torch.int32, memory_format=torch.contiguous_format)
         elif "step" in state and state["step"].device != param.device:
             state["step"] = state["step"].to(param.device)  # load_state_dict leaves it where it was saved
@@ -368,79 +298,3 @@ class RowwiseAdam(_Rowwise):
         square = memory["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
         root = square.sqrt().div_((1 - second**step).sqrt_().to(param.dtype)).add_(group["eps"])
         param.sub_(average / root * (group["lr"] / (1 - first**step)).to(param.dtype))
-
-
-# --- clipping ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-    foreach: bool | None = None,
-) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` for dense and sparse gradients together: one norm over all of them.
-
-    Equivalent to ``torch.nn.utils.clip_grad_norm_`` on ``grad.to_dense()``, without the dense table: scales gradients
-    in place by ``min(1, max_norm / (norm + 1e-6))``. Sparse gradients are coalesced first, and stay so.
-
-    Args:
-        parameters: one or many; those without a gradient are skipped. DTensors, as of ``fully_shard``, count as a
-            whole: every process calls this, and gets the same norm.
-        max_norm: the largest norm allowed.
-        norm_type: p of the norm, float("inf") for the largest absolute value.
-        error_if_nonfinite: raise if the norm is NaN or Inf.
-        foreach: as for ``torch.nn.utils.clip_grad_norm_``.
-    Returns:
-        the norm before clipping, [].
-    Raises:
-        RuntimeError: the norm is not finite, with ``error_if_nonfinite``; gradients on different devices.
-    Examples:
-        >>> table = torch.zeros(2, 3, 4, requires_grad=True)
-        >>> table.sum().backward()
-        >>> kvb.optim.clip_grad_norm_(table, 1.0)
-        tensor(4.8990)
-    """
-    owners = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    numbers, parts = [], []
-    for owner in owners:
-        if owner.grad is None:
-            continue
-        part = _part(owner.grad)
-        if not part.is_sparse:
-            numbers.append(owner.grad)
-            parts.append(part)
-            continue
-        merged = _merged(part)
-        if _is_whole(owner.grad):
-            owner.grad = merged
-        parts.append(merged.values())
-        numbers.append(parts[-1] if _is_whole(owner.grad) else _norms_of_parts(owner.grad, parts[-1], norm_type))
-    norm = _norm(numbers, norm_type, error_if_nonfinite, foreach)
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for part in parts:
-        part.mul_(factor.to(part.device))
-    return norm
-
-
-def _norms_of_parts(grad: Any, rows: Tensor, norm_type: float) -> Any:
-    """A DTensor of one norm for each process that has a part of a sparse gradient, whose norm is that of the whole."""
-    placements = [type(each)(0) if each.is_shard() else each for each in grad.placements]
-    norm = torch.linalg.vector_norm(rows, norm_type).view(1)
-    return type(grad).from_local(norm, grad.device_mesh, placements, run_check=False)
-
-
-def _norm(numbers: list[Any], norm_type: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
-    """One norm over all tensors; those of a mesh are one tensor with all its processes."""
-    if len(numbers) == 1 and _is_whole(numbers[0]) and not error_if_nonfinite:
-        return torch.linalg.vector_norm(numbers[0], norm_type)  # most of what one table takes are the steps to here
-    by_mesh: dict[Any, list[Any]] = {}
-    for each in numbers:
-        by_mesh.setdefault(None if _is_whole(each) else each.device_mesh, []).append(each)
-    if set(by_mesh) <= {None}:
-        return nn.utils.get_total_norm(numbers, norm_type, error_if_nonfinite, foreach)
-    norms: list[Any] = [nn.utils.get_total_norm(each, norm_type, False, foreach) for each in by_mesh.values()]
-    norms = [norm if _is_whole(norm) else norm.full_tensor() for norm in norms]
-    return nn.utils.get_total_norm(norms, norm_type, error_if_nonfinite, foreach)

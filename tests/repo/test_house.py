@@ -29,6 +29,8 @@ FLOORS = {
     "optim": 8,
     "optim_audit": 7,
     "optim_growth": 7,
+    "optim_clip": 6,
+    "optim_gradients": 5,
     "optim_groups": 6,
     "optim_rows": 7,
     "training": 7,

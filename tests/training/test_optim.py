@@ -269,6 +269,21 @@ def test_a_closure_and_a_schedule_work():
     assert table[0, 0].tolist() == [-1.5, -0.5]
 
 
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_gradients_are_dropped_or_zeroed(is_sparse):
+    table = nn.Parameter(torch.ones(2, 3, 4))
+    plain = nn.Parameter(torch.ones(5))
+    optimizer = RowwiseSGD([{"params": [table]}, {"params": [plain], "lr": 0.1}])
+    for set_to_none in (False, True):
+        table.grad = torch.ones(2, 3, 4).to_sparse(2) if is_sparse else torch.ones(2, 3, 4)
+        plain.grad = torch.ones(5)
+        held = plain.grad
+        optimizer.zero_grad(set_to_none=set_to_none)
+        assert (table.grad is None, plain.grad is None) == (set_to_none, set_to_none)
+        assert held.any() == set_to_none
+        assert set_to_none or not table.grad.to_dense().any()
+
+
 def test_embeddings_with_sparse_gradients_move_row_by_row():
     embedding = nn.Embedding(5, 2, sparse=True)
     before = embedding.weight.detach().clone()
