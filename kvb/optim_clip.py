@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from kvb.optim_gradients import is_whole, merged, part_of
 
@@ -58,6 +59,8 @@ def clip_grad_norm_(
         numbers.append(parts[-1] if is_whole(owner.grad) else _norms_of_parts(owner.grad, parts[-1], norm_type))
     norm = _norm(numbers, norm_type, error_if_nonfinite, foreach)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if not is_compiling() and factor.is_cpu and float(factor) == 1:
+        return norm  # nothing would change
     for part in parts:
         part.mul_(factor.to(part.device))
     return norm
