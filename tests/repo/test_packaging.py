@@ -155,7 +155,13 @@ EXACT_SOURCE = """
 """
 
 
-@pytest.mark.parametrize("flags", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations -ffinite-math-only"])
+SLOW = [
+    pytest.param(flags, marks=pytest.mark.slow)
+    for flags in ("-Ofast", "-funsafe-math-optimizations -ffinite-math-only")
+]
+
+
+@pytest.mark.parametrize("flags", ["-ffast-math", *SLOW])
 def test_fast_math_among_the_users_flags_is_switched_off(sources, flags):
     (sources / "csrc" / "library.cpp").write_text(EXACT_SOURCE + SOURCE)
     done, wheel = build("wheel", sources, KVB_BUILD_EXT="1", CFLAGS=flags)
@@ -237,6 +243,7 @@ def test_an_unwanted_extension_is_not_mentioned(sources):
     assert not said(done)
 
 
+@pytest.mark.slow
 def test_an_editable_build_leaves_no_extension_of_an_earlier_one(sources):
     extension = sources / "kvb" / "_C.abi3.so"
     for choice, text in (("1", SOURCE), ("auto", "#error"), ("1", SOURCE), ("0", SOURCE)):
