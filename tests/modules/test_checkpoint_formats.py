@@ -105,7 +105,9 @@ MOST = {("save", ""): 0.1, ("load", ""): 1.15, ("load", "hooked"): 2.15}
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux with glibc")
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("action", "hooked"), MOST)
+@pytest.mark.parametrize(
+    ("action", "hooked"), [pytest.param(*which, marks=[pytest.mark.slow] if which[1] else []) for which in MOST]
+)
 def test_peak_memory(action, hooked, name, tmp_path):
     """Of a state of 63 MB."""
     command = [sys.executable, "-c", PEAK, action, tmp_path, name, hooked]

@@ -159,7 +159,7 @@ def test_two_writers_each_get_their_own_codes(module, tmp_path):
     assert names(tmp_path) == ["codes.npy"]
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_workers_that_are_no_forks_map_the_file(method, tmp_path):
     module = KeyValueBottleneck(3, 11, 5, 4).freeze_keys()
     data = [(torch.randn(9, 3, 5), torch.arange(9))]
