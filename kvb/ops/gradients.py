@@ -342,11 +342,14 @@ class _Lookup(torch.autograd.Function):
 def differentiate(name: str, function: type[torch.autograd.Function], learns: tuple[int, ...]) -> None:
     """Let ``function`` run where one of the arguments requires a gradient, or while forward-mode tangents exist."""
     operator = getattr(torch.ops.kvb, name).default
-    record = record_of(function)
+    record, entry = record_of(function), entry_of(operator)
 
     def run(*args: Any) -> Any:
-        if not (any(_learns(args[place]) for place in learns) or tangents_possible()):
-            return _below_autograd(operator, *args)
+        # Every operator in a compiled graph comes this way, without gradients: no call more than needed.
+        learning = torch.is_grad_enabled() and any(args[place].requires_grad for place in learns)
+        if not (learning or tangents_possible()):
+            with below_autograd():
+                return entry(*args)
         if not transforms_active():
             return record(*args)
         # Below the dispatcher a torch.func transform has already unwrapped its level: record at that level alone.
