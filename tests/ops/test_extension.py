@@ -235,7 +235,11 @@ for case, whole, queries, keys, mask, topk, indices, distances in torch.load(os.
 """
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+# Its filter is that of avx2, its vectors are those of avx512_vnni.
+OFTEN = [pytest.param(each, marks=pytest.mark.slow) if each == "avx512" else each for each in CAPABILITIES]
+
+
+@pytest.mark.parametrize("capability", OFTEN)
 def test_every_instruction_set_agrees_with_the_reference(answers, capability):
     done = run(COMPARE, KVB_CPU_CAPABILITY=capability, CASES=answers)
     if done.returncode and "this machine lacks the instructions" in done.stderr:

@@ -244,6 +244,7 @@ process.device_is_lost = lambda device: bool(lost)
 """
 
 
+@pytest.mark.slow
 def test_an_error_that_sticks_to_the_device_costs_one_case(capsys):
     assert not run(LOST, "gather")
     failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
