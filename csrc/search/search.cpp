@@ -109,9 +109,10 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
   const Tensor keys = compact(keys_);
   const Layout layout = layout_of(keys);
   const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2), N = B * S;
-  const bool float64 = in_float64(queries, keys), small = is_small(layout) && !float64;
+  const bool float64 = in_float64(queries, keys), every = measures_every(layout, N, topk, float64);
+  const bool small = is_small(layout) && !float64;
 
-  const bool unpacked = is_unpacked(packed, C), directly = unpacked && N <= kFewQueries;
+  const bool unpacked = is_unpacked(packed, C), directly = unpacked && (every || N <= kFewQueries);
   const bool in_turn = unpacked && !directly && !mask && N <= kSomeQueries && C >= torch::stable::get_num_threads();
   if (unpacked && !directly && !in_turn) packed = pack_keys(keys);
   const char* const from = directly ? nullptr : static_cast<const char*>(packed.const_data_ptr());
@@ -145,7 +146,9 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
       .distances = distances,
   };
   const double cost = directly ? cost_directly(layout) : cost_packed(layout, small);
-  const SearchRows search_rows = small && !directly ? kernels().search_small : kernels().search;
+  const SearchRows search_rows = every                ? kernels().search_every
+                                 : small && !directly ? kernels().search_small
+                                                      : kernels().search;
   if (in_turn)
     pack_in_turn(search, keys, search_rows);
   else
