@@ -14,6 +14,8 @@ namespace {
 constexpr double kQueryOverhead = 8e3;
 // In a small codebook: half of that, and a product in float32 takes as long as two of a filter.
 constexpr double kSmallQueryOverhead = 4e3, kSmallProduct = 2;
+// A term of a distance where all are taken, in products: in float32, and in float64.
+constexpr double kTerm = 0.25, kTermInFloat64 = 1;
 // A product of a key that is read as it lies, and what else a key takes, in products.
 constexpr double kDirectProduct = 8, kDirectKey = 28;
 // Packing a key takes as long as so many queries take to be compared with it as it lies, whatever its coordinates.
@@ -120,7 +122,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
   if (mask) allowed = compact(*mask);
   const bool* const some = allowed ? static_cast<const bool*>(allowed->const_data_ptr()) : nullptr;
   std::optional<Masked> masked;
-  if (some && !directly) masked.emplace(some, layout, from, C);
+  if (some && !directly && !every) masked.emplace(some, layout, from, C);
   std::atomic<bool> stale = false;
   Search search = {
       .queries = queries.const_data_ptr(),
@@ -145,7 +147,9 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
       .indices = indices,
       .distances = distances,
   };
-  const double cost = directly ? cost_directly(layout) : cost_packed(layout, small);
+  const double cost = every ? (float64 ? kTermInFloat64 : kTerm) * cost_every(layout, topk, float64)
+                      : directly ? cost_directly(layout)
+                                 : cost_packed(layout, small);
   const SearchRows search_rows = every                ? kernels().search_every
                                  : small && !directly ? kernels().search_small
                                                       : kernels().search;
