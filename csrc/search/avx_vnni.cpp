@@ -32,7 +32,8 @@ inline void store_bytes(int8_t* to, ivec values) {
 
 } // namespace
 
-const Kernels kernels = {"avx_vnni", true, search_rows, search_small, search_every, pack_codebook, fingerprint, add_finite};
+const Kernels kernels = {
+    "avx_vnni", true, search_rows, search_small, search_every, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::avx_vnni
 KVB_TARGET_END

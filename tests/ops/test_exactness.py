@@ -293,9 +293,9 @@ def test_few_keys_are_as_exact_for_many_queries_as_for_one(K, D, dtype):
     keys[:, -1] = keys[:, 0]
     queries[3] = keys[:, 0]
     queries[4, ..., 0], queries[5, ..., 0] = torch.nan, -torch.inf
-    queries[6] = torch.finfo(dtype).max / 2
+    queries[6, :, 0] = torch.finfo(dtype).max / 2
     if dtype == torch.float64:
-        queries[7:9] *= 1e-170
+        queries[:, :, 1] *= 1e-170  # squares underflow
         keys[1] *= 1e-170
     keys[0, K // 2, 0] = torch.nan
     some = torch.arange(2 * K).view(2, K) % 3 != 1
