@@ -24,8 +24,8 @@ inline int64_t cost_every(const Layout& layout, int64_t topk, bool float64) {
   return float64 ? layout.K * (layout.D + 8 + topk) : layout.K * (layout.D + 40 + 5 * topk);
 }
 
-// Whether all distances are taken at once: if that costs less than scores and the distances of the best, or if those are
-// most of all.
+// Whether all distances are taken at once: if that costs less than scores and the distances of the best, or if most
+// are asked for.
 inline bool measures_every(const Layout& layout, int64_t N, int64_t topk, bool float64) {
   const int64_t K = layout.K, D = layout.D;
   if (N < kEveryQueries || K * D > kMostWidened) return false;
