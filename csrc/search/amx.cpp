@@ -173,7 +173,8 @@ void search_tiles(const Search& search, int64_t codebook, int64_t begin, int64_t
 
 } // namespace
 
-const Kernels kernels = {"amx", true, search_tiles, search_small, pack_codebook, fingerprint, add_finite};
+const Kernels kernels = {
+    "amx", true, search_tiles, search_small, search_every, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::amx
 KVB_TARGET_END

@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__)
 
-KVB_TARGET("avx2,fma")
+KVB_TARGET("avx2,fma,f16c")
 namespace kvb::avx2 {
 namespace {
 
@@ -14,7 +14,8 @@ namespace {
 
 } // namespace
 
-const Kernels kernels = {"avx2", false, search_rows, search_small, pack_codebook, fingerprint, add_finite};
+const Kernels kernels = {
+    "avx2", false, search_rows, search_small, search_every, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::avx2
 KVB_TARGET_END

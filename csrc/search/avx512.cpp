@@ -14,7 +14,8 @@ namespace {
 
 } // namespace
 
-const Kernels kernels = {"avx512", false, search_rows, search_small, pack_codebook, fingerprint, add_finite};
+const Kernels kernels = {
+    "avx512", false, search_rows, search_small, search_every, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::avx512
 KVB_TARGET_END

@@ -15,7 +15,8 @@ namespace {
 
 } // namespace
 
-const Kernels kernels = {"avx512_vnni", true, search_rows, search_small, pack_codebook, fingerprint, add_finite};
+const Kernels kernels = {
+    "avx512_vnni", true, search_rows, search_small, search_every, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::avx512_vnni
 KVB_TARGET_END

@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__)
 
-KVB_TARGET("avx2,fma,avxvnni")
+KVB_TARGET("avx2,fma,f16c,avxvnni")
 namespace kvb::avx_vnni {
 namespace {
 
@@ -32,7 +32,8 @@ inline void store_bytes(int8_t* to, ivec values) {
 
 } // namespace
 
-const Kernels kernels = {"avx_vnni", true, search_rows, search_small, pack_codebook, fingerprint, add_finite};
+const Kernels kernels = {
+    "avx_vnni", true, search_rows, search_small, search_every, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::avx_vnni
 KVB_TARGET_END

@@ -38,7 +38,8 @@ inline void store_bytes(int8_t* to, ivec values) {
 
 } // namespace
 
-const Kernels kernels = {"neon_dot", true, search_rows, search_small, pack_codebook, fingerprint, add_finite};
+const Kernels kernels = {
+    "neon_dot", true, search_rows, search_small, search_every, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::neon_dot
 KVB_TARGET_END

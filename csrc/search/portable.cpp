@@ -39,6 +39,7 @@ inline wide widened(const float* from) {
 
 } // namespace
 
-const Kernels kernels = {"portable", false, search_rows, search_small, pack_codebook, fingerprint, add_finite};
+const Kernels kernels = {
+    "portable", false, search_rows, search_small, search_every, pack_codebook, fingerprint, add_finite};
 
 } // namespace kvb::portable

@@ -14,6 +14,8 @@ namespace {
 constexpr double kQueryOverhead = 8e3;
 // In a small codebook: half of that, and a product in float32 takes as long as two of a filter.
 constexpr double kSmallQueryOverhead = 4e3, kSmallProduct = 2;
+// A term of a distance where all are taken, in products: in float32, and in float64.
+constexpr double kTerm = 0.25, kTermInFloat64 = 1;
 // A product of a key that is read as it lies, and what else a key takes, in products.
 constexpr double kDirectProduct = 8, kDirectKey = 28;
 // Packing a key takes as long as so many queries take to be compared with it as it lies, whatever its coordinates.
@@ -109,9 +111,10 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
   const Tensor keys = compact(keys_);
   const Layout layout = layout_of(keys);
   const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2), N = B * S;
-  const bool float64 = in_float64(queries, keys), small = is_small(layout) && !float64;
+  const bool float64 = in_float64(queries, keys), every = measures_every(layout, N, topk, float64);
+  const bool small = is_small(layout) && !float64;
 
-  const bool unpacked = is_unpacked(packed, C), directly = unpacked && N <= kFewQueries;
+  const bool unpacked = is_unpacked(packed, C), directly = unpacked && (every || N <= kFewQueries);
   const bool in_turn = unpacked && !directly && !mask && N <= kSomeQueries && C >= torch::stable::get_num_threads();
   if (unpacked && !directly && !in_turn) packed = pack_keys(keys);
   const char* const from = directly ? nullptr : static_cast<const char*>(packed.const_data_ptr());
@@ -119,7 +122,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
   if (mask) allowed = compact(*mask);
   const bool* const some = allowed ? static_cast<const bool*>(allowed->const_data_ptr()) : nullptr;
   std::optional<Masked> masked;
-  if (some && !directly) masked.emplace(some, layout, from, C);
+  if (some && !directly && !every) masked.emplace(some, layout, from, C);
   std::atomic<bool> stale = false;
   Search search = {
       .queries = queries.const_data_ptr(),
@@ -144,8 +147,12 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
       .indices = indices,
       .distances = distances,
   };
-  const double cost = directly ? cost_directly(layout) : cost_packed(layout, small);
-  const SearchRows search_rows = small && !directly ? kernels().search_small : kernels().search;
+  const double cost = every ? (float64 ? kTermInFloat64 : kTerm) * cost_every(layout, topk, float64)
+                      : directly ? cost_directly(layout)
+                                 : cost_packed(layout, small);
+  const SearchRows search_rows = every                ? kernels().search_every
+                                 : small && !directly ? kernels().search_small
+                                                      : kernels().search;
   if (in_turn)
     pack_in_turn(search, keys, search_rows);
   else

@@ -78,6 +78,7 @@ struct Kernels {
   bool tiles; // packs 8-bit tiles and multiplies them
   SearchRows search;
   SearchRows search_small; // in a codebook that is_small
+  SearchRows search_every; // where the search measures_every key
   PackCodebook pack;
   Fingerprint fingerprint;
   AddFinite add_finite;

@@ -8,12 +8,13 @@ keys yield the lowest index.
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from kvb import functional, ops
+from kvb import functional, ops, reference
 from kvb.testing.data import (
     bisectors,
     broken_keys,
@@ -282,6 +283,32 @@ def test_the_batch_around_a_query_changes_nothing(K):
             alone = functional.nearest(queries[rows], keys, packed=packed)
             assert torch.equal(alone[0], indices[rows])
             assert torch.equal(alone[1].nan_to_num(-1), distances[rows].nan_to_num(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("K", "D"), [(2, 1), (9, 17), (30, 40), (70, 5)])
+def test_few_keys_are_as_exact_for_many_queries_as_for_one(K, D, dtype):
+    """Many queries are compared with all keys at once: the same bits, with ties, NaN, Inf, twins and masks."""
+    queries, keys = (tensor.to(dtype) for tensor in normal(21, 2, K, D))
+    keys[:, -1] = keys[:, 0]
+    queries[3] = keys[:, 0]
+    queries[4, ..., 0], queries[5, ..., 0] = torch.nan, -torch.inf
+    queries[6, :, 0] = torch.finfo(dtype).max / 2
+    if dtype == torch.float64:
+        queries[:, :, 1] *= 1e-170  # squares underflow
+        keys[1] *= 1e-170
+    keys[0, K // 2, 0] = torch.nan
+    some = torch.arange(2 * K).view(2, K) % 3 != 1
+    for topk, mask in itertools.product(sorted({1, K // 2 + 1, K}), (None, some, torch.zeros_like(some))):
+        indices, distances = functional.nearest(queries, keys, topk=topk, mask=mask)
+        packed = functional.nearest(queries, keys, packed=functional.pack_keys(keys), topk=topk, mask=mask)
+        assert torch.equal(indices, packed[0])
+        assert torch.equal(distances.nan_to_num(-1), packed[1].nan_to_num(-1))
+        alone = [functional.nearest(queries[i : i + 1], keys, topk=topk, mask=mask) for i in range(len(queries))]
+        assert torch.equal(indices, torch.cat([found[0] for found in alone]))
+        assert torch.equal(distances.nan_to_num(-1), torch.cat([found[1] for found in alone]).nan_to_num(-1))
+        expected = reference.nearest(queries, keys, reference.pack_keys(keys), mask, topk)
+        assert torch.equal(indices.reshape(-1), expected[0].reshape(-1))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread")
