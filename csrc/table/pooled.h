@@ -1,62 +1,46 @@
 // Values fetched by index and summed over codebooks, a few of them at a time.
 #pragma once
 
+#include "kernels.h"
 #include "rows.h"
 
 namespace kvb {
 
-constexpr int64_t kSummedBooks = 8; // codebooks summed before the total is touched: a cache line of int64 indices
-
-constexpr int64_t kSumsAhead = 4; // sums between the fetch of their rows and their use
-
-template <class T, class Sum>
-inline void add_rows(Sum* __restrict total, const T* table, const Row* rows, int64_t books, int64_t width) {
-  if (books < kSummedBooks) {
-    for (int64_t c = 0; c < books; ++c) add_row(total, table + rows[c].target, width);
-    return;
-  }
-  const T* row[kSummedBooks];
-  for (int64_t c = 0; c < kSummedBooks; ++c) row[c] = table + rows[c].target;
-  const auto at = [&](int64_t c, int64_t v) { return widen<Sum>(row[c][v]); };
-  for (int64_t v = 0; v < width; ++v)
-    total[v] += ((at(0, v) + at(1, v)) + (at(2, v) + at(3, v))) + ((at(4, v) + at(5, v)) + (at(6, v) + at(7, v)));
+// The codebooks that are summed at a time, so that what is fetched from shares pages and cache lines; whole groups.
+inline int64_t books_at_a_time(int64_t book_bytes) {
+  return std::max<int64_t>(1, kCachedBytes / std::max<int64_t>(book_bytes, 1) / kSummedBooks) * kSummedBooks;
 }
 
-// Sums over codebooks at positions [begin, end), a few codebooks at a time: their tables share pages and cache lines.
-template <class T, class Sum>
-void sum_codebooks(const T* table, const Walk& all, int64_t begin, int64_t end, int64_t width, Row* rows, Sum* totals) {
-  std::fill_n(totals, (end - begin) * width, Sum{0});
-  for (int64_t c = 0; c < all.size[2]; c += kSummedBooks) {
-    const int64_t books = std::min(kSummedBooks, all.size[2] - c);
-    const Walk order = with_long_runs(codebooks(all, c, c + books));
-    const int64_t listed = list_rows(order, begin * books, end * books, UINT64_MAX, rows);
-    Sum* total = totals;
-    for (int64_t i = 0; i < listed; i += books, total += width) {
-      const int64_t ahead = std::min(listed, i + (kSumsAhead + 1) * books);
-      for (int64_t next = i + kSumsAhead * books; next < ahead; ++next)
-        prefetch(table + rows[next].target, width * sizeof(T));
-      add_rows(total, table, rows + i, books, width);
-    }
-  }
-}
-
+// Whether all indices are in [0, K): where one is not, what ``out`` holds is undefined.
 template <class T>
-void gather_pooled(const T* table, const Walk& all, int64_t width, bool mean, T* out) {
+[[nodiscard]] bool gather_pooled(const T* table, const Walk& all, int64_t K, int64_t width, bool mean, T* out) {
   using Sum = Accumulator<T>;
-  const int64_t C = all.size[2], positions = all.size[0] * all.size[1];
-  // Sums of 16 KB, half of an L1 cache; of the rows of a tile, as many are listed at a time as there is room for.
-  const int64_t fitting = kListedRows * 4 / std::max<int64_t>(width, 1);
-  const int64_t tile = std::clamp<int64_t>(fitting, 1, kListedRows / kSummedBooks);
+  const RowKernels<T>& kernels = table_kernels().of<T>();
+  const int64_t C = all.size[2], positions = all.size[0] * all.size[1], book_bytes = K * width * sizeof(T);
+  const int64_t at_a_time = books_at_a_time(book_bytes), most = std::clamp<int64_t>(at_a_time, 1, std::max<int64_t>(C, 1));
+  // Sums of 16 KB, half of an L1 cache, and as many listed rows.
+  const int64_t fitting = kListedRows * 4 / std::max<int64_t>(width, 1), listed = 2 * kListedRows / most;
+  const int64_t tile = std::max<int64_t>(1, std::min(fitting, listed));
+  const bool fetch = C * book_bytes > kCachedBytes;
   const Sum divisor = static_cast<Sum>(mean ? C : 1);
+  std::atomic<bool> in_range{true};
   parallel(positions, kSerialWork / std::max<int64_t>(C * width, 1), [&](int64_t begin, int64_t end) {
-    std::array<Row, kListedRows> rows;
-    Vector<Sum> totals(tile * width);
+    const int64_t longest = std::min(tile, end - begin);
+    Buffer<const T*> rows = new_buffer<const T*>(longest * most);
+    Buffer<Sum> sums = new_buffer<Sum>(longest * width);
     for (int64_t n = begin; n < end; n += tile) {
-      const int64_t last = std::min(end, n + tile);
-      sum_codebooks(table, all, n, last, width, rows.data(), totals.data());
-      for (int64_t v = 0; v < (last - n) * width; ++v) out[n * width + v] = static_cast<T>(totals[v] / divisor);
+      const int64_t count = std::min(tile, end - n);
+      if (C == 0) std::fill_n(sums.get(), count * width, Sum{0});
+      for (int64_t c = 0; c < C; c += at_a_time) {
+        const int64_t books = std::min(at_a_time, C - c);
+        const Walk part = with_long_runs(codebooks(all, c, c + books));
+        if (!point_at_rows(part, n * books, (n + count) * books, K, table, rows.get())) return in_range.store(false);
+        kernels.add_books(rows.get(), count, books, width, c == 0, fetch, sums.get());
+      }
+      kernels.round_all(sums.get(), count * width, divisor, out + n * width);
     }
   });
+  return in_range;
 }
 
 } // namespace kvb

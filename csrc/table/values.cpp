@@ -77,26 +77,30 @@ inline void stream_row(char* __restrict out, const char* __restrict row, int64_t
 #endif
 }
 
-// Rows of ``table`` one after the other, in the order of ``order``, whose targets are in bytes.
-void gather_each(const char* table, const Walk& order, int64_t row_bytes, char* out) {
+// Rows of ``table`` one after the other, in the order of ``order``, which counts in bytes; whether all indices are in
+// [0, K).
+[[nodiscard]] bool gather_each(const char* table, const Walk& order, int64_t K, int64_t row_bytes, char* out) {
   const bool streaming = streams(out, row_bytes, order.positions() * row_bytes);
+  std::atomic<bool> in_range{true};
   parallel(order.positions(), kSerialWork * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
-    std::array<Row, kListedRows> rows;
+    std::array<const char*, kListedRows> rows;
     char* to = out + begin * row_bytes;
     const auto copy_listed = [&](int64_t listed, auto copy) {
       for (int64_t i = 0; i < listed; ++i, to += row_bytes) {
-        if (i + kAhead < listed) prefetch(table + rows[i + kAhead].target, row_bytes);
-        copy(to, table + rows[i].target, row_bytes);
+        if (i + kAhead < listed) prefetch(rows[i + kAhead], row_bytes);
+        copy(to, rows[i], row_bytes);
       }
     };
     for (int64_t at = begin; at < end; at += kListedRows) {
-      const int64_t listed = list_rows(order, at, std::min(end, at + kListedRows), UINT64_MAX, rows.data());
+      const int64_t listed = std::min(kListedRows, end - at);
+      if (!point_at_rows(order, at, at + listed, K, table, rows.data())) return in_range.store(false);
       streaming ? copy_listed(listed, stream_row) : copy_listed(listed, copy_row);
     }
 #ifdef __SSE2__
     if (streaming) _mm_sfence();
 #endif
   });
+  return in_range;
 }
 
 // --- gradients -------------------------------------------------------------------------------------------------------
@@ -265,8 +269,8 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
   require_pool(pool);
   require(layout == "bscv" || layout == "bcsv", "expected layout 'bscv' or 'bcsv', got '", layout, "'");
   require_shape(values, "values", {-1, -1, -1});
-  const int64_t C = values.size(0), V = values.size(2);
-  require_codes(indices, C, values.size(1));
+  const int64_t C = values.size(0), K = values.size(1), V = values.size(2);
+  require_indices(indices, C, K);
   if (values.stride(2) != 1) values = compact(values);
   const int64_t B = indices.size(0), S = indices.size(1);
   const ScalarType type = values.scalar_type();
@@ -276,7 +280,8 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
     const Walk order = walk(indices, {}, values.stride(0), values.stride(1));
     with_floating(type, [&](auto value) {
       using T = decltype(value);
-      gather_pooled(values.const_data_ptr<T>(), order, V, pool == "mean", out.mutable_data_ptr<T>());
+      if (!gather_pooled(values.const_data_ptr<T>(), order, K, V, pool == "mean", out.mutable_data_ptr<T>()))
+        require_in_range(indices, K);
     });
     return out;
   }
@@ -285,9 +290,10 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
   const int64_t bytes = element_bytes(type);
   Walk order = walk(indices, {}, values.stride(0) * bytes, values.stride(1) * bytes);
   if (transposed) swap_axes(order, 1, 2);
-  gather_each(
-      static_cast<const char*>(values.const_data_ptr()), with_long_runs(order), V * bytes,
-      static_cast<char*>(out.mutable_data_ptr()));
+  if (!gather_each(
+          static_cast<const char*>(values.const_data_ptr()), with_long_runs(order), K, V * bytes,
+          static_cast<char*>(out.mutable_data_ptr())))
+    require_in_range(indices, K);
   return out;
 }
 

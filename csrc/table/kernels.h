@@ -1,0 +1,67 @@
+// What gathers and their gradients ask of the code of one instruction set.
+#pragma once
+
+#include "../search/search.h"
+
+namespace kvb {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// Rows of ``width`` numbers, and sums of them. Whatever the instruction set, the results are the same to the last bit.
+template <class T>
+struct RowKernels {
+  using Sum = Accumulator<T>;
+
+  // For each of ``positions`` adds its ``books`` rows, which follow each other in ``rows``, to its sum; sums of which
+  // these are the ``first`` rows begin at zero. ``fetch`` says whether the rows are fetched ahead.
+  void (*add_books)(
+      const T* const* rows, int64_t positions, int64_t books, int64_t width, bool first, bool fetch, Sum* sums);
+  // Adds each listed row of ``data`` to the sum of its target.
+  void (*add_listed)(const T* data, const Row* rows, int64_t listed, int64_t width, Sum* sums);
+  // The same for rows that are in the accumulator's type already.
+  void (*add_staged)(const Sum* data, const Row* rows, int64_t listed, int64_t width, Sum* sums);
+  // out[i] = numbers[i] / divisor, exact until it is rounded.
+  void (*widen_all)(const T* numbers, int64_t count, Sum divisor, Sum* out);
+  // out[i] = sums[i] / divisor, rounded.
+  void (*round_all)(const Sum* sums, int64_t count, Sum divisor, T* out);
+};
+
+struct TableKernels {
+  RowKernels<float> float32;
+  RowKernels<double> float64;
+  RowKernels<Half> float16;
+  RowKernels<BFloat16> bfloat16;
+
+  template <class T>
+  const RowKernels<T>& of() const {
+    if constexpr (std::is_same_v<T, float>)
+      return float32;
+    else if constexpr (std::is_same_v<T, double>)
+      return float64;
+    else if constexpr (std::is_same_v<T, Half>)
+      return float16;
+    else
+      return bfloat16;
+  }
+};
+
+namespace portable {
+extern const TableKernels table_kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const TableKernels table_kernels;
+}
+namespace avx512 {
+extern const TableKernels table_kernels;
+}
+#endif
+
+constexpr int64_t kSummedBooks = 8; // codebooks summed before the total is touched: a cache line of int64 indices
+constexpr int64_t kSumsAhead = 4; // sums between the fetch of their rows and their use
+
+// Those that go with the instruction set that the search runs with.
+const TableKernels& table_kernels();
+
+} // namespace kvb
