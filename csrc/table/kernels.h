@@ -28,6 +28,9 @@ struct RowKernels {
 };
 
 struct TableKernels {
+  // rows[i] = origins[i] + codes[i] * step; whether all codes are in [0, K).
+  bool (*point_at)(
+      const int64_t* codes, const uintptr_t* origins, int64_t count, uint64_t step, int64_t K, uintptr_t* rows);
   RowKernels<float> float32;
   RowKernels<double> float64;
   RowKernels<Half> float16;

@@ -128,32 +128,6 @@ inline int64_t list_rows(const Walk& walk, int64_t begin, int64_t end, uint64_t 
   return last - rows;
 }
 
-// Point at the rows that positions ``begin`` to ``end`` fetch; whether all of these indices are in [0, K). Where one is
-// not, nothing may be read.
-template <class T>
-bool point_at_rows(const Walk& walk, int64_t begin, int64_t end, int64_t K, const T* table, const T** rows) {
-  bool outside = false;
-  with_integer(walk.type, [&](auto index) {
-    using Index = decltype(index);
-    for_runs(walk.size, begin, end, [&](int64_t x, int64_t y, int64_t z, int64_t length) {
-      const Index* code = reinterpret_cast<const Index*>(walk.data) + at(walk.stride, x, y, z);
-      // Unsigned, as an index may be any number.
-      uint64_t row = reinterpret_cast<uintptr_t>(table + walk.table_origin + at(walk.table, x, y, z));
-      const uint64_t index_step = walk.index_step * sizeof(T), table_step = walk.table[2] * sizeof(T), below = K;
-      const int64_t code_step = walk.stride[2];
-      bool beyond = false;
-      for (int64_t i = 0; i < length; ++i, code += code_step, row += table_step) {
-        const uint64_t pair = static_cast<uint64_t>(*code);
-        beyond |= pair >= below;
-        rows[i] = reinterpret_cast<const T*>(row + pair * index_step);
-      }
-      rows += length;
-      outside |= beyond;
-    });
-  });
-  return !outside;
-}
-
 // --- the range of indices --------------------------------------------------------------------------------------------
 
 struct Extremes {

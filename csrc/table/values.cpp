@@ -84,6 +84,8 @@ inline void stream_row(char* __restrict out, const char* __restrict row, int64_t
   std::atomic<bool> in_range{true};
   parallel(order.positions(), kSerialWork * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
     std::array<const char*, kListedRows> rows;
+    const int64_t period = order.size[2], length = period < kListedRows ? kListedRows / period * period : kListedRows;
+    Pointers<char> pointers(order, K, table, begin, end, length);
     char* to = out + begin * row_bytes;
     const auto copy_listed = [&](int64_t listed, auto copy) {
       for (int64_t i = 0; i < listed; ++i, to += row_bytes) {
@@ -91,9 +93,9 @@ inline void stream_row(char* __restrict out, const char* __restrict row, int64_t
         copy(to, rows[i], row_bytes);
       }
     };
-    for (int64_t at = begin; at < end; at += kListedRows) {
-      const int64_t listed = std::min(kListedRows, end - at);
-      if (!point_at_rows(order, at, at + listed, K, table, rows.data())) return in_range.store(false);
+    for (int64_t at = begin; at < end; at += length) {
+      const int64_t listed = std::min(length, end - at);
+      if (!pointers.list(listed, rows.data())) return in_range.store(false);
       streaming ? copy_listed(listed, stream_row) : copy_listed(listed, copy_row);
     }
 #ifdef __SSE2__
