@@ -5,9 +5,11 @@
 
 namespace kvb {
 
+constexpr int64_t kTableBytes = 1 << 21; // two L2 caches: from a smaller table rows arrive without a fetch ahead
+
 // The codebooks that are summed at a time, so that what is fetched from shares pages and cache lines; whole groups.
 inline int64_t books_at_a_time(int64_t book_bytes) {
-  return std::max<int64_t>(1, kCachedBytes / std::max<int64_t>(book_bytes, 1) / kSummedBooks) * kSummedBooks;
+  return std::max<int64_t>(1, kTableBytes / std::max<int64_t>(book_bytes, 1) / kSummedBooks) * kSummedBooks;
 }
 
 // Whether all indices are in [0, K): where one is not, what ``out`` holds is undefined.
@@ -21,7 +23,7 @@ template <class T>
   // Sums of 16 KB, half of an L1 cache, or as many rows as are listed.
   const int64_t fitting = std::min(kListedRows * 4 / std::max<int64_t>(width, 1), kListedRows / at_a_time);
   const int64_t tile = std::max<int64_t>(1, fitting);
-  const bool fetch = C * book_bytes > kCachedBytes;
+  const bool fetch = C * book_bytes > kTableBytes;
   const Sum divisor = static_cast<Sum>(mean ? C : 1);
   std::atomic<bool> in_range{true};
   parallel(positions, kSerialWork / std::max<int64_t>(C * width, 1), [&](int64_t begin, int64_t end) {
