@@ -1,7 +1,6 @@
 // Pointers to the rows of a [C, K, V] table that indices point at, a list of them at a time.
 #pragma once
 
-#include "kernels.h"
 #include "rows.h"
 
 namespace kvb {

@@ -4,7 +4,7 @@
 // loop over it look ahead: table rows are fetched from random places.
 #pragma once
 
-#include "../numbers.h"
+#include "kernels.h"
 
 #include <array>
 #include <atomic>
@@ -286,10 +286,14 @@ void stage(const Source& source, int64_t n0, int64_t n1, int64_t c0, int64_t c1,
   const int64_t codebook = source.pooled ? 0 : tensor.stride(2), step = tensor.stride(tensor.dim() - 1);
   const T* data = tensor.const_data_ptr<T>();
   const Sum divisor = static_cast<Sum>(source.divisor);
+  const RowKernels<T>& kernels = table_kernels().of<T>();
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t c = c0; c < c1; ++c, out += width) {
       const T* row = data + n / S * tensor.stride(0) + n % S * tensor.stride(1) + c * codebook;
-      for (int64_t v = 0; v < width; ++v) out[v] = widen<Sum>(row[v * step]) / divisor;
+      if (step == 1)
+        kernels.widen_all(row, width, divisor, out);
+      else
+        for (int64_t v = 0; v < width; ++v) out[v] = widen<Sum>(row[v * step]) / divisor;
     }
   }
 }
@@ -336,7 +340,7 @@ void list_staged(const Source& source, Walk part, const RowRange& range, int64_t
 }
 
 // List the rows of ``source`` that go to one range, those of each codebook in batch order: visit(data, rows, how many),
-// with places in ``data`` and targets in the range.
+// with places in ``data`` and targets in the range; it may change the rows.
 template <class T, class F>
 void list_source(const Source& source, const RowRange& range, const F& visit) {
   const int64_t c0 = range.first / source.K, c1 = (range.last - 1) / source.K + 1;

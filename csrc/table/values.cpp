@@ -1,7 +1,6 @@
 // Values fetched by index, and the gradient of that: gather, gather_backward, gather_backward_rows.
 #include "../ops.h"
 #include "pooled.h"
-#include "short_rows.h"
 
 #include <bit>
 
@@ -125,6 +124,11 @@ int64_t cached_rows(int64_t bytes) {
   return kCachedBytes / std::max<int64_t>(bytes, 1);
 }
 
+template <class T>
+void clear(T* numbers, int64_t count) {
+  std::memset(static_cast<void*>(numbers), 0, count * sizeof(T));
+}
+
 // The rows of one range that any index points at.
 struct TouchedRows {
   RowRange range;
@@ -156,16 +160,25 @@ void number_rows(const TouchedRows& touched, int64_t* slots, int64_t* rows) {
   }
 }
 
+// Adds the rows of one range to their sums; where ``slots`` are given, to those in the place of their targets.
+template <class T>
+void add_source(const Source& source, const RowRange& range, const int64_t* slots, Accumulator<T>* sums) {
+  const RowKernels<T>& kernels = table_kernels().of<T>();
+  list_source<T>(source, range, [&](const auto* data, Row* rows, int64_t listed) {
+    if (slots)
+      for (int64_t i = 0; i < listed; ++i) rows[i].target = slots[rows[i].target];
+    if constexpr (std::is_same_v<decltype(data), const T*>)
+      kernels.add_listed(data, rows, listed, source.width(), sums);
+    else
+      kernels.add_staged(data, rows, listed, source.width(), sums);
+  });
+}
+
 // The sums of the touched rows of one range, one after the other.
 template <class T>
 void sum_touched(const Source& source, const TouchedRows& touched, const int64_t* slots, Accumulator<T>* sums) {
-  const int64_t width = source.width();
-  std::fill_n(sums, touched.count * width, Accumulator<T>{0});
-  for_rows<T>(source, touched.range, [&](const auto* row, int64_t target) {
-    update_row(sums + slots[target] * width, row, width, [](auto sum, auto number) {
-      return sum + widen<decltype(sum)>(number);
-    });
-  });
+  clear(sums, touched.count * source.width());
+  add_source<T>(source, touched.range, slots, sums);
 }
 
 // All sums of one range, where they are kept in another type: only touched rows are summed and rounded.
@@ -177,13 +190,13 @@ void sum_rounded(const Source& source, const RowRange& range, T* out) {
   const Buffer<int64_t> slots = new_buffer<int64_t>(range.rows());
   Vector<int64_t> rows(touched.count);
   number_rows(touched, slots.get(), rows.data());
-  Vector<Sum> sums(touched.count * width);
-  sum_touched<T>(source, touched, slots.get(), sums.data());
-  std::fill_n(out, range.rows() * width, T{});
-  const Sum* sum = sums.data();
+  const Buffer<Sum> sums = new_buffer<Sum>(touched.count * width);
+  sum_touched<T>(source, touched, slots.get(), sums.get());
+  clear(out, range.rows() * width);
+  const Sum* sum = sums.get();
   for (int64_t row : rows) {
-    T* const to = out + (row - range.first) * width;
-    for (int64_t v = 0; v < width; ++v) to[v] = static_cast<T>(*sum++);
+    table_kernels().of<T>().round_all(sum, width, 1, out + (row - range.first) * width);
+    sum += width;
   }
 }
 
@@ -197,8 +210,8 @@ void dense_gradient(const Source& source, T* out) {
     for (const RowRange& range : shares[t]) {
       T* const to = out + range.first * width;
       if constexpr (std::is_same_v<T, Sum>) {
-        std::fill_n(to, range.rows() * width, Sum{0});
-        for_rows<T>(source, range, [&](const auto* row, int64_t target) { add_row(to + target * width, row, width); });
+        clear(to, range.rows() * width);
+        add_source<T>(source, range, nullptr, to);
       } else {
         sum_rounded<T>(source, range, to);
       }
@@ -235,7 +248,7 @@ int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
   const TouchedShares touched = find_all_touched(source, shares);
   for_shares(shares, [&](int64_t t) {
     Buffer<int64_t> slots;
-    Vector<Sum> scratch;
+    Buffer<Sum> scratch;
     for (const TouchedRows& one : touched[t]) {
       slots = new_buffer<int64_t>(one.range.rows()); // only the slots of touched rows are ever read
       number_rows(one, slots.get(), rows + one.place);
@@ -243,9 +256,9 @@ int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
       if constexpr (std::is_same_v<T, Sum>) {
         sum_touched<T>(source, one, slots.get(), to);
       } else {
-        scratch.resize(one.count * width);
-        sum_touched<T>(source, one, slots.get(), scratch.data());
-        std::transform(scratch.begin(), scratch.end(), to, [](Sum sum) { return static_cast<T>(sum); });
+        scratch = new_buffer<Sum>(one.count * width);
+        sum_touched<T>(source, one, slots.get(), scratch.get());
+        table_kernels().of<T>().round_all(scratch.get(), one.count * width, 1, to);
       }
     }
   });
@@ -260,7 +273,7 @@ template <class T>
 void clear_tail(int64_t begin, int64_t end, int64_t width, int64_t* rows, T* grads) {
   parallel(end - begin, kSerialWork / std::max<int64_t>(width, 1), [&](int64_t first, int64_t last) {
     std::fill(rows + begin + first, rows + begin + last, -1);
-    std::fill(grads + (begin + first) * width, grads + (begin + last) * width, T{});
+    clear(grads + (begin + first) * width, (last - first) * width);
   });
 }
 
