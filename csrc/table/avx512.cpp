@@ -67,9 +67,9 @@ inline void store_row(BFloat16* to, vec value) {
   const __m512i bits = reinterpret_cast<__m512i>(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m256i numbers = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+  const __m256i numbers = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)), nan = _mm256_set1_epi16(0x7fc0);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_mask_mov_epi16(numbers, is_nan, _mm256_set1_epi16(0x7fc0)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_mask_mov_epi16(numbers, is_nan, nan));
 }
 
 #include "kernels.inc"

@@ -19,8 +19,10 @@ struct RowKernels {
       const T* const* rows, int64_t positions, int64_t books, int64_t width, bool first, bool fetch, Sum* sums);
   // Adds each listed row of ``data`` to the sum of its target.
   void (*add_listed)(const T* data, const Row* rows, int64_t listed, int64_t width, Sum* sums);
-  // The same for rows that are in the accumulator's type already.
-  void (*add_staged)(const Sum* data, const Row* rows, int64_t listed, int64_t width, Sum* sums);
+  // Adds to each of ``sums``, ``books`` of which follow each other for each of ``positions``, its row of ``data``.
+  void (*add_to)(
+      const T* data, int64_t position_step, int64_t book_step, int64_t positions, int64_t books, int64_t width,
+      bool fetch, Sum* const* sums);
   // out[i] = numbers[i] / divisor, exact until it is rounded.
   void (*widen_all)(const T* numbers, int64_t count, Sum divisor, Sum* out);
   // out[i] = sums[i] / divisor, rounded.

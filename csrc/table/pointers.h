@@ -5,6 +5,8 @@
 
 namespace kvb {
 
+constexpr int64_t kTableBytes = 1 << 21; // two L2 caches: from a smaller table rows arrive without a fetch ahead
+
 // Whether a walk reads indices one after the other, and its targets repeat with each run.
 inline bool in_one_run(const Walk& walk) {
   const auto follows = [&](int axis, int64_t length) {
@@ -17,7 +19,7 @@ inline bool in_one_run(const Walk& walk) {
 template <class T>
 class Pointers {
  public:
-  Pointers(const Walk& walk, int64_t K, const T* table, int64_t begin, int64_t end, int64_t length)
+  Pointers(const Walk& walk, int64_t K, T* table, int64_t begin, int64_t end, int64_t length)
       : walk_(walk), K_(K), table_(table), next_(begin) {
     const int64_t period = walk.size[2];
     if (walk.type != ScalarType::Long || !in_one_run(walk) || (walk.table[2] != 0 && length % period != 0)) return;
@@ -29,8 +31,8 @@ class Pointers {
     });
   }
 
-  // Point at the next ``count`` rows; whether all of their indices are in [0, K). Where one is not, nothing may be read.
-  [[nodiscard]] bool list(int64_t count, const T** rows) {
+  // Point at the next ``count`` rows; whether all their indices are in [0, K). Where one is not, nothing may be read.
+  [[nodiscard]] bool list(int64_t count, T** rows) {
     const int64_t begin = next_;
     next_ += count;
     if (!origins_) return list_runs(begin, next_, rows);
@@ -48,7 +50,7 @@ class Pointers {
     return walk_.index_step * sizeof(T);
   }
 
-  bool list_runs(int64_t begin, int64_t end, const T** rows) const {
+  bool list_runs(int64_t begin, int64_t end, T** rows) const {
     bool outside = false;
     with_integer(walk_.type, [&](auto index) {
       using Index = decltype(index);
@@ -62,7 +64,7 @@ class Pointers {
         for (int64_t i = 0; i < length; ++i, code += code_step, row += table_step) {
           const uint64_t pair = static_cast<uint64_t>(*code);
           beyond |= pair >= below;
-          rows[i] = reinterpret_cast<const T*>(row + pair * index_step);
+          rows[i] = reinterpret_cast<T*>(row + pair * index_step);
         }
         rows += length;
         outside |= beyond;
@@ -73,7 +75,7 @@ class Pointers {
 
   Walk walk_;
   int64_t K_;
-  const T* table_;
+  T* table_;
   int64_t next_; // position
   Buffer<uintptr_t> origins_; // of the rows of a list, in codebooks; null where indices do not lie in order
 };

@@ -5,8 +5,6 @@
 
 namespace kvb {
 
-constexpr int64_t kTableBytes = 1 << 21; // two L2 caches: from a smaller table rows arrive without a fetch ahead
-
 // The codebooks that are summed at a time, so that what is fetched from shares pages and cache lines; whole groups.
 inline int64_t books_at_a_time(int64_t book_bytes) {
   return std::max<int64_t>(1, kTableBytes / std::max<int64_t>(book_bytes, 1) / kSummedBooks) * kSummedBooks;
@@ -27,7 +25,7 @@ template <class T>
   const Sum divisor = static_cast<Sum>(mean ? C : 1);
   std::atomic<bool> in_range{true};
   parallel(positions, kSerialWork / std::max<int64_t>(C * width, 1), [&](int64_t begin, int64_t end) {
-    std::vector<Pointers<T>> parts;
+    std::vector<Pointers<const T>> parts;
     for (int64_t c = 0; c < C; c += at_a_time) {
       const int64_t books = std::min(at_a_time, C - c);
       parts.emplace_back(

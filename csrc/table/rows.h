@@ -272,9 +272,12 @@ struct Source {
   int64_t width() const {
     return tensor.size(tensor.dim() - 1);
   }
-  // Rows are read where they lie, unless they are strided, or scaled, or shared by all codebooks.
+  // Rows are read where they lie, unless they are strided or scaled.
   bool staged() const {
-    return pooled || tensor.stride(3) != 1;
+    return divisor != 1 || tensor.stride(tensor.dim() - 1) != 1;
+  }
+  int64_t codebook_step() const {
+    return pooled ? 0 : tensor.stride(2);
   }
 };
 
@@ -282,14 +285,14 @@ struct Source {
 template <class T, class Sum>
 void stage(const Source& source, int64_t n0, int64_t n1, int64_t c0, int64_t c1, Sum* out) {
   const Tensor& tensor = source.tensor;
-  const int64_t S = source.indices.size(1), width = source.width();
-  const int64_t codebook = source.pooled ? 0 : tensor.stride(2), step = tensor.stride(tensor.dim() - 1);
+  const int64_t S = source.indices.size(1), width = source.width(), codebook = source.codebook_step();
+  const int64_t batch = tensor.stride(0), position = tensor.stride(1), step = tensor.stride(tensor.dim() - 1);
   const T* data = tensor.const_data_ptr<T>();
   const Sum divisor = static_cast<Sum>(source.divisor);
   const RowKernels<T>& kernels = table_kernels().of<T>();
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t c = c0; c < c1; ++c, out += width) {
-      const T* row = data + n / S * tensor.stride(0) + n % S * tensor.stride(1) + c * codebook;
+      const T* row = data + n / S * batch + n % S * position + c * codebook;
       if (step == 1)
         kernels.widen_all(row, width, divisor, out);
       else
@@ -316,7 +319,7 @@ void for_targets(const Tensor& indices, int64_t K, const RowRange& range, const 
 // The strides that find a listed row in ``source``, or among the staged rows of one tile.
 inline Sizes places(const Source& source, int64_t books) {
   const Tensor& tensor = source.tensor;
-  if (!source.staged()) return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  if (!source.staged()) return {tensor.stride(0), tensor.stride(1), source.codebook_step()};
   const int64_t width = source.width(), position = source.pooled ? width : width * books;
   return {source.indices.size(1) * position, position, source.pooled ? 0 : width};
 }

@@ -1,6 +1,7 @@
 // Values fetched by index, and the gradient of that: gather, gather_backward, gather_backward_rows.
 #include "../ops.h"
 #include "pooled.h"
+#include "scatter.h"
 
 #include <bit>
 
@@ -84,7 +85,7 @@ inline void stream_row(char* __restrict out, const char* __restrict row, int64_t
   parallel(order.positions(), kSerialWork * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
     std::array<const char*, kListedRows> rows;
     const int64_t period = order.size[2], length = period < kListedRows ? kListedRows / period * period : kListedRows;
-    Pointers<char> pointers(order, K, table, begin, end, length);
+    Pointers<const char> pointers(order, K, table, begin, end, length);
     char* to = out + begin * row_bytes;
     const auto copy_listed = [&](int64_t listed, auto copy) {
       for (int64_t i = 0; i < listed; ++i, to += row_bytes) {
@@ -112,7 +113,7 @@ void require_grad(const Tensor& grad, const Tensor& indices, int64_t K, const st
   require(indices.dim() == 3, "expected indices [B, S, C], got ", shape(indices));
   const int64_t B = indices.size(0), S = indices.size(1), C = indices.size(2);
   pool == "none" ? require_shape(grad, "grad", {B, S, C, -1}) : require_shape(grad, "grad", {B, S, -1});
-  require_codes(indices, C, K);
+  require_indices(indices, C, K);
 }
 
 Source source_of(const Tensor& grad, const Tensor& indices, int64_t K, const std::string& pool) {
@@ -163,14 +164,11 @@ void number_rows(const TouchedRows& touched, int64_t* slots, int64_t* rows) {
 // Adds the rows of one range to their sums; where ``slots`` are given, to those in the place of their targets.
 template <class T>
 void add_source(const Source& source, const RowRange& range, const int64_t* slots, Accumulator<T>* sums) {
-  const RowKernels<T>& kernels = table_kernels().of<T>();
   list_source<T>(source, range, [&](const auto* data, Row* rows, int64_t listed) {
     if (slots)
       for (int64_t i = 0; i < listed; ++i) rows[i].target = slots[rows[i].target];
-    if constexpr (std::is_same_v<decltype(data), const T*>)
-      kernels.add_listed(data, rows, listed, source.width(), sums);
-    else
-      kernels.add_staged(data, rows, listed, source.width(), sums);
+    using Number = std::remove_const_t<std::remove_pointer_t<decltype(data)>>; // of grad, or staged
+    table_kernels().of<Number>().add_listed(data, rows, listed, source.width(), sums);
   });
 }
 
@@ -200,16 +198,42 @@ void sum_rounded(const Source& source, const RowRange& range, T* out) {
   }
 }
 
+// The whole codebooks of one range, all rows of which are summed; whether all indices are in [0, K).
+template <class T>
+[[nodiscard]] bool sum_whole(const Source& source, int64_t step, const RowRange& range, T* out) {
+  using Sum = Accumulator<T>;
+  const int64_t first = range.first / source.K, last = range.last / source.K, count = range.rows() * source.width();
+  if constexpr (std::is_same_v<T, Sum>) {
+    clear(out, count);
+    return add_codebooks<T>(source, step, first, last, out);
+  } else {
+    const Buffer<Sum> sums = new_buffer<Sum>(count);
+    clear(sums.get(), count);
+    const bool in_range = add_codebooks<T>(source, step, first, last, sums.get());
+    table_kernels().of<T>().round_all(sums.get(), count, 1, out);
+    return in_range;
+  }
+}
+
 template <class T>
 void dense_gradient(const Source& source, T* out) {
   using Sum = Accumulator<T>;
-  const int64_t width = source.width(), rows = source.indices.size(2) * source.K;
+  constexpr bool in_place = std::is_same_v<T, Sum>;
+  const int64_t width = source.width(), K = source.K, rows = source.indices.size(2) * K;
   const Shares shares = share_out(
-      source.indices.size(2), source.K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
+      source.indices.size(2), K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
+  const std::optional<int64_t> step = position_step(source);
+  const auto is_whole = [&](const RowRange& range) { return range.first % K == 0 && range.last % K == 0; };
+  bool whole = step && (in_place || source.indices.numel() >= rows);
+  for (const auto& share : shares) whole = whole && std::all_of(share.begin(), share.end(), is_whole);
+  if (!whole) require_in_range(source.indices, K);
+  std::atomic<bool> in_range{true};
   for_shares(shares, [&](int64_t t) {
     for (const RowRange& range : shares[t]) {
       T* const to = out + range.first * width;
-      if constexpr (std::is_same_v<T, Sum>) {
+      if (whole) {
+        if (!sum_whole(source, *step, range, to)) in_range = false;
+      } else if constexpr (in_place) {
         clear(to, range.rows() * width);
         add_source<T>(source, range, nullptr, to);
       } else {
@@ -217,6 +241,7 @@ void dense_gradient(const Source& source, T* out) {
       }
     }
   });
+  if (!in_range) require_in_range(source.indices, K);
 }
 
 // --- gradients as merged rows ----------------------------------------------------------------------------------------
@@ -324,6 +349,7 @@ Tensor gather_backward(Tensor grad, Tensor indices, int64_t K, std::string pool)
 
 std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indices, int64_t K, std::string pool) {
   require_grad(grad, indices, K, pool);
+  require_in_range(indices, K);
   const Source source = source_of(grad, indices, K, pool);
   const int64_t size = std::min(indices.numel(), indices.size(2) * K), width = source.width();
   Tensor rows = new_tensor(grad, {size}, ScalarType::Long);
