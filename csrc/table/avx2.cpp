@@ -45,6 +45,7 @@ inline wide load_part(const double* from, int64_t count) {
 }
 template <class T>
 inline vec load_part(const T* from, int64_t count) {
+  if (count == kWidth) return load_row(from);
   alignas(16) uint16_t numbers[8] = {};
   for (int64_t i = 0; i < count; ++i) numbers[i] = from[i].x;
   return widened(_mm_load_si128(reinterpret_cast<const __m128i*>(numbers)), T{});

@@ -33,6 +33,8 @@ struct TableKernels {
   // rows[i] = origins[i] + codes[i] * step; whether all codes are in [0, K).
   bool (*point_at)(
       const int64_t* codes, const uintptr_t* origins, int64_t count, uint64_t step, int64_t K, uintptr_t* rows);
+  // Rows of so many bytes, an even number, one after the other; ``fetch`` says whether they are fetched ahead.
+  void (*copy_rows)(const char* const* rows, int64_t count, int64_t bytes, bool fetch, char* out);
   RowKernels<float> float32;
   RowKernels<double> float64;
   RowKernels<Half> float16;

@@ -28,7 +28,9 @@ inline vec load_row(const T* from) {
 
 template <class T>
 inline auto load_part(const T* from, int64_t count) {
-  return load_lanes<std::conditional_t<std::is_same_v<T, double>, wide, vec>>(from, count);
+  using Lanes = std::conditional_t<std::is_same_v<T, double>, wide, vec>;
+  constexpr int64_t whole = sizeof(Lanes) / sizeof(Accumulator<T>);
+  return count == whole ? load_row(from) : load_lanes<Lanes>(from, count);
 }
 
 template <class Sum, class Lanes>

@@ -34,32 +34,6 @@ Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
 
 // --- gather ----------------------------------------------------------------------------------------------------------
 
-// Two pieces of ``size`` bytes that may overlap.
-template <int size>
-inline void copy_two(char* __restrict out, const char* __restrict row, int64_t second) {
-  char pieces[2][size];
-  __builtin_memcpy(pieces[0], row, size);
-  __builtin_memcpy(pieces[1], row + second, size);
-  __builtin_memcpy(out, pieces[0], size);
-  __builtin_memcpy(out + second, pieces[1], size);
-}
-
-// Rows are too short for a call of memcpy; the last piece overlaps the one before instead of ending in smaller ones.
-inline void copy_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
-  if (bytes >= 32) {
-    for (int64_t at = 0; at + 32 <= bytes; at += 32) copy_two<16>(out + at, row + at, 16);
-    copy_two<16>(out + bytes - 32, row + bytes - 32, 16);
-  } else if (bytes >= 16) {
-    copy_two<16>(out, row, bytes - 16);
-  } else if (bytes >= 8) {
-    copy_two<8>(out, row, bytes - 8);
-  } else if (bytes >= 4) {
-    copy_two<4>(out, row, bytes - 4);
-  } else {
-    __builtin_memcpy(out, row, bytes);
-  }
-}
-
 // Whether rows of so many bytes can be written past the caches, and should be: an output that no cache holds would
 // otherwise be read before it is written.
 bool streams(const char* out, int64_t row_bytes, int64_t bytes) {
@@ -70,16 +44,23 @@ bool streams(const char* out, int64_t row_bytes, int64_t bytes) {
 #endif
 }
 
-inline void stream_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
+// ``bytes`` of all rows are written in whole vectors.
+inline void stream_rows(const char* const* rows, int64_t count, int64_t bytes, char* __restrict out) {
 #ifdef __SSE2__
-  for (int64_t at = 0; at < bytes; at += 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + at), _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + at)));
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) prefetch(rows[i + kAhead], bytes);
+    for (int64_t at = 0; at < bytes; at += 16, out += 16)
+      _mm_stream_si128(
+          reinterpret_cast<__m128i*>(out), _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at)));
+  }
 #endif
 }
 
 // Rows of ``table`` one after the other, in the order of ``order``, which counts in bytes; whether all indices are in
 // [0, K).
 [[nodiscard]] bool gather_each(const char* table, const Walk& order, int64_t K, int64_t row_bytes, char* out) {
+  const int64_t C = order.table[0] ? order.size[0] : order.table[1] ? order.size[1] : order.size[2];
+  const bool fetch = C * K * row_bytes > kTableBytes;
   const bool streaming = streams(out, row_bytes, order.positions() * row_bytes);
   std::atomic<bool> in_range{true};
   parallel(order.positions(), kSerialWork * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
@@ -87,16 +68,13 @@ inline void stream_row(char* __restrict out, const char* __restrict row, int64_t
     const int64_t period = order.size[2], length = period < kListedRows ? kListedRows / period * period : kListedRows;
     Pointers<const char> pointers(order, K, table, begin, end, length);
     char* to = out + begin * row_bytes;
-    const auto copy_listed = [&](int64_t listed, auto copy) {
-      for (int64_t i = 0; i < listed; ++i, to += row_bytes) {
-        if (i + kAhead < listed) prefetch(rows[i + kAhead], row_bytes);
-        copy(to, rows[i], row_bytes);
-      }
-    };
-    for (int64_t at = begin; at < end; at += length) {
+    for (int64_t at = begin; at < end; at += length, to += length * row_bytes) {
       const int64_t listed = std::min(length, end - at);
       if (!pointers.list(listed, rows.data())) return in_range.store(false);
-      streaming ? copy_listed(listed, stream_row) : copy_listed(listed, copy_row);
+      if (streaming)
+        stream_rows(rows.data(), listed, row_bytes, to);
+      else
+        table_kernels().copy_rows(rows.data(), listed, row_bytes, fetch, to);
     }
 #ifdef __SSE2__
     if (streaming) _mm_sfence();
