@@ -5,9 +5,11 @@
 
 namespace kvb {
 
-// The codebooks that are summed at a time, so that what is fetched from shares pages and cache lines; whole groups.
-inline int64_t books_at_a_time(int64_t book_bytes) {
-  return std::max<int64_t>(1, kTableBytes / std::max<int64_t>(book_bytes, 1) / kSummedBooks) * kSummedBooks;
+// How many of C codebooks are summed at a time, in whole groups: what is fetched from shares pages and cache lines.
+inline int64_t books_at_a_time(int64_t C, int64_t book_bytes) {
+  if (C * book_bytes <= kTableBytes) return std::max<int64_t>(C, 1);
+  const int64_t groups = std::max<int64_t>(1, kTableBytes / 2 / book_bytes / kSummedBooks);
+  return std::min(groups * kSummedBooks, C);
 }
 
 // Whether all indices are in [0, K): where one is not, what ``out`` holds is undefined.
@@ -17,7 +19,7 @@ template <class T>
   constexpr bool in_place = std::is_same_v<T, Sum>; // sums are kept where they go
   const RowKernels<T>& kernels = table_kernels().of<T>();
   const int64_t C = all.size[2], positions = all.size[0] * all.size[1], book_bytes = K * width * sizeof(T);
-  const int64_t at_a_time = std::min(books_at_a_time(book_bytes), std::max<int64_t>(C, 1));
+  const int64_t at_a_time = books_at_a_time(C, book_bytes);
   // Sums of 16 KB, half of an L1 cache, or as many rows as are listed.
   const int64_t fitting = std::min(kListedRows * 4 / std::max<int64_t>(width, 1), kListedRows / at_a_time);
   const int64_t tile = std::max<int64_t>(1, fitting);

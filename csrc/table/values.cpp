@@ -58,9 +58,8 @@ inline void stream_rows(const char* const* rows, int64_t count, int64_t bytes, c
 
 // Rows of ``table`` one after the other, in the order of ``order``, which counts in bytes; whether all indices are in
 // [0, K).
-[[nodiscard]] bool gather_each(const char* table, const Walk& order, int64_t K, int64_t row_bytes, char* out) {
-  const int64_t C = order.table[0] ? order.size[0] : order.table[1] ? order.size[1] : order.size[2];
-  const bool fetch = C * K * row_bytes > kTableBytes;
+[[nodiscard]] bool gather_each(
+    const char* table, const Walk& order, int64_t K, int64_t row_bytes, bool fetch, char* out) {
   const bool streaming = streams(out, row_bytes, order.positions() * row_bytes);
   std::atomic<bool> in_range{true};
   parallel(order.positions(), kSerialWork * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
@@ -306,10 +305,11 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
   const bool transposed = layout == "bcsv";
   Tensor out = new_output(values, {B, transposed ? C : S, transposed ? S : C, V});
   const int64_t bytes = element_bytes(type);
+  const bool fetch = C * K * V * bytes > kTableBytes;
   Walk order = walk(indices, {}, values.stride(0) * bytes, values.stride(1) * bytes);
   if (transposed) swap_axes(order, 1, 2);
   if (!gather_each(
-          static_cast<const char*>(values.const_data_ptr()), with_long_runs(order), K, V * bytes,
+          static_cast<const char*>(values.const_data_ptr()), with_long_runs(order), K, V * bytes, fetch,
           static_cast<char*>(out.mutable_data_ptr())))
     require_in_range(indices, K);
   return out;
