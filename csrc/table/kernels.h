@@ -8,7 +8,8 @@ namespace kvb {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Rows of ``width`` numbers, and sums of them. Whatever the instruction set, the results are the same to the last bit.
+// Rows of ``width`` numbers, and sums of them. Whatever the instruction set, the results are the same to the last bit,
+// but for the bits of NaN.
 template <class T>
 struct RowKernels {
   using Sum = Accumulator<T>;
@@ -23,7 +24,7 @@ struct RowKernels {
   void (*add_to)(
       const T* data, int64_t position_step, int64_t book_step, int64_t positions, int64_t books, int64_t width,
       bool fetch, Sum* const* sums);
-  // out[i] = numbers[i] / divisor, exact until it is rounded.
+  // out[i] = numbers[i] / divisor, as a sum's type.
   void (*widen_all)(const T* numbers, int64_t count, Sum divisor, Sum* out);
   // out[i] = sums[i] / divisor, rounded.
   void (*round_all)(const Sum* sums, int64_t count, Sum divisor, T* out);

@@ -22,6 +22,7 @@ class Pointers {
   Pointers(const Walk& walk, int64_t K, T* table, int64_t begin, int64_t end, int64_t length)
       : walk_(walk), K_(K), table_(table), next_(begin) {
     const int64_t period = walk.size[2];
+    if (begin >= end) return;
     if (walk.type != ScalarType::Long || !in_one_run(walk) || (walk.table[2] != 0 && length % period != 0)) return;
     const int64_t count = std::min(length, end - begin), phase = begin % period;
     origins_ = new_buffer<uintptr_t>(count);
