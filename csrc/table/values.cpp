@@ -201,7 +201,7 @@ void dense_gradient(const Source& source, T* out) {
       source.indices.size(2), K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
   const std::optional<int64_t> step = position_step(source);
   const auto is_whole = [&](const RowRange& range) { return range.first % K == 0 && range.last % K == 0; };
-  bool whole = step && (in_place || source.indices.numel() >= rows);
+  bool whole = step && rows > 0 && (in_place || source.indices.numel() >= rows);
   for (const auto& share : shares) whole = whole && std::all_of(share.begin(), share.end(), is_whole);
   if (!whole) require_in_range(source.indices, K);
   std::atomic<bool> in_range{true};
