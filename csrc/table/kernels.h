@@ -14,10 +14,9 @@ template <class T>
 struct RowKernels {
   using Sum = Accumulator<T>;
 
-  // For each of ``positions`` adds its ``books`` rows, which follow each other in ``rows``, to its sum; sums of which
-  // these are the ``first`` rows begin at zero. ``fetch`` says whether the rows are fetched ahead.
-  void (*add_books)(
-      const T* const* rows, int64_t positions, int64_t books, int64_t width, bool first, bool fetch, Sum* sums);
+  // For each of ``positions`` the sum of its ``books`` rows, which follow each other in ``rows``; ``fetch`` says
+  // whether they are fetched ahead.
+  void (*sum_books)(const T* const* rows, int64_t positions, int64_t books, int64_t width, bool fetch, Sum* sums);
   // Adds each listed row of ``data`` to the sum of its target.
   void (*add_listed)(const T* data, const Row* rows, int64_t listed, int64_t width, Sum* sums);
   // Adds to each of ``sums``, ``books`` of which follow each other for each of ``positions``, its row of ``data``.
@@ -66,8 +65,8 @@ extern const TableKernels table_kernels;
 }
 #endif
 
-constexpr int64_t kSummedBooks = 8; // codebooks summed before the total is touched: a cache line of int64 indices
-constexpr int64_t kSumsAhead = 4; // sums between the fetch of their rows and their use
+constexpr int64_t kSummedBooks = 8; // codebooks summed in pairs before the total is touched
+constexpr int64_t kSummedAhead = 32; // rows between the fetch of one and its use in a sum
 
 // Those that go with the instruction set that the search runs with.
 const TableKernels& table_kernels();
