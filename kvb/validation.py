@@ -129,16 +129,18 @@ def integer(owner: str, name: str, value: Any) -> Tensor:
 
 def shape(name: str, value: Tensor, letters: str, sizes: Sequence[int | None], hint: str = "") -> None:
     """``letters`` names the axes, ``sizes`` gives those that are fixed."""
-    fits = value.dim() == len(sizes)
-    if fits:
-        for size, got in zip(sizes, value.shape, strict=True):
-            fits = fits and (size is None or size == got)
-    if not fits:
-        axes = letters.split()
-        want = ", ".join(axis if size is None else str(size) for axis, size in zip(axes, sizes, strict=True))
-        raise ValueError(
-            f"expected {name} of shape ({', '.join(axes)}) = ({want}), got {tuple(value.shape)}{hint and '; ' + hint}"
-        )
+    found = value.shape
+    if len(found) == len(sizes):
+        for axis, size in enumerate(sizes):
+            if size is not None and size != found[axis]:
+                break
+        else:
+            return
+    axes = letters.split()
+    want = ", ".join(axis if size is None else str(size) for axis, size in zip(axes, sizes, strict=True))
+    raise ValueError(
+        f"expected {name} of shape ({', '.join(axes)}) = ({want}), got {tuple(found)}{hint and '; ' + hint}"
+    )
 
 
 def split_features(x: Tensor, C: int, D: int) -> None:

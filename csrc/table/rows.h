@@ -4,7 +4,7 @@
 // loop over it look ahead: table rows are fetched from random places.
 #pragma once
 
-#include "../numbers.h"
+#include "kernels.h"
 
 #include <array>
 #include <atomic>
@@ -189,8 +189,8 @@ inline void require_in_range(const Tensor& indices, int64_t K) {
   throw std::out_of_range(message.str());
 }
 
-// Indices [B, S, C] with every one in [0, K).
-inline void require_codes(const Tensor& indices, int64_t C, int64_t K) {
+// Indices [B, S, C] for codebooks of K pairs, wherever they point.
+inline void require_indices(const Tensor& indices, int64_t C, int64_t K) {
   require_cpu(indices, "indices");
   require(
       indices.dim() == 3 && indices.size(2) == C, "expected indices [B, S, ", C, "], got ", shape(indices));
@@ -202,6 +202,11 @@ inline void require_codes(const Tensor& indices, int64_t C, int64_t K) {
       type == ScalarType::Byte || type == ScalarType::Char || type == ScalarType::Short || type == ScalarType::Int ||
           type == ScalarType::Long,
       "expected integer indices, got ", dtype_name(type));
+}
+
+// Indices [B, S, C] with every one in [0, K).
+inline void require_codes(const Tensor& indices, int64_t C, int64_t K) {
+  require_indices(indices, C, K);
   require_in_range(indices, K);
 }
 
@@ -267,9 +272,12 @@ struct Source {
   int64_t width() const {
     return tensor.size(tensor.dim() - 1);
   }
-  // Rows are read where they lie, unless they are strided, or scaled, or shared by all codebooks.
+  // Rows are read where they lie, unless they are strided or scaled.
   bool staged() const {
-    return pooled || tensor.stride(3) != 1;
+    return divisor != 1 || tensor.stride(tensor.dim() - 1) != 1;
+  }
+  int64_t codebook_step() const {
+    return pooled ? 0 : tensor.stride(2);
   }
 };
 
@@ -277,14 +285,18 @@ struct Source {
 template <class T, class Sum>
 void stage(const Source& source, int64_t n0, int64_t n1, int64_t c0, int64_t c1, Sum* out) {
   const Tensor& tensor = source.tensor;
-  const int64_t S = source.indices.size(1), width = source.width();
-  const int64_t codebook = source.pooled ? 0 : tensor.stride(2), step = tensor.stride(tensor.dim() - 1);
+  const int64_t S = source.indices.size(1), width = source.width(), codebook = source.codebook_step();
+  const int64_t batch = tensor.stride(0), position = tensor.stride(1), step = tensor.stride(tensor.dim() - 1);
   const T* data = tensor.const_data_ptr<T>();
   const Sum divisor = static_cast<Sum>(source.divisor);
+  const RowKernels<T>& kernels = table_kernels().of<T>();
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t c = c0; c < c1; ++c, out += width) {
-      const T* row = data + n / S * tensor.stride(0) + n % S * tensor.stride(1) + c * codebook;
-      for (int64_t v = 0; v < width; ++v) out[v] = widen<Sum>(row[v * step]) / divisor;
+      const T* row = data + n / S * batch + n % S * position + c * codebook;
+      if (step == 1)
+        kernels.widen_all(row, width, divisor, out);
+      else
+        for (int64_t v = 0; v < width; ++v) out[v] = widen<Sum>(row[v * step]) / divisor;
     }
   }
 }
@@ -307,7 +319,7 @@ void for_targets(const Tensor& indices, int64_t K, const RowRange& range, const 
 // The strides that find a listed row in ``source``, or among the staged rows of one tile.
 inline Sizes places(const Source& source, int64_t books) {
   const Tensor& tensor = source.tensor;
-  if (!source.staged()) return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  if (!source.staged()) return {tensor.stride(0), tensor.stride(1), source.codebook_step()};
   const int64_t width = source.width(), position = source.pooled ? width : width * books;
   return {source.indices.size(1) * position, position, source.pooled ? 0 : width};
 }
@@ -331,7 +343,7 @@ void list_staged(const Source& source, Walk part, const RowRange& range, int64_t
 }
 
 // List the rows of ``source`` that go to one range, those of each codebook in batch order: visit(data, rows, how many),
-// with places in ``data`` and targets in the range.
+// with places in ``data`` and targets in the range; it may change the rows.
 template <class T, class F>
 void list_source(const Source& source, const RowRange& range, const F& visit) {
   const int64_t c0 = range.first / source.K, c1 = (range.last - 1) / source.K + 1;

@@ -1,7 +1,7 @@
 // Values fetched by index, and the gradient of that: gather, gather_backward, gather_backward_rows.
 #include "../ops.h"
 #include "pooled.h"
-#include "short_rows.h"
+#include "scatter.h"
 
 #include <bit>
 
@@ -34,32 +34,6 @@ Tensor new_output(const Tensor& like, std::initializer_list<int64_t> sizes) {
 
 // --- gather ----------------------------------------------------------------------------------------------------------
 
-// Two pieces of ``size`` bytes that may overlap.
-template <int size>
-inline void copy_two(char* __restrict out, const char* __restrict row, int64_t second) {
-  char pieces[2][size];
-  __builtin_memcpy(pieces[0], row, size);
-  __builtin_memcpy(pieces[1], row + second, size);
-  __builtin_memcpy(out, pieces[0], size);
-  __builtin_memcpy(out + second, pieces[1], size);
-}
-
-// Rows are too short for a call of memcpy; the last piece overlaps the one before instead of ending in smaller ones.
-inline void copy_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
-  if (bytes >= 32) {
-    for (int64_t at = 0; at + 32 <= bytes; at += 32) copy_two<16>(out + at, row + at, 16);
-    copy_two<16>(out + bytes - 32, row + bytes - 32, 16);
-  } else if (bytes >= 16) {
-    copy_two<16>(out, row, bytes - 16);
-  } else if (bytes >= 8) {
-    copy_two<8>(out, row, bytes - 8);
-  } else if (bytes >= 4) {
-    copy_two<4>(out, row, bytes - 4);
-  } else {
-    __builtin_memcpy(out, row, bytes);
-  }
-}
-
 // Whether rows of so many bytes can be written past the caches, and should be: an output that no cache holds would
 // otherwise be read before it is written.
 bool streams(const char* out, int64_t row_bytes, int64_t bytes) {
@@ -70,33 +44,42 @@ bool streams(const char* out, int64_t row_bytes, int64_t bytes) {
 #endif
 }
 
-inline void stream_row(char* __restrict out, const char* __restrict row, int64_t bytes) {
+// ``bytes`` of all rows are written in whole vectors.
+inline void stream_rows(const char* const* rows, int64_t count, int64_t bytes, char* __restrict out) {
 #ifdef __SSE2__
-  for (int64_t at = 0; at < bytes; at += 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + at), _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + at)));
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) prefetch(rows[i + kAhead], bytes);
+    for (int64_t at = 0; at < bytes; at += 16, out += 16)
+      _mm_stream_si128(
+          reinterpret_cast<__m128i*>(out), _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at)));
+  }
 #endif
 }
 
-// Rows of ``table`` one after the other, in the order of ``order``, whose targets are in bytes.
-void gather_each(const char* table, const Walk& order, int64_t row_bytes, char* out) {
+// Rows of ``table`` one after the other, in the order of ``order``, which counts in bytes; whether all indices are in
+// [0, K).
+[[nodiscard]] bool gather_each(
+    const char* table, const Walk& order, int64_t K, int64_t row_bytes, bool fetch, char* out) {
   const bool streaming = streams(out, row_bytes, order.positions() * row_bytes);
+  std::atomic<bool> in_range{true};
   parallel(order.positions(), kSerialWork * 4 / std::max<int64_t>(row_bytes, 1), [&](int64_t begin, int64_t end) {
-    std::array<Row, kListedRows> rows;
+    std::array<const char*, kListedRows> rows;
+    const int64_t period = order.size[2], length = period < kListedRows ? kListedRows / period * period : kListedRows;
+    Pointers<const char> pointers(order, K, table, begin, end, length);
     char* to = out + begin * row_bytes;
-    const auto copy_listed = [&](int64_t listed, auto copy) {
-      for (int64_t i = 0; i < listed; ++i, to += row_bytes) {
-        if (i + kAhead < listed) prefetch(table + rows[i + kAhead].target, row_bytes);
-        copy(to, table + rows[i].target, row_bytes);
-      }
-    };
-    for (int64_t at = begin; at < end; at += kListedRows) {
-      const int64_t listed = list_rows(order, at, std::min(end, at + kListedRows), UINT64_MAX, rows.data());
-      streaming ? copy_listed(listed, stream_row) : copy_listed(listed, copy_row);
+    for (int64_t at = begin; at < end; at += length, to += length * row_bytes) {
+      const int64_t listed = std::min(length, end - at);
+      if (!pointers.list(listed, rows.data())) return in_range.store(false);
+      if (streaming)
+        stream_rows(rows.data(), listed, row_bytes, to);
+      else
+        table_kernels().copy_rows(rows.data(), listed, row_bytes, fetch, to);
     }
 #ifdef __SSE2__
     if (streaming) _mm_sfence();
 #endif
   });
+  return in_range;
 }
 
 // --- gradients -------------------------------------------------------------------------------------------------------
@@ -107,7 +90,7 @@ void require_grad(const Tensor& grad, const Tensor& indices, int64_t K, const st
   require(indices.dim() == 3, "expected indices [B, S, C], got ", shape(indices));
   const int64_t B = indices.size(0), S = indices.size(1), C = indices.size(2);
   pool == "none" ? require_shape(grad, "grad", {B, S, C, -1}) : require_shape(grad, "grad", {B, S, -1});
-  require_codes(indices, C, K);
+  require_indices(indices, C, K);
 }
 
 Source source_of(const Tensor& grad, const Tensor& indices, int64_t K, const std::string& pool) {
@@ -117,6 +100,11 @@ Source source_of(const Tensor& grad, const Tensor& indices, int64_t K, const std
 // The most rows a range may have for ``bytes`` a row to stay in cache.
 int64_t cached_rows(int64_t bytes) {
   return kCachedBytes / std::max<int64_t>(bytes, 1);
+}
+
+template <class T>
+void clear(T* numbers, int64_t count) {
+  std::memset(static_cast<void*>(numbers), 0, count * sizeof(T));
 }
 
 // The rows of one range that any index points at.
@@ -150,16 +138,22 @@ void number_rows(const TouchedRows& touched, int64_t* slots, int64_t* rows) {
   }
 }
 
+// Adds the rows of one range to their sums; where ``slots`` are given, to those in the place of their targets.
+template <class T>
+void add_source(const Source& source, const RowRange& range, const int64_t* slots, Accumulator<T>* sums) {
+  list_source<T>(source, range, [&](const auto* data, Row* rows, int64_t listed) {
+    if (slots)
+      for (int64_t i = 0; i < listed; ++i) rows[i].target = slots[rows[i].target];
+    using Number = std::remove_const_t<std::remove_pointer_t<decltype(data)>>; // of grad, or staged
+    table_kernels().of<Number>().add_listed(data, rows, listed, source.width(), sums);
+  });
+}
+
 // The sums of the touched rows of one range, one after the other.
 template <class T>
 void sum_touched(const Source& source, const TouchedRows& touched, const int64_t* slots, Accumulator<T>* sums) {
-  const int64_t width = source.width();
-  std::fill_n(sums, touched.count * width, Accumulator<T>{0});
-  for_rows<T>(source, touched.range, [&](const auto* row, int64_t target) {
-    update_row(sums + slots[target] * width, row, width, [](auto sum, auto number) {
-      return sum + widen<decltype(sum)>(number);
-    });
-  });
+  clear(sums, touched.count * source.width());
+  add_source<T>(source, touched.range, slots, sums);
 }
 
 // All sums of one range, where they are kept in another type: only touched rows are summed and rounded.
@@ -171,33 +165,60 @@ void sum_rounded(const Source& source, const RowRange& range, T* out) {
   const Buffer<int64_t> slots = new_buffer<int64_t>(range.rows());
   Vector<int64_t> rows(touched.count);
   number_rows(touched, slots.get(), rows.data());
-  Vector<Sum> sums(touched.count * width);
-  sum_touched<T>(source, touched, slots.get(), sums.data());
-  std::fill_n(out, range.rows() * width, T{});
-  const Sum* sum = sums.data();
+  const Buffer<Sum> sums = new_buffer<Sum>(touched.count * width);
+  sum_touched<T>(source, touched, slots.get(), sums.get());
+  clear(out, range.rows() * width);
+  const Sum* sum = sums.get();
   for (int64_t row : rows) {
-    T* const to = out + (row - range.first) * width;
-    for (int64_t v = 0; v < width; ++v) to[v] = static_cast<T>(*sum++);
+    table_kernels().of<T>().round_all(sum, width, 1, out + (row - range.first) * width);
+    sum += width;
+  }
+}
+
+// The whole codebooks of one range, all rows of which are summed; whether all indices are in [0, K).
+template <class T>
+[[nodiscard]] bool sum_whole(const Source& source, int64_t step, const RowRange& range, T* out) {
+  using Sum = Accumulator<T>;
+  const int64_t first = range.first / source.K, last = range.last / source.K, count = range.rows() * source.width();
+  if constexpr (std::is_same_v<T, Sum>) {
+    clear(out, count);
+    return add_codebooks<T>(source, step, first, last, out);
+  } else {
+    const Buffer<Sum> sums = new_buffer<Sum>(count);
+    clear(sums.get(), count);
+    const bool in_range = add_codebooks<T>(source, step, first, last, sums.get());
+    table_kernels().of<T>().round_all(sums.get(), count, 1, out);
+    return in_range;
   }
 }
 
 template <class T>
 void dense_gradient(const Source& source, T* out) {
   using Sum = Accumulator<T>;
-  const int64_t width = source.width(), rows = source.indices.size(2) * source.K;
+  constexpr bool in_place = std::is_same_v<T, Sum>;
+  const int64_t width = source.width(), K = source.K, rows = source.indices.size(2) * K;
   const Shares shares = share_out(
-      source.indices.size(2), source.K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
+      source.indices.size(2), K, cached_rows(width * sizeof(Sum)), (source.indices.numel() + rows) * width);
+  const std::optional<int64_t> step = position_step(source);
+  const auto is_whole = [&](const RowRange& range) { return range.first % K == 0 && range.last % K == 0; };
+  bool whole = step && rows > 0 && (in_place || source.indices.numel() >= rows);
+  for (const auto& share : shares) whole = whole && std::all_of(share.begin(), share.end(), is_whole);
+  if (!whole) require_in_range(source.indices, K);
+  std::atomic<bool> in_range{true};
   for_shares(shares, [&](int64_t t) {
     for (const RowRange& range : shares[t]) {
       T* const to = out + range.first * width;
-      if constexpr (std::is_same_v<T, Sum>) {
-        std::fill_n(to, range.rows() * width, Sum{0});
-        for_rows<T>(source, range, [&](const auto* row, int64_t target) { add_row(to + target * width, row, width); });
+      if (whole) {
+        if (!sum_whole(source, *step, range, to)) in_range = false;
+      } else if constexpr (in_place) {
+        clear(to, range.rows() * width);
+        add_source<T>(source, range, nullptr, to);
       } else {
         sum_rounded<T>(source, range, to);
       }
     }
   });
+  if (!in_range) require_in_range(source.indices, K);
 }
 
 // --- gradients as merged rows ----------------------------------------------------------------------------------------
@@ -229,7 +250,7 @@ int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
   const TouchedShares touched = find_all_touched(source, shares);
   for_shares(shares, [&](int64_t t) {
     Buffer<int64_t> slots;
-    Vector<Sum> scratch;
+    Buffer<Sum> scratch;
     for (const TouchedRows& one : touched[t]) {
       slots = new_buffer<int64_t>(one.range.rows()); // only the slots of touched rows are ever read
       number_rows(one, slots.get(), rows + one.place);
@@ -237,9 +258,9 @@ int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
       if constexpr (std::is_same_v<T, Sum>) {
         sum_touched<T>(source, one, slots.get(), to);
       } else {
-        scratch.resize(one.count * width);
-        sum_touched<T>(source, one, slots.get(), scratch.data());
-        std::transform(scratch.begin(), scratch.end(), to, [](Sum sum) { return static_cast<T>(sum); });
+        scratch = new_buffer<Sum>(one.count * width);
+        sum_touched<T>(source, one, slots.get(), scratch.get());
+        table_kernels().of<T>().round_all(scratch.get(), one.count * width, 1, to);
       }
     }
   });
@@ -254,7 +275,7 @@ template <class T>
 void clear_tail(int64_t begin, int64_t end, int64_t width, int64_t* rows, T* grads) {
   parallel(end - begin, kSerialWork / std::max<int64_t>(width, 1), [&](int64_t first, int64_t last) {
     std::fill(rows + begin + first, rows + begin + last, -1);
-    std::fill(grads + (begin + first) * width, grads + (begin + last) * width, T{});
+    clear(grads + (begin + first) * width, (last - first) * width);
   });
 }
 
@@ -265,8 +286,8 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
   require_pool(pool);
   require(layout == "bscv" || layout == "bcsv", "expected layout 'bscv' or 'bcsv', got '", layout, "'");
   require_shape(values, "values", {-1, -1, -1});
-  const int64_t C = values.size(0), V = values.size(2);
-  require_codes(indices, C, values.size(1));
+  const int64_t C = values.size(0), K = values.size(1), V = values.size(2);
+  require_indices(indices, C, K);
   if (values.stride(2) != 1) values = compact(values);
   const int64_t B = indices.size(0), S = indices.size(1);
   const ScalarType type = values.scalar_type();
@@ -276,18 +297,21 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
     const Walk order = walk(indices, {}, values.stride(0), values.stride(1));
     with_floating(type, [&](auto value) {
       using T = decltype(value);
-      gather_pooled(values.const_data_ptr<T>(), order, V, pool == "mean", out.mutable_data_ptr<T>());
+      if (!gather_pooled(values.const_data_ptr<T>(), order, K, V, pool == "mean", out.mutable_data_ptr<T>()))
+        require_in_range(indices, K);
     });
     return out;
   }
   const bool transposed = layout == "bcsv";
   Tensor out = new_output(values, {B, transposed ? C : S, transposed ? S : C, V});
   const int64_t bytes = element_bytes(type);
+  const bool fetch = C * K * V * bytes > kTableBytes;
   Walk order = walk(indices, {}, values.stride(0) * bytes, values.stride(1) * bytes);
   if (transposed) swap_axes(order, 1, 2);
-  gather_each(
-      static_cast<const char*>(values.const_data_ptr()), with_long_runs(order), V * bytes,
-      static_cast<char*>(out.mutable_data_ptr()));
+  if (!gather_each(
+          static_cast<const char*>(values.const_data_ptr()), with_long_runs(order), K, V * bytes, fetch,
+          static_cast<char*>(out.mutable_data_ptr())))
+    require_in_range(indices, K);
   return out;
 }
 
@@ -303,6 +327,7 @@ Tensor gather_backward(Tensor grad, Tensor indices, int64_t K, std::string pool)
 
 std::tuple<Tensor, Tensor, Tensor> gather_backward_rows(Tensor grad, Tensor indices, int64_t K, std::string pool) {
   require_grad(grad, indices, K, pool);
+  require_in_range(indices, K);
   const Source source = source_of(grad, indices, K, pool);
   const int64_t size = std::min(indices.numel(), indices.size(2) * K), width = source.width();
   Tensor rows = new_tensor(grad, {size}, ScalarType::Long);
