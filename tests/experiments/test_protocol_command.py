@@ -172,10 +172,8 @@ def test_an_unusable_folder_is_refused_before_the_run(tmp_path):
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kvb"]
 
 
-ABLATION = pytest.param(["--seeds", "1", "--ablate", "pairs"], marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("options", [["--seeds", "3"], ABLATION])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--seeds", "3"], ["--seeds", "1", "--ablate", "pairs"]])
 def test_processes_of_torchrun_share_the_seeds(command, tmp_path, options):
     """The results of one process, written once."""
     options = [*options, "--scenario", "iid"]

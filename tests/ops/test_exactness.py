@@ -285,6 +285,7 @@ def test_the_batch_around_a_query_changes_nothing(K):
             assert torch.equal(alone[1].nan_to_num(-1), distances[rows].nan_to_num(-1))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the kernels have no way of their own for few keys; thousands of launches")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("K", "D"), [(2, 1), (9, 17), (30, 40), (70, 5)])
 def test_few_keys_are_as_exact_for_many_queries_as_for_one(K, D, dtype):
