@@ -104,7 +104,7 @@ int64_t cached_rows(int64_t bytes) {
 
 template <class T>
 void clear(T* numbers, int64_t count) {
-  std::memset(static_cast<void*>(numbers), 0, count * sizeof(T));
+  if (count > 0) std::memset(static_cast<void*>(numbers), 0, count * sizeof(T)); // an empty tensor has no memory
 }
 
 // The rows of one range that any index points at.
