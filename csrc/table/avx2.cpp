@@ -26,14 +26,8 @@ inline vec widened(__m128i numbers, BFloat16) {
   return reinterpret_cast<vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16));
 }
 
-inline vec load_row(const float* from) {
-  return load(from);
-}
-inline wide load_row(const double* from) {
-  return _mm256_loadu_pd(from);
-}
 template <class T>
-inline vec load_row(const T* from) {
+inline vec load(const T* from) {
   return widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), T{});
 }
 
@@ -45,7 +39,7 @@ inline wide load_part(const double* from, int64_t count) {
 }
 template <class T>
 inline vec load_part(const T* from, int64_t count) {
-  if (count == kWidth) return load_row(from);
+  if (count == kWidth) return load(from);
   alignas(16) uint16_t numbers[8] = {};
   for (int64_t i = 0; i < count; ++i) numbers[i] = from[i].x;
   return widened(_mm_load_si128(reinterpret_cast<const __m128i*>(numbers)), T{});
@@ -63,21 +57,15 @@ inline __m128i low_halves(__m256i lanes) {
   return _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
 }
 
-inline void store_row(float* to, vec value) {
-  store(to, value);
-}
-inline void store_row(double* to, wide value) {
-  _mm256_storeu_pd(to, value);
-}
 // As software rounds: every NaN becomes the same one, here with its sign.
-inline void store_row(Half* to, vec value) {
+inline void store(Half* to, vec value) {
   const __m128i numbers = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m128i nan = _mm_or_si128(_mm_and_si128(numbers, _mm_set1_epi16(-0x8000)), _mm_set1_epi16(0x7e00));
   const __m256i unordered = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
   const __m128i is_nan = low_halves(_mm256_srli_epi32(unordered, 16));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_blendv_epi8(numbers, nan, is_nan));
 }
-inline void store_row(BFloat16* to, vec value) {
+inline void store(BFloat16* to, vec value) {
   const __m256i bits = reinterpret_cast<__m256i>(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));

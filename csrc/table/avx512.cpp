@@ -21,14 +21,8 @@ inline vec widened(__m256i numbers, BFloat16) {
   return reinterpret_cast<vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
 }
 
-inline vec load_row(const float* from) {
-  return load(from);
-}
-inline wide load_row(const double* from) {
-  return _mm512_loadu_pd(from);
-}
 template <class T>
-inline vec load_row(const T* from) {
+inline vec load(const T* from) {
   return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), T{});
 }
 
@@ -50,20 +44,14 @@ inline void store_part(double* to, int64_t count, wide value) {
   _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_lanes(count)), value);
 }
 
-inline void store_row(float* to, vec value) {
-  store(to, value);
-}
-inline void store_row(double* to, wide value) {
-  _mm512_storeu_pd(to, value);
-}
 // As software rounds: every NaN becomes the same one, here with its sign.
-inline void store_row(Half* to, vec value) {
+inline void store(Half* to, vec value) {
   const __m256i numbers = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256i nan = _mm256_or_si256(_mm256_and_si256(numbers, _mm256_set1_epi16(-0x8000)), _mm256_set1_epi16(0x7e00));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_mask_mov_epi16(numbers, is_nan, nan));
 }
-inline void store_row(BFloat16* to, vec value) {
+inline void store(BFloat16* to, vec value) {
   const __m512i bits = reinterpret_cast<__m512i>(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));

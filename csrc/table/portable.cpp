@@ -15,14 +15,8 @@ template <class Lanes, class T>
   return found;
 }
 
-inline vec load_row(const float* from) {
-  return load(from);
-}
-inline wide load_row(const double* from) {
-  return load_lanes<wide>(from, kHalf);
-}
 template <class T>
-inline vec load_row(const T* from) {
+inline vec load(const T* from) {
   return load_lanes<vec>(from, kWidth);
 }
 
@@ -30,7 +24,7 @@ template <class T>
 inline auto load_part(const T* from, int64_t count) {
   using Lanes = std::conditional_t<std::is_same_v<T, double>, wide, vec>;
   constexpr int64_t whole = sizeof(Lanes) / sizeof(Accumulator<T>);
-  return count == whole ? load_row(from) : load_lanes<Lanes>(from, count);
+  return count == whole ? load(from) : load_lanes<Lanes>(from, count);
 }
 
 template <class Sum, class Lanes>
@@ -38,9 +32,9 @@ inline void store_part(Sum* to, int64_t count, Lanes value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value[i];
 }
 
-template <class T, class Lanes>
-inline void store_row(T* to, Lanes value) {
-  for (size_t i = 0; i < sizeof(Lanes) / sizeof(value[0]); ++i) to[i] = static_cast<T>(value[i]);
+template <class T>
+inline void store(T* to, vec value) {
+  for (int i = 0; i < kWidth; ++i) to[i] = static_cast<T>(value[i]);
 }
 
 #include "kernels.inc"
