@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvb, CPU, m) {
   m.impl("sgd_step_", TORCH_BOX(&kvb::sgd_step_));
   m.impl("rows_to_places", TORCH_BOX(&kvb::rows_to_places));
   m.impl("places_to_rows", TORCH_BOX(&kvb::places_to_rows));
+  m.impl("clip_rows_", TORCH_BOX(&kvb::clip_rows_));
   m.impl("move_rows_", TORCH_BOX(&kvb::move_rows_));
   m.impl("tally_", TORCH_BOX(&kvb::tally_));
   m.impl("update_keys_", TORCH_BOX(&kvb::update_keys_));

@@ -32,7 +32,8 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
     Tensor values, Tensor indices, Tensor targets, double lr, double max_norm, double label_smoothing);
 
 // table/descent.cpp
-void move_rows_(Tensor values, Tensor rows, Tensor grads, double step);
+std::tuple<Tensor, Tensor> clip_rows_(Tensor grads, Tensor places, double max_norm);
+void move_rows_(Tensor values, Tensor places, Tensor grads, double step);
 
 // table/places.cpp
 Tensor rows_to_places(Tensor rows, int64_t K);

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -17,13 +19,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def _private(path: str) -> Any:
     """What ``path`` names within PyTorch; an ImportError that says which version lacks it."""
     found: Any = torch
-    for name in path.split(".")[1:]:
-        if not hasattr(found, name):
+    names = path.split(".")
+    for depth, name in enumerate(names[1:], 2):
+        found = getattr(found, name, sys.modules.get(".".join(names[:depth])))  # some packages hide their modules
+        if found is None:
             raise ImportError(
                 f"kvb needs {path}, which torch {torch.__version__} does not have: install a version of torch that "
                 "kvb was released for, or a newer kvb"
             )
-        found = getattr(found, name)
     return found
 
 
@@ -68,6 +71,14 @@ _unwrapped: Callable[[Tensor], Tensor] = _private("torch._C._functorch.get_unwra
 # How many dispatch modes see the operators of this thread, and what torch.jit.trace keeps of them, or None.
 dispatch_modes: Callable[[], int] = _private("torch._C._len_torch_dispatch_stack")
 trace: Callable[[], Any] = _private("torch._C._get_tracing_state")
+
+# Whether a profiler looks on, and the hooks before and after a step of any optimizer.
+_profiler_on: Callable[[], bool] = _private("torch._C._autograd._profiler_enabled")
+_optimizer_hooks: tuple[Any, Any] = (
+    _private("torch.optim.optimizer._global_optimizer_pre_hooks"),
+    _private("torch.optim.optimizer._global_optimizer_post_hooks"),
+)
+_private("torch.optim.Optimizer.profile_hook_step")
 
 # The backward pass that this thread runs, or -1; and whether its graph is kept for another one.
 _backward_pass: Callable[[], int] = _private("torch._C._current_graph_task_id")
@@ -177,6 +188,22 @@ def constant_when_compiled(function: _Function) -> _Function:
     """Mark a function as ``torch.compiler.assume_constant_result`` does, which would import the whole compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def hooked_where_watched(step: _Function) -> _Function:
+    """A step of an optimizer, with what PyTorch does around every step, for hooks and profilers, only where there are
+    some: that takes longer than a small step.
+    """
+    watched = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def run(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or any(_optimizer_hooks)
+        plain = not (hooks or torch.compiler.is_compiling() or _profiler_on())
+        return step(optimizer, closure) if plain else watched(optimizer, closure)
+
+    run.hooked = True  # type: ignore[attr-defined]  # else PyTorch does it
+    return run  # type: ignore[return-value]
 
 
 def in_backward() -> bool:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvb import ops, validation
+from kvb import _torch, ops, validation
 from kvb.optim_audit import Finding, audit
 from kvb.optim_clip import clip_grad_norm_
-from kvb.optim_gradients import part_of, require_whole_rows, touched_rows
+from kvb.optim_gradients import flat, part_of, require_whole_rows, touched_rows
 from kvb.optim_groups import param_groups
 from kvb.optim_growth import grow
 from kvb.optim_rows import RowCounts, keep_rows_, select_rows
@@ -69,7 +69,7 @@ class _Rowwise(torch.optim.Optimizer):
             for param in group["params"]:
                 param.grad = None
 
-    @torch.no_grad()
+    @_torch.hooked_where_watched
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a closure computes the loss and its gradients first, and its loss is returned.
 
@@ -80,10 +80,12 @@ class _Rowwise(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step(param, param.grad, group)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    grad = param.grad
+                    if grad is not None:
+                        self._step(param, grad, group)
         return loss
 
     def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
@@ -99,14 +101,15 @@ class _Rowwise(torch.optim.Optimizer):
             return
         if not param.is_contiguous():
             raise ValueError(f"expected a contiguous table of values, got strides {param.stride()}; call contiguous()")
-        rows, grads = touched_rows(param, grad, self._zeros_move(group))
-        self._move_rows(param.view(-1, param.shape[-1]), rows, grads, memory, group)
+        places, grads = touched_rows(param, grad, self._zeros_move(group))
+        self._move_rows(param, places, grads, memory, group)
 
     def _move_rows(
-        self, table: Tensor, rows: Tensor, grads: Tensor, memory: dict[str, Tensor], group: dict[str, Any]
+        self, param: Tensor, places: Tensor, grads: Tensor, memory: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
-        """``_move`` some rows of a table [R, V]."""
-        tables = [table, *(kept.view(-1, kept.shape[-1]) for kept in memory.values())]
+        """``_move`` some rows of a table [*, V]."""
+        rows, _ = flat(places, param.shape)
+        tables = [table.view(-1, table.shape[-1]) for table in (param, *memory.values())]
         parts = [table.index_select(0, rows) for table in tables]
         self._move(parts[0], grads, dict(zip(memory, parts[1:], strict=True)), group)
         for whole, part in zip(tables, parts, strict=True):
@@ -179,14 +182,14 @@ class RowwiseSGD(_Rowwise):
         param.sub_(grad * group["lr"])
 
     def _move_rows(
-        self, table: Tensor, rows: Tensor, grads: Tensor, memory: dict[str, Tensor], group: dict[str, Any]
+        self, param: Tensor, places: Tensor, grads: Tensor, memory: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
         """The same to the last bit, on the CPU in one pass over the rows."""
-        one_pass = table.is_cpu and table.dtype == grads.dtype and group["weight_decay"] == 0
+        one_pass = param.is_cpu and param.dtype == grads.dtype and group["weight_decay"] == 0
         if one_pass and not isinstance(group["lr"], Tensor):
-            ops.move_rows_(table, rows, grads, group["lr"])
+            ops.move_rows_(param, places, grads, group["lr"])
         else:
-            super()._move_rows(table, rows, grads, memory, group)
+            super()._move_rows(param, places, grads, memory, group)
 
 
 class RowwiseAdagrad(_Rowwise):

@@ -15,11 +15,11 @@ def merged(grad: Tensor) -> Tensor:
     if grad.is_coalesced():
         return grad
     # Autograd forgets that the rows are merged and in order; checking is cheaper than sorting them again.
-    _, ascending = _flat(_torch.coordinates(grad), grad.shape)
+    _, ascending = flat(_torch.coordinates(grad), grad.shape)
     return _torch.call_coalesced(grad) if bool(ascending) else grad.coalesce()
 
 
-def _flat(places: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def flat(places: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Places [axes, M] in a table of this shape as row numbers [M], and whether they ascend without repetition, []."""
     if len(places) == 2:
         found: tuple[Tensor, Tensor] = ops.places_to_rows(places, shape[1])
@@ -31,30 +31,29 @@ def _flat(places: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
 
 
 def _sparse_rows(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Row numbers in the flattened table, and their gradients [M, V]."""
+    """Places in the table, and their gradients [M, V]."""
     if grad.sparse_dim() != param.dim() - 1:
         raise ValueError(
             f"expected a sparse gradient with the last axis of {tuple(param.shape)} dense, sparse_dim = "
             f"{param.dim() - 1}, got sparse_dim = {grad.sparse_dim()}: a row learns as a whole"
         )
     found = merged(grad)
-    return _flat(found.indices(), param.shape)[0], found.values()
+    return found.indices(), found.values()
 
 
 def touched_rows(param: Tensor, grad: Tensor, zeros_move: bool) -> tuple[Tensor, Tensor]:
-    """The rows whose gradient is not zero: the same for a dense and a sparse gradient.
+    """The places [A, M] of rows whose gradient is not zero, and those gradients: the same for dense and sparse ones.
 
     Rows of zeros in a sparse gradient may stay in the list if the optimizer does not move them.
     """
     if grad.is_sparse:
-        rows, each = _sparse_rows(param, grad)
+        places, each = _sparse_rows(param, grad)
         if not zeros_move:
-            return rows, each
+            return places, each
         moving = (each != 0).any(-1)
-        return (rows, each) if bool(moving.all()) else (rows[moving], each[moving])
-    table = grad.reshape(-1, grad.shape[-1])
-    rows = (table != 0).any(-1).nonzero()[:, 0]
-    return rows, table.index_select(0, rows)
+        return (places, each) if bool(moving.all()) else (places[:, moving], each[moving])
+    places = (grad != 0).any(-1).nonzero().t()
+    return places, grad[tuple(places)]
 
 
 def is_whole(tensor: Tensor) -> bool:

@@ -17,7 +17,9 @@ Shapes:
     uint8 [C, 0] for keys that were not packed: ``ops.kept``.
     ``packed_matches`` returns a bool []: whether ``packed`` was made of these keys, as they are now.
     ``sgd_step_`` writes values, takes targets int64 [B], and returns a loss [], a norm [] and logits [B, V].
-    ``move_rows_`` writes values [R, V]; it takes rows int64 [M], ascending, and grads [M, V], and returns nothing.
+    ``move_rows_`` writes values [*, V]; it takes places int64 [A, M], an index along each axis but the last, in order
+    and without repetition, and grads [M, V], and returns nothing. ``clip_rows_`` writes grads, takes such places, and
+    returns a norm [] and a bool []: whether the places are in order; if not, it writes nothing.
     ``rows_to_places`` takes rows int64 [M] of values [C * K, V], and returns the codebook and the pair of each, int64
     [2, M]; ``places_to_rows`` goes back, and says in a bool [] whether the rows ascend without repetition.
     ``product_nearest`` takes queries [N, C, D] and half keys [C, 2, K, D / 2], and returns indices int64 below K * K
@@ -32,7 +34,7 @@ Shapes:
 
 from kvb.ops import batching, gradients, kept, memory
 from kvb.ops.backends import CPU_CAPABILITIES, absent, backend
-from kvb.ops.gradients import gather, gather_row_grad, lookup, move_rows_, places_to_rows
+from kvb.ops.gradients import clip_rows_, gather, gather_row_grad, lookup, move_rows_, places_to_rows
 from kvb.ops.memory import gather_weighted_row_grad
 from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, operators
 from kvb.ops.together import gather_together
@@ -45,6 +47,7 @@ __all__ = [
     "absent",
     "backend",
     "batching",
+    "clip_rows_",
     "gather",
     "gather_row_grad",
     "gather_together",

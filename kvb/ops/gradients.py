@@ -30,18 +30,13 @@ from kvb._torch import (
 from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, library
 
 
-def _below_autograd(operator: Any, *args: Any) -> Any:
-    with below_autograd():
-        return operator(*args)
-
-
 def _forward(operator: Any, *args: Any) -> Any:
-    """The same, in ``forward``: inside nested torch.func transforms the outer ones go on differentiating."""
+    """Run an operator in ``forward``: inside nested torch.func transforms the outer ones go on differentiating."""
     if not transforms_active():
         with below_autograd():
-            return operator(*args)
-    with derivatives_on():
-        return _below_autograd(operator, *args)
+            return entry_of(operator)(*args)
+    with derivatives_on(), below_autograd():
+        return operator(*args)
 
 
 def _learns(tensor: Tensor) -> bool:
@@ -177,14 +172,20 @@ class _GatherRows(torch.autograd.Function):
     jvp = _Gather.jvp
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (indices,), K, grad = ctx.saved_tensors, ctx.shape[1], _in_order(ctx, grads[0])
-        if is_mapped(grad):
-            return torch.ops.kvb.gather_backward(grad, indices, K, ctx.pool), None, None, None, None
-        if ctx.counted is not None:
-            grad, indices = grad[ctx.counted][None], indices[ctx.counted][None]
-        return sparse_rows(grad, indices, ctx.shape, ctx.pool), None, None, None, None
+        return (_once_rows_of if torch.is_grad_enabled() else _rows_of)(ctx, *grads)  # once: which takes time
+
+
+def _rows_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (indices,), grad = ctx.saved_tensors, _in_order(ctx, grad)
+    if is_mapped(grad):
+        return torch.ops.kvb.gather_backward(grad, indices, ctx.shape[1], ctx.pool), None, None, None, None
+    if ctx.counted is not None:
+        grad, indices = grad[ctx.counted][None], indices[ctx.counted][None]
+    return sparse_rows(grad, indices, ctx.shape, ctx.pool), None, None, None, None
+
+
+_once_rows_of = torch.autograd.function.once_differentiable(_rows_of)
 
 
 def sparse_rows(grad: Tensor, indices: Tensor, shape: torch.Size, pool: str) -> Tensor:
@@ -422,14 +423,20 @@ for _name in IN_PLACE:
     _keep_books(_name, written=SCHEMAS[NAMES.index(_name)].count("!)"))
 
 
-def move_rows_(values: Tensor, rows: Tensor, grads: Tensor, step: float) -> None:
-    """``torch.ops.kvb.move_rows_``, past the way to the Python that keeps its books."""
-    if is_compiling() or tangents_possible():
-        torch.ops.kvb.move_rows_(values, rows, grads, step)
-        return
-    torch.autograd.graph.increment_version(values)
-    with below_bookkeeping():
-        _move_rows(values, rows, grads, step)
+def _writing(name: str) -> Callable[..., Any]:
+    """``torch.ops.kvb.<name>``, which writes its first argument, past the way to the Python that keeps its books."""
+    operator = getattr(torch.ops.kvb, name).default
+    entry = entry_of(operator)
+
+    def call(written: Tensor, *args: Any) -> Any:
+        if is_compiling() or tangents_possible():
+            return operator(written, *args)
+        torch.autograd.graph.increment_version(written)
+        with below_bookkeeping():
+            return entry(written, *args)
+
+    return call
 
 
-_move_rows = entry_of(torch.ops.kvb.move_rows_.default)
+clip_rows_: Callable[..., Any] = _writing("clip_rows_")
+move_rows_: Callable[..., Any] = _writing("move_rows_")

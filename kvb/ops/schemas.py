@@ -165,8 +165,13 @@ def places_to_rows(places: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return places.new_empty((places.shape[1],)), places.new_empty((), dtype=torch.bool)
 
 
-@_operator("(Tensor(a!) values, Tensor rows, Tensor grads, float step) -> ()")
-def move_rows_(values: Tensor, rows: Tensor, grads: Tensor, step: float) -> None:
+@_operator("(Tensor(a!) grads, Tensor places, float max_norm) -> (Tensor, Tensor)")
+def clip_rows_(grads: Tensor, places: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    return grads.new_empty((), dtype=_sum_dtype(grads)), places.new_empty((), dtype=torch.bool)
+
+
+@_operator("(Tensor(a!) values, Tensor places, Tensor grads, float step) -> ()")
+def move_rows_(values: Tensor, places: Tensor, grads: Tensor, step: float) -> None:
     return None
 
 

@@ -7,13 +7,14 @@ T nearest keys asked for. Nothing of size B*S*C*K is ever allocated: all work go
 from kvb.reference.histograms import tally_
 from kvb.reference.memory import gather_dot, gather_weighted, product_nearest, scatter_weighted_rows
 from kvb.reference.packing import pack_keys, packed_matches, packed_nbytes
-from kvb.reference.places import places_to_rows, rows_to_places
+from kvb.reference.places import clip_rows_, move_rows_, places_to_rows, rows_to_places
 from kvb.reference.search import lookup, nearest, sample
 from kvb.reference.statistics import accumulate, count, update_keys_
-from kvb.reference.values import gather, gather_backward, gather_backward_rows, move_rows_, sgd_step_
+from kvb.reference.values import gather, gather_backward, gather_backward_rows, sgd_step_
 
 __all__ = [
     "accumulate",
+    "clip_rows_",
     "count",
     "gather",
     "gather_backward",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -156,19 +156,19 @@ def finite_rows(rows: Tensor) -> Tensor:
     return rows.isfinite().all(-1)
 
 
-def require_ascending(rows: Tensor, limit: int) -> None:
-    """Rows [M] of a table, each once: raises on the CPU; elsewhere asserts on the device, and nobody waits."""
-    if len(rows) == 0:
+def require_in_order(places: Tensor, sizes: Sequence[int], ascending: Tensor) -> None:
+    """Places [A, M] within a table of these sizes, each once: raises on the CPU; elsewhere asserts on the device."""
+    if places.shape[1] == 0:
         return
-    ascending, fits = (rows[1:] > rows[:-1]).all(), (rows[0] >= 0) & (rows[-1] < limit)
-    message = "expected rows in ascending order, without repetition"
-    if rows.device.type != "cpu":
-        assert_async(ascending & fits, f"{message}, of a table of {limit}")
+    outside = torch.stack([(place < 0) | (place >= size) for place, size in zip(places, sizes, strict=True)]).any(0)
+    message = "expected places in ascending order, without repetition"
+    if places.device.type != "cpu":
+        assert_async(ascending & ~outside.any(), f"{message}, of a table of {tuple(sizes)}")
         return
     require(bool(ascending), message)
-    if not fits:
-        bad = int(rows[0]) if rows[0] < 0 else int(rows[-1])
-        raise IndexError(f"row {bad} is out of bounds for a table of {limit}")
+    if outside.any():
+        bad = tuple(places[:, outside][:, 0].tolist())
+        raise IndexError(f"place {bad} is out of bounds for a table of {tuple(sizes)}")
 
 
 def require_keys(keys: Tensor) -> None:

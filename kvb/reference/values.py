@@ -14,7 +14,6 @@ from kvb.reference.shared import (
     flat_rows,
     require,
     require_apart,
-    require_ascending,
     require_classes,
     require_codes,
     require_floating,
@@ -133,21 +132,6 @@ def sgd_step_(
     loss, grad = cross_entropy(logits, targets, label_smoothing)
     rows, grads, count = gather_backward_rows((grad / S)[:, None].expand(B, S, V), indices, K, "mean")
     return loss, clipped_step_(values, rows, grads, count, lr, max_norm), logits
-
-
-def move_rows_(values: Tensor, rows: Tensor, grads: Tensor, step: float) -> None:
-    """``values[rows] -= step * grads``, in place: for values [R, V], ascending rows [M] and grads [M, V]."""
-    require_tensors(values=values, rows=rows, grads=grads)
-    require_floating(values=values)
-    require_shape("values", values, "R", "V")
-    require(values.is_contiguous(), f"expected contiguous values, got strides {values.stride()}")
-    require(rows.dtype == torch.int64, f"expected rows torch.int64, got {rows.dtype}")
-    require_shape("rows", rows, "M")
-    require_shape("grads", grads, len(rows), values.shape[1])
-    require(grads.dtype == values.dtype, f"expected grads {values.dtype} as values, got {grads.dtype}")
-    require_apart({"values": values}, rows=rows, grads=grads)
-    require_ascending(rows, len(values))
-    values.index_copy_(0, rows, values.index_select(0, rows).sub_(grads * step))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -212,14 +212,36 @@ def check_places_to_rows(op: Any, problem: Problem) -> None:
 def check_move_rows_(op: Any, problem: Problem) -> None:
     """To the last bit: each row once, the product rounded, then the difference."""
     for values in (problem.values, problem.values * 3):
-        table = values.flatten(0, 1).contiguous().clone()
-        rows = table_rows(problem.indices, problem.case.K).unique().to(table.device)
-        grads, step = table.index_select(0, rows).flip(-1), 0.3
-        want = table.index_copy(0, rows, table.index_select(0, rows) - grads * step)
-        op.move_rows_(table, rows, grads, step)
-        table = require_like("values", table, want.shape, want.dtype)
-        same = (table == want.cpu()) | (table.isnan() & want.cpu().isnan())
-        require(bool(same.all()), f"{int((~same).sum())} of {table.numel()} values are wrong")
+        K, flat = problem.case.K, values.flatten(0, 1).contiguous().clone()
+        rows = table_rows(problem.indices, K).unique().to(flat.device)
+        grads, step = flat.index_select(0, rows).flip(-1), 0.3
+        want = flat.index_copy(0, rows, flat.index_select(0, rows) - grads * step).cpu()
+        for table, places in ((flat.clone(), rows[None]), (flat.view_as(values), torch.stack([rows // K, rows % K]))):
+            op.move_rows_(table, places, grads, step)
+            found = require_like("values", table, table.shape, want.dtype).view_as(want)
+            same = (found == want) | (found.isnan() & want.isnan())
+            require(bool(same.all()), f"{int((~same).sum())} of {found.numel()} values are wrong")
+
+
+def check_clip_rows_(op: Any, problem: Problem) -> None:
+    """Only rows in order are scaled: to a norm below theirs and to one above."""
+    K, dtype = problem.case.K, accumulator(problem.values.dtype)
+    for rows in _rows(problem):
+        places = torch.stack([rows // K, rows % K])
+        before = problem.values.flatten(0, 1).index_select(0, rows)
+        norm, ordered = before.cpu().double().norm(), torch.equal(rows, rows.unique())
+        allowed = (4 + before.numel() ** 0.5) * UNIT[dtype] * norm
+        for max_norm in (float(norm) / 3, float(norm) * 3):
+            grads = before.clone()
+            found, ascending = op.clip_rows_(grads, places, max_norm)
+            require_close("norms", require_like("the norm", found, (), dtype), norm, allowed)
+            found = require_like("whether places ascend", ascending, (), torch.bool)
+            require(bool(found) == ordered, f"expected {ordered} where places ascend, got {bool(found)}")
+            share = max_norm / (norm + 1e-6)
+            want = before.cpu().double() * (1.0 if share >= 1 or not ordered else share)
+            grads, unit = require_like("grads", grads, want.shape, before.dtype), UNIT[before.dtype]
+            slack = (2 * unit + allowed / (norm + 1e-6)) * want.abs() if ordered else torch.zeros_like(want)
+            require_close("clipped rows", grads, want, slack)
 
 
 def check_tally_(op: Any, problem: Problem) -> None:

@@ -151,7 +151,9 @@ class Call:
         """What the operator returns and what is in its tensors afterwards."""
         out = getattr(op, self.operator)(*self.tensors.values(), *self.options)
         outs = out if isinstance(out, tuple) else (out,)
-        written = {"update_keys_": 3, "sgd_step_": 1, "tally_": 1, "move_rows_": 1}.get(self.operator, 0)
+        written = {"update_keys_": 3, "sgd_step_": 1, "tally_": 1, "clip_rows_": 1, "move_rows_": 1}.get(
+            self.operator, 0
+        )
         if self.operator in ("update_keys_", "pack_keys", "move_rows_"):
             outs = ()  # packed keys are each backend's own
         return (*outs, *list(self.tensors.values())[:written])
@@ -228,11 +230,24 @@ def _tally(call: Call) -> Any:
 
 
 def _move(call: Call) -> Any:
-    values = call.floats(call.C * call.K, call.V).contiguous()
-    rows = torch.arange(len(values))[torch.rand(len(values), generator=call.generator) < 0.5]
+    values, places = call.floats(call.C, call.K, call.V).contiguous(), _some_places(call)
+    return {"values": values, "places": places, "grads": call.floats(places.shape[1], call.V, dtype=values.dtype)}, (
+        0.1,
+    )
+
+
+def _clip(call: Call) -> Any:
+    places = _some_places(call)
+    max_norm = call.random.choice([0.0, 0.5, 1e30, float("nan")])
+    return {"grads": call.floats(places.shape[1], call.V).contiguous(), "places": places}, (max_norm,)
+
+
+def _some_places(call: Call) -> torch.Tensor:
+    """Mostly in order."""
     call.integer = torch.int64
-    rows = rows if call.random.random() < 0.7 else call.codes(call.B, limit=call.C * call.K)
-    return {"values": values, "rows": rows, "grads": call.floats(len(rows), call.V, dtype=values.dtype)}, (0.1,)
+    if call.random.random() < 0.7:
+        return (torch.rand(call.C, call.K, generator=call.generator) < 0.5).nonzero().t()
+    return call.codes(2, call.B, limit=call.K)
 
 
 def _rows(call: Call) -> Any:
@@ -277,6 +292,7 @@ OPERATORS: dict[str, Callable[[Call], Any]] = {
     "sgd_step_": _sgd,
     "rows_to_places": _rows,
     "places_to_rows": _places,
+    "clip_rows_": _clip,
     "move_rows_": _move,
     "tally_": _tally,
     "update_keys_": _update,

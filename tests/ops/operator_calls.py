@@ -39,7 +39,8 @@ def arguments(case):
         "sgd_step_": (values.detach().clone(), indices, torch.randint(V, (B,)), 0.3, 1.0, 0.1),
         "rows_to_places": (torch.randint(C * K, (B,)), K),
         "places_to_rows": (torch.stack([torch.randint(C, (B,)), torch.randint(K, (B,))]), K),
-        "move_rows_": (values.detach().flatten(0, 1).clone(), torch.arange(K), torch.randn(K, V), 0.3),
+        "clip_rows_": (torch.randn(K, V), torch.arange(K)[None], 0.3),
+        "move_rows_": (values.detach().flatten(0, 1).clone(), torch.arange(K)[None], torch.randn(K, V), 0.3),
         "tally_": (torch.zeros(C, K, V, dtype=torch.int32), indices, torch.randint(V, (B,)), None, False),
         "update_keys_": (
             *(

@@ -40,8 +40,9 @@ def calls(C=2, K=4, D=3, V=5, B=6):
         ),
         "rows_to_places": ({"rows": torch.randint(C * K, (B,))}, (K,)),
         "places_to_rows": ({"places": torch.randint(K, (2, B))}, (K,)),
+        "clip_rows_": ({"grads": torch.randn(K, V), "places": torch.arange(K)[None]}, (0.1,)),
         "move_rows_": (
-            {"values": values.view(C * K, V), "rows": torch.arange(K), "grads": torch.randn(K, V)},
+            {"values": values.view(C * K, V), "places": torch.arange(K)[None], "grads": torch.randn(K, V)},
             (0.1,),
         ),
         "tally_": (

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kvb import BottleneckedEncoder, KeyValueBottleneck
 from kvb.optim import RowwiseAdagrad, RowwiseAdam, RowwiseSGD, audit, clip_grad_norm_, param_groups
@@ -358,3 +359,72 @@ def test_clipping_without_gradients_and_with_infinite_ones():
     table.grad = sparse(torch.full((2, 3, 2), math.inf))
     with pytest.raises(RuntimeError, match="non-finite"):
         clip_grad_norm_([table], 1.0, error_if_nonfinite=True)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_clipping_one_sparse_gradient_writes_it_once_its_rows_are_sums(repeated, max_norm):
+    places = torch.tensor([[0, 1, 1], [1, 2, 2] if repeated else [1, 0, 2]])
+    rows = torch.tensor([[3.0, 4.0], [1.0, 2.0], [1.0, -2.0]])
+    table = table_of()
+    table.grad = torch.sparse_coo_tensor(places, rows, table.shape, check_invariants=False)
+    dense = nn.Parameter(table.detach().clone())
+    dense.grad = table.grad.to_dense()
+    found = clip_grad_norm_(table, max_norm)
+    torch.testing.assert_close(found, nn.utils.clip_grad_norm_(dense, max_norm))
+    assert table.grad.is_coalesced()
+    torch.testing.assert_close(table.grad.to_dense(), dense.grad)
+
+
+# --- what PyTorch does around a step ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_hooks_and_profilers_see_steps(name):
+    optimizer, options = OURS[name]
+    table, calls = table_of(), []
+    learner = optimizer([table], lr=0.1, **options)
+
+    def step():
+        table.grad = torch.ones_like(table)
+        learner.step()
+
+    step()
+    assert calls == []
+    handles = [
+        learner.register_step_pre_hook(lambda *_: calls.append("before")),
+        learner.register_step_post_hook(lambda *_: calls.append("after")),
+    ]
+    step()
+    assert calls == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
+        handle = register(lambda *_: calls.append("any"))
+        step()
+        handle.remove()
+    step()
+    assert calls == ["before", "after", "any", "any"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    assert f"Optimizer.step#{optimizer.__name__}.step" in {event.key for event in profile.key_averages()}
+
+
+def test_a_schedule_and_a_subclass_wrap_steps_as_they_do_others():
+    class Counting(RowwiseSGD):
+        steps = 0
+
+        def step(self, closure=None):
+            self.steps += 1
+            return super().step(closure)
+
+    table = table_of()
+    learner = Counting([table], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(learner, 0.5)
+    table.grad = torch.ones_like(table)
+    before = table.detach().clone()
+    learner.step()
+    schedule.step()
+    learner.step(lambda: None)
+    assert learner.steps == 2
+    assert torch.equal(before - table, torch.full_like(table, 1.5))
