@@ -432,7 +432,7 @@ class KeyValueClassifier(tabular.Estimator):
     def _of(self, codes: Tensor) -> Tensor:
         places = self._known(self._names)
         if self.method == "sgd":
-            return functional.gather(self.values_, codes.transpose(1, 2), pool="mean").mean(1)[:, places]
+            return functional.gather(self.values_, codes.transpose(1, 2), pool="mean", pool_positions=True)[:, places]
         scores: Tensor = self.counts_(codes)[:, places]
         return scores.clamp_(
             min=float(torch.tensor(self.smoothing / self.coder_.keys.shape[1]).log())

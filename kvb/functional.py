@@ -154,23 +154,32 @@ def sample(
 
 
 def gather(
-    values: Tensor, indices: Tensor, *, pool: Pool = "none", layout: Layout = "bscv", sparse_grad: bool = False
+    values: Tensor,
+    indices: Tensor,
+    *,
+    pool: Pool = "none",
+    pool_positions: bool = False,
+    layout: Layout = "bscv",
+    sparse_grad: bool = False,
 ) -> Tensor:
-    """Fetch the values at ``indices``, optionally pooled over codebooks.
+    """Fetch the values at ``indices``, optionally pooled over codebooks, and over positions too.
 
-    Equivalent to ``values[arange(C), indices]`` followed by nothing, ``.mean(2)`` or ``.sum(2)``.
+    Equivalent to ``values[arange(C), indices]`` followed by nothing, ``.mean(2)`` or ``.sum(2)``; and by ``.mean(1)``
+    or ``.sum(1)`` with ``pool_positions``.
 
     Args:
         values: [C, K, V] floating point.
         indices: [B, S, C] of any integer dtype, same device.
         pool: "none", "mean" or "sum" over codebooks.
+        pool_positions: pool over positions as well, the vote of all that a sample fetches. Needs a ``pool``.
         layout: "bscv", or "bcsv" with the codebooks before the positions; both are written directly.
         sparse_grad: make the gradient a coalesced sparse tensor of the rows fetched, never a dense [C, K, V].
     Returns:
-        [B, S, C, V] or [B, C, S, V], pooled [B, S, V]; dtype of ``values``, differentiable with respect to them.
+        [B, S, C, V] or [B, C, S, V], pooled [B, S, V], over positions too [B, V]; dtype of ``values``, differentiable
+        with respect to them.
     Raises:
-        TypeError: indices that are not integers. ValueError: ranks or sizes disagree, unknown pool or layout.
-        IndexError: an index outside [0, K).
+        TypeError: indices that are not integers. ValueError: ranks or sizes disagree, unknown pool or layout, or
+        ``pool_positions`` without a pool. IndexError: an index outside [0, K).
     Examples:
         >>> values = torch.arange(6.0).view(2, 3, 1)  # two codebooks of three values
         >>> kvb.functional.gather(values, torch.tensor([[[0, 2]]])).flatten()
@@ -185,8 +194,12 @@ def gather(
     validation.same_device("indices", indices, "values", values)
     validation.choice("pool", pool, POOLS)
     validation.choice("layout", layout, LAYOUTS)
-    fetch = ops.gather_row_grad if sparse_grad else ops.gather
-    return fetch(values, indices, pool, layout)
+    if pool_positions and pool == "none":
+        raise ValueError('pool_positions needs a pool over codebooks: expected pool="mean" or "sum", got "none"')
+    if sparse_grad:
+        return ops.gather_row_grad(values, indices, pool, layout, together=pool_positions)
+    fetched = ops.gather(values, indices, pool, layout)
+    return ops.pooled_positions(fetched, pool) if pool_positions else fetched
 
 
 def lookup(

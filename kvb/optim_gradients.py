@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def touched_rows(param: Tensor, grad: Tensor, zeros_move: bool) -> tuple[Tensor,
 
 def is_whole(tensor: Tensor) -> bool:
     """Whether a tensor is none of ``torch.distributed.tensor``, of which a process has a part."""
-    return not hasattr(tensor, "placements")
+    distributed = sys.modules.get("torch.distributed.tensor")  # nobody has made one before it was imported
+    return distributed is None or not isinstance(tensor, distributed.DTensor)
 
 
 def part_of(tensor: Any, like: Any = None) -> Tensor:

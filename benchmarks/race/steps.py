@@ -116,8 +116,8 @@ def autograd_step(draw: Draw) -> Entry:
 
     def run() -> Tensor:
         with torch.enable_grad():
-            votes = functional.gather(values, codes, pool="mean", sparse_grad=True)
-            loss = _loss(votes.squeeze(1) if draw.S == 1 else votes.mean(1), given.targets)
+            logits = functional.gather(values, codes, pool="mean", pool_positions=True, sparse_grad=True)
+            loss = _loss(logits, given.targets)
             optimizer.zero_grad()
             loss.backward()
         kvb.optim.clip_grad_norm_([values], 1.0)

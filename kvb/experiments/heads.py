@@ -84,7 +84,7 @@ class _VotingHead(Head):
 
     def forward(self, prepared: Tensor) -> Tensor:
         codes = prepared[:, None] if prepared.dim() == 2 else prepared.transpose(1, 2)
-        return functional.gather(self.values, codes, pool="mean").mean(1)
+        return functional.gather(self.values, codes, pool="mean", pool_positions=True)
 
     def step(self, prepared: Tensor, labels: Tensor, *, rate: float, budget: Budget) -> Tensor:
         return training.sgd_step(

@@ -19,13 +19,11 @@ from kvb._torch import (
     below_bookkeeping,
     derivatives_on,
     entry_of,
-    is_mapped,
     record_of,
     saveable,
     single_level_autograd,
     tangents_possible,
     transforms_active,
-    transforms_of,
 )
 from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, library
 
@@ -152,73 +150,6 @@ class _Gather(torch.autograd.Function):
 def _in_order(ctx: Any, grad: Tensor) -> Tensor:
     """The gradient of fetched values in the layout "bscv"."""
     return grad.transpose(1, 2) if ctx.pool == "none" and ctx.layout == "bcsv" else grad
-
-
-class _GatherRows(torch.autograd.Function):
-    """``gather`` with a row-sparse gradient: merged rows from the kernel, never a dense [C, K, V].
-
-    Rows that only positions outside ``counted`` [B, S] fetch are not among them.
-    """
-
-    @staticmethod
-    def forward(values: Tensor, indices: Tensor, pool: str, layout: str, counted: Tensor | None) -> Tensor:
-        return _Gather.forward(values, indices, pool, layout)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Gather.setup_context(ctx, inputs[:-1], output)
-        ctx.counted = inputs[-1]
-
-    jvp = _Gather.jvp
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (_once_rows_of if torch.is_grad_enabled() else _rows_of)(ctx, *grads)  # once: which takes time
-
-
-def _rows_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (indices,), grad = ctx.saved_tensors, _in_order(ctx, grad)
-    if is_mapped(grad):
-        return torch.ops.kvb.gather_backward(grad, indices, ctx.shape[1], ctx.pool), None, None, None, None
-    if ctx.counted is not None:
-        grad, indices = grad[ctx.counted][None], indices[ctx.counted][None]
-    return sparse_rows(grad, indices, ctx.shape, ctx.pool), None, None, None, None
-
-
-_once_rows_of = torch.autograd.function.once_differentiable(_rows_of)
-
-
-def sparse_rows(grad: Tensor, indices: Tensor, shape: torch.Size, pool: str) -> Tensor:
-    """The gradient of values of a shape [C, K, V] as a coalesced sparse tensor, C and K its sparse axes."""
-    K = shape[1]
-    rows, merged, count = gather_backward_rows(grad, indices, K, pool)
-    n = int(count)  # on another device the host waits here: a sparse tensor knows its size
-    if n < len(rows):
-        rows, merged = rows[:n], merged[:n]
-    places = rows_to_places(rows, K)
-    return torch.sparse_coo_tensor(places, merged, shape, check_invariants=False, is_coalesced=True)
-
-
-def _must_be_dense(values: Tensor, indices: Tensor) -> bool:
-    return is_mapped(values) or is_mapped(indices) or transforms_of(values) > 1
-
-
-def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str, counted: Tensor | None = None) -> Tensor:
-    """``torch.ops.kvb.gather`` whose gradient for ``values`` is a coalesced sparse tensor, C and K its sparse axes.
-
-    Sparse tensors cannot be traced: under ``torch.compile`` this breaks the graph once. Nor can they be mapped or
-    differentiated: under ``torch.vmap``, of ``torch.func.jacrev`` and in nested transforms, the gradient is dense.
-
-    Args:
-        counted: bool [B, S]; elsewhere the gradient is zero, and names no rows. None where all positions count.
-    """
-    compiling = is_compiling()
-    if not _learns(values) or (not compiling and _must_be_dense(values, indices)):
-        return torch.ops.kvb.gather(values, indices, pool, layout)
-    if compiling:
-        return torch.compiler.disable(_GatherRows.apply)(values, indices, pool, layout, counted)
-    record = _GatherRows.apply if transforms_active() else record_of(_GatherRows)
-    return record(values, indices, pool, layout, counted)
 
 
 class _GatherBackward(torch.autograd.Function):

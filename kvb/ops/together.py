@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvb import collectives
 from kvb.collectives import Group
-from kvb.ops.gradients import _Gather, _in_order, _learns, sparse_rows
+from kvb.ops.gradients import _Gather, _in_order, _learns
+from kvb.ops.row_gradients import sparse_rows
 
 
 class _GatherTogether(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import runpy
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -27,7 +28,8 @@ LATE = ("torch.distributed.tensor.",)  # asked for where it is used, as its impo
 @pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith(BUILT_IN + LATE)])
 def test_a_version_without_it_is_told_by_name(path, monkeypatch):
     owner, _, name = path.rpartition(".")
-    monkeypatch.delattr(functools.reduce(getattr, owner.split(".")[1:], torch), name)
+    found = sys.modules.get(owner)  # some packages hide their modules
+    monkeypatch.delattr(found or functools.reduce(getattr, owner.split(".")[1:], torch), name)
     with pytest.raises(ImportError, match=rf"kvb needs {re.escape(path)}, which torch .* does not have: install"):
         runpy.run_path(_torch.__file__)
 
@@ -348,3 +350,17 @@ def test_what_inference_mode_made_can_be_saved():
     weight = torch.ones(1, requires_grad=True)
     (weight * kept).sum().backward()
     assert weight.grad.tolist() == [2]
+
+
+def test_a_step_is_hooked_where_somebody_looks_on():
+    class Optimizer(torch.optim.Optimizer):
+        @_torch.hooked_where_watched
+        def step(self, closure=None):
+            return closure()
+
+    optimizer, calls = Optimizer([torch.ones(1)], {}), []
+    assert Optimizer.step.hooked
+    assert optimizer.step(lambda: "done") == "done"
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    assert optimizer.step(lambda: "done") == "done"
+    assert calls == ["after"]

@@ -133,3 +133,46 @@ def test_mapped_and_nested_derivatives_are_those_of_the_dense_gradient():
         torch.testing.assert_close(ours, theirs)
     grad = torch.func.grad(lambda values: torch.func.functional_call(modules[0], {"values": values}, (x,)).sum())
     assert grad(values).layout == torch.sparse_coo
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("pool", ["mean", "sum"])
+@pytest.mark.parametrize("S", [1, 3])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pooled_over_positions_too(dtype, pool, S, compiled):
+    codes = torch.randint(5, (4, S, 2))
+    weight = torch.randint(-3, 4, (4, 6)).to(dtype)
+    fetch = torch.compile(functional.gather, backend="eager") if compiled else functional.gather
+    found = []
+    for options in ({}, {"sparse_grad": True}, {"pool_positions": True}, {"pool_positions": True, "sparse_grad": True}):
+        values = torch.randint(-9, 9, (2, 5, 6), generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        out = fetch(values, codes, pool=pool, **options)
+        if "pool_positions" not in options:
+            out = out.mean(1) if pool == "mean" else out.sum(1)
+        (grad,) = torch.autograd.grad(out, values, weight)
+        found.append((out.detach(), grad.to_dense()))
+    assert found[0][0].shape == (4, 6)
+    for out, grad in found[1:]:
+        torch.testing.assert_close(out, found[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(grad, found[0][1])
+
+
+def test_pooled_over_positions_has_all_derivatives():
+    values, codes = torch.randn(2, 5, 3, dtype=torch.float64), torch.randint(5, (4, 3, 2))
+
+    def fetch(values, sparse):
+        return functional.gather(values, codes, pool="mean", pool_positions=True, sparse_grad=sparse).square().sum()
+
+    tangent = torch.randn_like(values)
+    for derivative in (
+        lambda f: torch.func.grad(f)(values).to_dense(),
+        lambda f: torch.func.jvp(f, (values,), (tangent,))[1],
+        lambda f: torch.vmap(f)(torch.stack([values, 2 * values])),
+    ):
+        rows, dense = (derivative(lambda given, sparse=sparse: fetch(given, sparse)) for sparse in (True, False))
+        torch.testing.assert_close(rows, dense)
+
+
+def test_positions_are_pooled_with_codebooks_alone():
+    with pytest.raises(ValueError, match='pool_positions needs a pool over codebooks: expected pool="mean" or "sum"'):
+        functional.gather(torch.zeros(2, 3, 4), torch.zeros(1, 1, 2, dtype=torch.int64), pool_positions=True)
