@@ -26,6 +26,7 @@ from benchmarks.peers import faiss
 from benchmarks.peers import without_extension as slow_peer
 from benchmarks.shapes import KMEANS, KMEANS_SCALED, PAPER, SEARCH, SEED_B, Module, Search
 from benchmarks.suites.measuring import measure
+from benchmarks.suites.search import frozen_searcher
 from benchmarks.table import THREADS, Measured, Row, against, against_best, effort
 from benchmarks.timing import Absent, Contestant, Ratio, WrongResult, kept_memory, race, timed
 from kvb import functional, ops
@@ -96,7 +97,12 @@ def elsewhere(name: str, capability: str, quick: bool) -> Measured:
 def threads(shape: Search, quick: bool) -> Measured:
     """The search on one thread against two."""
     queries, keys = _problem(shape)
-    contestants = {str(n): _searcher(queries, keys, n) for n in (1, THREADS)}
+    find = frozen_searcher(queries, keys)
+
+    def check(found: Tensor) -> None:
+        verify.sampled_choice(queries, keys, found)
+
+    contestants = {str(n): Contestant(find, check, functools.partial(torch.set_num_threads, n)) for n in (1, THREADS)}
     try:
         result = race(contestants, effort(quick))
     finally:

@@ -63,7 +63,8 @@ def forward(shape: Module) -> Case:
     module.requires_grad_(False)
     x = random(0, B, C, *shape.positions, shape.D)
     codes = module.encode(x).view(B, C, S).transpose(1, 2)
-    given = Forward(x.view(B, C, S, shape.D), module.keys, module.values.data, codes)
+    # Others get keys of their own: a module looks at keys that somebody else holds in each call.
+    given = Forward(x.view(B, C, S, shape.D), module.keys.clone(), module.values.data, codes)
     return Case(Contestant(lambda: module(x), given.check_ours), given, shape.search.flops, "flops")
 
 
@@ -78,7 +79,7 @@ class _Embedded:
         module.bottleneck.keys.copy_(random_keys(shape) * spread)
         module.values.data.copy_(random_values(shape))
         self.module, self.projection = module, module.rand_proj
-        self.keys, self.values = module.bottleneck.keys, module.values.data
+        self.keys, self.values = module.bottleneck.keys.clone(), module.values.data
         self.x = random(0, shape.B, shape.S, shape.D)
         self.queries = module.splitter(self.x).transpose(1, 2)
         self.codes = module.encode(self.x).transpose(1, 2)
@@ -168,9 +169,9 @@ class EndToEnd(_Lookup):
         model.eval().requires_grad_(False)
         self.shape, self.encoder, self.model = shape, encoder, model
         self.x = random(0, *((shape.B, shape.S) if shape.positions else (shape.B,)), EMBEDDING)
-        self.keys, self.values = model.bottleneck.keys, model.bottleneck.values.data
         heads = model.splitter(encoder(self.x))
-        self.keys.copy_(random_keys(shape) * heads.std())
+        self.keys, self.values = random_keys(shape) * heads.std(), model.bottleneck.values.data
+        model.bottleneck.keys.copy_(self.keys)
         self.values.copy_(random_values(shape))
         self.queries = self._queries_of(heads)
         self.codes = self._queries_of(model.bottleneck.encode(heads)[..., None].expand(*heads.shape))[..., 0]
