@@ -138,12 +138,11 @@ void number_rows(const TouchedRows& touched, int64_t* slots, int64_t* rows) {
   }
 }
 
-// Adds the rows of one range to their sums; where ``slots`` are given, to those in the place of their targets.
-template <class T>
-void add_source(const Source& source, const RowRange& range, const int64_t* slots, Accumulator<T>* sums) {
+// Adds the rows of one range to the sums in the places slot(row of the range).
+template <class T, class F>
+void add_source(const Source& source, const RowRange& range, const F& slot, Accumulator<T>* sums) {
   list_source<T>(source, range, [&](const auto* data, Row* rows, int64_t listed) {
-    if (slots)
-      for (int64_t i = 0; i < listed; ++i) rows[i].target = slots[rows[i].target];
+    for (int64_t i = 0; i < listed; ++i) rows[i].target = slot(rows[i].target);
     using Number = std::remove_const_t<std::remove_pointer_t<decltype(data)>>; // of grad, or staged
     table_kernels().of<Number>().add_listed(data, rows, listed, source.width(), sums);
   });
@@ -153,7 +152,7 @@ void add_source(const Source& source, const RowRange& range, const int64_t* slot
 template <class T>
 void sum_touched(const Source& source, const TouchedRows& touched, const int64_t* slots, Accumulator<T>* sums) {
   clear(sums, touched.count * source.width());
-  add_source<T>(source, touched.range, slots, sums);
+  add_source<T>(source, touched.range, [slots](int64_t row) { return slots[row]; }, sums);
 }
 
 // All sums of one range, where they are kept in another type: only touched rows are summed and rounded.
@@ -212,7 +211,7 @@ void dense_gradient(const Source& source, T* out) {
         if (!sum_whole(source, *step, range, to)) in_range = false;
       } else if constexpr (in_place) {
         clear(to, range.rows() * width);
-        add_source<T>(source, range, nullptr, to);
+        add_source<T>(source, range, [](int64_t row) { return row; }, to);
       } else {
         sum_rounded<T>(source, range, to);
       }
@@ -222,6 +221,9 @@ void dense_gradient(const Source& source, T* out) {
 }
 
 // --- gradients as merged rows ----------------------------------------------------------------------------------------
+
+// Codes that are sorted, and how many rows the table has for each, at least: a mark takes a thousandth of sorting one.
+constexpr int64_t kFewCodes = 1 << 9, kRowsPerCode = 1 << 10;
 
 using TouchedShares = std::vector<std::vector<TouchedRows>>;
 
@@ -240,11 +242,35 @@ TouchedShares find_all_touched(const Source& source, const Shares& shares) {
   return touched;
 }
 
+// The same for few rows of a large table: they are sorted, where looking at a mark for every row would take longer.
+template <class T>
+int64_t merged_few(const Source& source, int64_t* rows, T* grads) {
+  using Sum = Accumulator<T>;
+  const RowRange table{0, source.indices.size(2) * source.K};
+  int64_t* end = rows;
+  for_targets(source.indices, source.K, table, [&](int64_t row) { *end++ = row; });
+  std::sort(rows, end);
+  end = std::unique(rows, end);
+  const int64_t count = end - rows, size = count * source.width();
+  const auto slot = [rows, end](int64_t row) { return std::lower_bound(rows, end, row) - rows; };
+  if constexpr (std::is_same_v<T, Sum>) {
+    clear(grads, size);
+    add_source<T>(source, table, slot, grads);
+  } else {
+    Vector<Sum> sums(size);
+    add_source<T>(source, table, slot, sums.data());
+    table_kernels().of<T>().round_all(sums.data(), size, 1, grads);
+  }
+  return count;
+}
+
 // Fills the first rows of ``rows`` and ``grads``; returns how many.
 template <class T>
 int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
   using Sum = Accumulator<T>;
-  const int64_t width = source.width();
+  const int64_t width = source.width(), codes = source.indices.numel();
+  if (codes <= kFewCodes && codes * kRowsPerCode <= source.indices.size(2) * source.K)
+    return merged_few<T>(source, rows, grads);
   const Shares shares =
       share_out(source.indices.size(2), source.K, cached_rows(sizeof(int64_t)), source.indices.numel() * width);
   const TouchedShares touched = find_all_touched(source, shares);

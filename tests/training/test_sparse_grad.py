@@ -176,3 +176,15 @@ def test_pooled_over_positions_has_all_derivatives():
 def test_positions_are_pooled_with_codebooks_alone():
     with pytest.raises(ValueError, match='pool_positions needs a pool over codebooks: expected pool="mean" or "sum"'):
         functional.gather(torch.zeros(2, 3, 4), torch.zeros(1, 1, 2, dtype=torch.int64), pool_positions=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pool", ["none", "mean"])
+def test_few_rows_of_a_large_table(dtype, pool):
+    K, codes = 3000, torch.tensor([[[2999, 7]], [[0, 7]], [[2999, 8]]])
+    values = torch.zeros(2, K, 2, dtype=dtype, requires_grad=True)
+    out = functional.gather(values, codes, pool=pool, sparse_grad=True)
+    (grad,) = torch.autograd.grad(out.sum(), values)
+    share = 0.5 if pool == "mean" else 1.0
+    assert grad.indices().T.tolist() == [[0, 0], [0, 2999], [1, 7], [1, 8]]
+    assert grad.values().tolist() == [[share * n] * 2 for n in (1, 2, 2, 1)]
