@@ -52,13 +52,18 @@ def _require_pool(pool: str) -> None:
 def gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
     """values [C, K, V] at indices [B, S, C]: [B, S, C, V] ("bscv") or [B, C, S, V] ("bcsv"), or pooled [B, S, V]."""
     _require_pool(pool)
-    require(layout in ("bscv", "bcsv"), lambda: f"expected layout 'bscv' or 'bcsv', got {layout!r}")
+    require(layout in ("bscv", "bcsv", "bv"), lambda: f"expected layout 'bscv', 'bcsv' or 'bv', got {layout!r}")
+    together = layout == "bv"
+    require(not together or pool != "none", lambda: f"expected pool 'mean' or 'sum' for the layout 'bv', got {pool!r}")
     require_rows(values, "values", "C, K, V", -1, -1, -1)
     C, K, V = values.shape
     require_codes(indices, C, K, values)
     (B, S, _), values = indices.shape, values.contiguous()
+    if together:
+        sums = _gather_pooled(values, indices, 1, accumulator(values)).sum(1)
+        return (sums / (S * C) if pool == "mean" else sums).to(values.dtype)
     if pool != "none":
-        return _gather_pooled(values, indices, C if pool == "mean" else 1)
+        return _gather_pooled(values, indices, C if pool == "mean" else 1, values.dtype)
     out = values.new_empty((B, S, C, V) if layout == "bscv" else (B, C, S, V))
     if out.numel():
         rows, columns = tile_of(_GATHER, V)
@@ -79,9 +84,9 @@ def gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
     return out
 
 
-def _gather_pooled(values: Tensor, indices: Tensor, divisor: int) -> Tensor:
+def _gather_pooled(values: Tensor, indices: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
     (C, K, V), (B, S, _) = values.shape, indices.shape
-    out = values.new_empty((B, S, V)) if C else values.new_zeros((B, S, V))
+    out = values.new_empty((B, S, V), dtype=dtype) if C else values.new_zeros((B, S, V), dtype=dtype)
     if out.numel() and C:
         rows, columns = tile_of(_POOLED, V)
         run(

@@ -13,6 +13,7 @@ from kvb import ops, validation
 from kvb._torch import assert_async
 from kvb.reference.values import LAYOUTS as LAYOUTS
 from kvb.reference.values import POOLS as POOLS
+from kvb.reference.values import TOGETHER
 from kvb.reference.values import Layout as Layout
 from kvb.reference.values import Pool as Pool
 
@@ -196,10 +197,8 @@ def gather(
     validation.choice("layout", layout, LAYOUTS)
     if pool_positions and pool == "none":
         raise ValueError('pool_positions needs a pool over codebooks: expected pool="mean" or "sum", got "none"')
-    if sparse_grad:
-        return ops.gather_row_grad(values, indices, pool, layout, together=pool_positions)
-    fetched = ops.gather(values, indices, pool, layout)
-    return ops.pooled_positions(fetched, pool) if pool_positions else fetched
+    fetch = ops.gather_row_grad if sparse_grad else ops.gather
+    return fetch(values, indices, pool, TOGETHER if pool_positions else layout)
 
 
 def lookup(

@@ -80,7 +80,10 @@ Vector<Sum> mean_of_groups(Vector<Sum> totals, int64_t count, int64_t C) {
 template <class T, class Sum = Accumulator<T>>
 Vector<Sum> gathered(const T* table, const Tensor& indices, int64_t K, int64_t V) {
   Vector<T> rounded(indices.size(0) * indices.size(1) * V);
-  require(gather_pooled(table, walk(indices, {}, K * V, V), K, V, true, rounded.data()), "indices changed meanwhile");
+  const Table<T> values{table, indices.size(2), K, V};
+  const int64_t positions = indices.size(0) * indices.size(1);
+  require(gather_pooled(values, walk(indices, {}, K * V, V), positions, true, rounded.data()),
+          "indices changed meanwhile");
   Vector<Sum> means(rounded.size());
   std::transform(rounded.begin(), rounded.end(), means.begin(), [](T mean) { return widen<Sum>(mean); });
   return means;

@@ -310,7 +310,10 @@ void clear_tail(int64_t begin, int64_t end, int64_t width, int64_t* rows, T* gra
 Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layout) {
   require_floating(values, "values");
   require_pool(pool);
-  require(layout == "bscv" || layout == "bcsv", "expected layout 'bscv' or 'bcsv', got '", layout, "'");
+  const bool together = layout == "bv"; // positions as well as codebooks
+  require(together || layout == "bscv" || layout == "bcsv", "expected layout 'bscv', 'bcsv' or 'bv', got '", layout,
+          "'");
+  require(!together || pool != "none", "expected pool 'mean' or 'sum' for the layout 'bv', got 'none'");
   require_shape(values, "values", {-1, -1, -1});
   const int64_t C = values.size(0), K = values.size(1), V = values.size(2);
   require_indices(indices, C, K);
@@ -319,11 +322,13 @@ Tensor gather(Tensor values, Tensor indices, std::string pool, std::string layou
   const ScalarType type = values.scalar_type();
 
   if (pool != "none") {
-    Tensor out = new_output(values, {B, S, V});
-    const Walk order = walk(indices, {}, values.stride(0), values.stride(1));
+    Tensor out = together ? new_output(values, {B, V}) : new_output(values, {B, S, V});
+    Walk order = walk(indices, {}, values.stride(0), values.stride(1));
+    if (together && order.stride[2] > order.stride[1]) swap_axes(order, 1, 2); // as the indices lie in memory
     with_floating(type, [&](auto value) {
       using T = decltype(value);
-      if (!gather_pooled(values.const_data_ptr<T>(), order, K, V, pool == "mean", out.mutable_data_ptr<T>()))
+      const Table<T> table{values.const_data_ptr<T>(), C, K, V};
+      if (!gather_pooled(table, order, together ? B : B * S, pool == "mean", out.mutable_data_ptr<T>()))
         require_in_range(indices, K);
     });
     return out;

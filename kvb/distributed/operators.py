@@ -48,6 +48,8 @@ def _pooled(pool: str, layout: str = "bscv") -> tuple[str, str, str]:
     """
     if pool == "none":
         return layout.upper(), "BSC", ""
+    if layout == "bv":
+        return "BV", "BSC" if pool == "sum" else "B", "SC"
     return "BSV", "BSC" if pool == "sum" else "BS", "C"
 
 

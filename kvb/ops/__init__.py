@@ -36,7 +36,7 @@ from kvb.ops import batching, gradients, kept, memory
 from kvb.ops.backends import CPU_CAPABILITIES, absent, backend
 from kvb.ops.gradients import clip_rows_, gather, lookup, move_rows_, places_to_rows
 from kvb.ops.memory import gather_weighted_row_grad
-from kvb.ops.row_gradients import gather_row_grad, pooled_positions
+from kvb.ops.row_gradients import gather_row_grad
 from kvb.ops.schemas import IN_PLACE, NAMES, SCHEMAS, operators
 from kvb.ops.together import gather_together
 
@@ -60,5 +60,4 @@ __all__ = [
     "move_rows_",
     "operators",
     "places_to_rows",
-    "pooled_positions",
 ]

@@ -135,8 +135,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
-        grad = _in_order(ctx, grads[0])
-        return gather_backward(grad, indices, ctx.shape[1], ctx.pool), None, None, None
+        grad, pool = _in_order(ctx, grads[0], indices)
+        return gather_backward(grad, indices, ctx.shape[1], pool), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -147,9 +147,13 @@ class _Gather(torch.autograd.Function):
             return torch.ops.kvb.gather(tangents[0], *ctx.saved_tensors, ctx.pool, ctx.layout)
 
 
-def _in_order(ctx: Any, grad: Tensor) -> Tensor:
-    """The gradient of fetched values in the layout "bscv"."""
-    return grad.transpose(1, 2) if ctx.pool == "none" and ctx.layout == "bcsv" else grad
+def _in_order(ctx: Any, grad: Tensor, indices: Tensor) -> tuple[Tensor, str]:
+    """The gradient of fetched values in the layout "bscv", and how those were pooled."""
+    if ctx.layout == "bv":
+        _, S, C = indices.shape
+        grad = (grad / (S * C) if ctx.pool == "mean" else grad).unsqueeze(1)
+        return (grad.expand(-1, S, -1) if S != 1 else grad), "sum"
+    return grad.transpose(1, 2) if ctx.pool == "none" and ctx.layout == "bcsv" else grad, ctx.pool
 
 
 class _GatherBackward(torch.autograd.Function):

@@ -8,35 +8,23 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from kvb._torch import derivatives_on, is_mapped, record_of, transforms_active, transforms_of
+from kvb._torch import is_mapped, record_of, transforms_active, transforms_of
 from kvb.ops.gradients import _Gather, _in_order, _learns, gather_backward_rows, rows_to_places
 
 
 class _GatherRows(torch.autograd.Function):
-    """``gather`` with a row-sparse gradient: merged rows from the kernel, never a dense [C, K, V].
-
-    Rows that only positions outside ``counted`` [B, S] fetch are not among them. ``together`` pools over positions.
-    """
+    """Rows that only positions outside ``counted`` [B, S] fetch are not in the gradient."""
 
     @staticmethod
-    def forward(
-        values: Tensor, indices: Tensor, pool: str, layout: str, counted: Tensor | None, together: bool
-    ) -> Tensor:
-        fetched = _Gather.forward(values, indices, pool, layout)
-        return pooled_positions(fetched, pool) if together else fetched
+    def forward(values: Tensor, indices: Tensor, pool: str, layout: str, counted: Tensor | None) -> Tensor:
+        return _Gather.forward(values, indices, pool, layout)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Gather.setup_context(ctx, inputs[:-2], output)
-        ctx.counted, ctx.together = inputs[-2:]
+        _Gather.setup_context(ctx, inputs[:-1], output)
+        ctx.counted = inputs[-1]
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        moved = _Gather.jvp(ctx, *tangents)
-        if moved is None or not ctx.together:
-            return moved
-        with derivatives_on():
-            return pooled_positions(moved, ctx.pool)
+    jvp = _Gather.jvp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -44,15 +32,13 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _rows_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (indices,), grad, none = ctx.saved_tensors, _in_order(ctx, grad), (None,) * 5
-    if ctx.together:
-        S = indices.shape[1]
-        grad = (grad / S if ctx.pool == "mean" and S > 1 else grad).unsqueeze(1).expand(-1, S, -1)
+    (indices,), none = ctx.saved_tensors, (None,) * 4
+    grad, pool = _in_order(ctx, grad, indices)
     if is_mapped(grad):
-        return torch.ops.kvb.gather_backward(grad, indices, ctx.shape[1], ctx.pool), *none
+        return torch.ops.kvb.gather_backward(grad, indices, ctx.shape[1], pool), *none
     if ctx.counted is not None:
         grad, indices = grad[ctx.counted][None], indices[ctx.counted][None]
-    return sparse_rows(grad, indices, ctx.shape, ctx.pool), *none
+    return sparse_rows(grad, indices, ctx.shape, pool), *none
 
 
 _once_rows_of = torch.autograd.function.once_differentiable(_rows_of)
@@ -73,20 +59,7 @@ def _must_be_dense(values: Tensor, indices: Tensor) -> bool:
     return is_mapped(values) or is_mapped(indices) or transforms_of(values) > 1
 
 
-def pooled_positions(fetched: Tensor, pool: str) -> Tensor:
-    """Values [B, S, V], pooled over codebooks, pooled over positions too: [B, V]."""
-    return fetched.mean(1) if pool == "mean" else fetched.sum(1)
-
-
-def gather_row_grad(
-    values: Tensor,
-    indices: Tensor,
-    pool: str,
-    layout: str,
-    counted: Tensor | None = None,
-    *,
-    together: bool = False,
-) -> Tensor:
+def gather_row_grad(values: Tensor, indices: Tensor, pool: str, layout: str, counted: Tensor | None = None) -> Tensor:
     """``torch.ops.kvb.gather`` whose gradient for ``values`` is a coalesced sparse tensor, C and K its sparse axes.
 
     Sparse tensors cannot be traced: under ``torch.compile`` this breaks the graph once. Nor can they be mapped or
@@ -94,17 +67,15 @@ def gather_row_grad(
 
     Args:
         counted: bool [B, S]; elsewhere the gradient is zero, and names no rows. None where all positions count.
-        together: pool over positions as well, as ``pooled_positions`` does.
     """
     compiling = is_compiling()
     transformed = not compiling and transforms_active()
     if not _learns(values) or (transformed and _must_be_dense(values, indices)):
-        fetched = torch.ops.kvb.gather(values, indices, pool, layout)
-        return pooled_positions(fetched, pool) if together else fetched
+        return torch.ops.kvb.gather(values, indices, pool, layout)
     if compiling:
-        return torch.compiler.disable(_GatherRows.apply)(values, indices, pool, layout, counted, together)
+        return torch.compiler.disable(_GatherRows.apply)(values, indices, pool, layout, counted)
     record = _GatherRows.apply if transformed else _record_rows
-    return record(values, indices, pool, layout, counted, together)
+    return record(values, indices, pool, layout, counted)
 
 
 _record_rows = record_of(_GatherRows)

@@ -127,7 +127,7 @@ def sample(
 def gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
     (B, S, C), V = indices.shape, values.shape[-1]
     if pool != "none":
-        return values.new_empty((B, S, V))
+        return values.new_empty((B, V) if layout == "bv" else (B, S, V))
     return values.new_empty((B, S, C, V) if layout == "bscv" else (B, C, S, V))
 
 

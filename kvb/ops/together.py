@@ -38,7 +38,8 @@ class _GatherTogether(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The mean over processes, as ``DistributedDataParallel`` has it."""
-        (indices,), grad, K = ctx.saved_tensors, _in_order(ctx, grads[0]), ctx.shape[1]
+        (indices,), K = ctx.saved_tensors, ctx.shape[1]
+        grad, pool = _in_order(ctx, grads[0], indices)
         places = slice(None) if ctx.counted is None else ctx.counted.flatten()
         grad, sent = grad.flatten(0, 1)[places], ctx.sent
         if sent is None:
@@ -50,8 +51,8 @@ class _GatherTogether(torch.autograd.Function):
         codes = torch.where(codes < 0, ~codes, codes)
         none = (None,) * 7
         if ctx.sparse:
-            return sparse_rows(grad, codes, ctx.shape, ctx.pool), *none
-        return torch.ops.kvb.gather_backward(grad, codes, K, ctx.pool), *none
+            return sparse_rows(grad, codes, ctx.shape, pool), *none
+        return torch.ops.kvb.gather_backward(grad, codes, K, pool), *none
 
 
 def gather_together(

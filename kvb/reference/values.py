@@ -26,6 +26,7 @@ Pool = Literal["none", "mean", "sum"]
 Layout = Literal["bscv", "bcsv"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+TOGETHER = "bv"  # the layout of what is pooled over positions, too
 
 
 def _require_choice(name: str, value: str, options: tuple[str, ...]) -> None:
@@ -34,11 +35,16 @@ def _require_choice(name: str, value: str, options: tuple[str, ...]) -> None:
 
 
 def gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
-    """values [C, K, V] at indices [B, S, C]: [B, S, C, V] ("bscv") or [B, C, S, V] ("bcsv"), or pooled [B, S, V]."""
+    """values [C, K, V] at indices [B, S, C]: [B, S, C, V] ("bscv") or [B, C, S, V] ("bcsv"), or pooled [B, S, V].
+
+    In the layout "bv" they are pooled over positions as well, [B, V].
+    """
     require_tensors(values=values, indices=indices)
     require_floating(values=values)
     _require_choice("pool", pool, POOLS)
-    _require_choice("layout", layout, LAYOUTS)
+    together = layout == TOGETHER
+    _require_choice("layout", layout, (*LAYOUTS, TOGETHER))
+    require(not together or pool != "none", f"expected pool 'mean' or 'sum' for the layout {TOGETHER!r}, got {pool!r}")
     require_shape("values", values, "C", "K", "V")
     C, K, V = values.shape
     require_codes(indices, C, K)
@@ -52,7 +58,9 @@ def gather(values: Tensor, indices: Tensor, pool: str, layout: str) -> Tensor:
     for b, s, c in tiles(B, S, C, V):
         rows = flat_rows(indices[b, s, c], K, c.start)
         out[b, s] += table.index_select(0, rows.flatten()).view(*rows.shape, V).sum(2, dtype=out.dtype)
-    return (out / C if pool == "mean" else out).to(values.dtype)
+    if together:
+        out = out.sum(1)
+    return (out / (C * S if together else C) if pool == "mean" else out).to(values.dtype)
 
 
 def _tile_grad(grad: Tensor, tile: Tile, C: int, pool: str) -> Tensor:

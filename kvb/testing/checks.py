@@ -101,6 +101,8 @@ def check_gather(op: Any, problem: Problem) -> None:
         for layout in LAYOUTS:
             out = op.gather(problem.values, problem.indices, pool, layout)
             judge_gather(problem, problem.indices, out, pool, layout)
+        if pool != "none":
+            judge_gather(problem, problem.indices, op.gather(problem.values, problem.indices, pool, "bv"), pool, "bv")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -146,9 +147,14 @@ def judge_gather(problem: Problem, indices: Tensor, out: Tensor, pool: str, layo
         out = require_like("values", out, fetched.shape, values.dtype)
         require(torch.equal(out, fetched), f"{int((out != fetched).sum())} of {out.numel()} fetched values differ")
         return
-    exact = fetched.double().sum(2) / (case.C if pool == "mean" else 1)
-    size = fetched.double().abs().sum(2) / (case.C if pool == "mean" else 1)
-    allowed = 2 * case.C * UNIT[accumulator(values.dtype)] * size + 2 * UNIT[values.dtype] * exact.abs()
+    axes = (1, 2) if layout == "bv" else (2,)
+    count = math.prod(fetched.shape[axis] for axis in axes)
+    if count == 0 and pool == "mean":
+        require(out.shape == (case.B, case.V) and bool(out.isnan().all()), "expected means over no position of NaN")
+        return
+    divisor = count if pool == "mean" else 1
+    exact, size = fetched.double().sum(axes) / divisor, fetched.double().abs().sum(axes) / divisor
+    allowed = 2 * count * UNIT[accumulator(values.dtype)] * size + 2 * UNIT[values.dtype] * exact.abs()
     allowed += torch.finfo(values.dtype).tiny
     require_close("pooled values", require_like("values", out, exact.shape, values.dtype), exact, allowed)
 

@@ -195,7 +195,7 @@ def _lookup(call: Call) -> Any:
 
 def _gather(call: Call) -> Any:
     codes = call.codes(call.B, call.S, call.C, limit=call.K)
-    layout = call.odd(call.random.choice(["bscv", "bcsv"]), "bsc", "")
+    layout = call.odd(call.random.choice(["bscv", "bcsv", "bv"]), "bsc", "")
     return {"values": call.floats(call.C, call.K, call.V), "indices": codes}, (_pool(call), layout)
 
 
