@@ -141,11 +141,12 @@ void number_rows(const TouchedRows& touched, int64_t* slots, int64_t* rows) {
 // Adds the rows of one range to their sums; where ``slots`` are given, to those in the place of their targets.
 template <class T>
 void add_source(const Source& source, const RowRange& range, const int64_t* slots, Accumulator<T>* sums) {
+  const bool far = source.beyond(kSharedBytes);
   list_source<T>(source, range, [&](const auto* data, Row* rows, int64_t listed) {
     if (slots)
       for (int64_t i = 0; i < listed; ++i) rows[i].target = slots[rows[i].target];
     using Number = std::remove_const_t<std::remove_pointer_t<decltype(data)>>; // of grad, or staged
-    table_kernels().of<Number>().add_listed(data, rows, listed, source.width(), sums);
+    table_kernels().of<Number>().add_listed(data, rows, listed, source.width(), far, sums);
   });
 }
 
