@@ -88,11 +88,19 @@ struct Row {
 
 constexpr int64_t kAhead = 12; // rows between a fetch and its use
 
-// Fetch every cache line of a row; the last byte, because counting lines from the address mispredicts.
+// Rows between a fetch into the L2 cache and its use.
+inline int64_t far_ahead(int64_t row_bytes) {
+  constexpr int64_t kBytes = 1 << 14, kRows = 128; // what arrives from memory meanwhile; at most so many rows
+  return std::clamp<int64_t>(kBytes / row_bytes, 2 * kAhead, kRows);
+}
+
+// Fetch every cache line of a row; the last byte, because counting lines from the address mispredicts. Where ``level``
+// is 2, into the L2 cache only, which waits for more lines at a time than the L1 cache does.
+template <int level = 1>
 inline void prefetch(const void* row, int64_t bytes) {
   const char* const begin = static_cast<const char*>(row);
-  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
-  __builtin_prefetch(begin + std::max<int64_t>(bytes, 1) - 1);
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at, 0, 4 - level);
+  __builtin_prefetch(begin + std::max<int64_t>(bytes, 1) - 1, 0, 4 - level);
   asm volatile(""); // else GCC sees a function without effects, and drops calls of it
 }
 

@@ -69,9 +69,10 @@ using PackCodebook = void (*)(const Layout& layout, const void* keys, double* to
 // A fingerprint of bytes, whatever the instruction set, that takes -0 for +0 where ``signs`` has the sign bits of the
 // numbers in a word.
 using Fingerprint = uint64_t (*)(const char* data, int64_t bytes, uint64_t signs);
-// Adds each listed row of ``data`` to its sum and counts it, unless it holds NaN or Inf.
+// Adds each listed row of ``data`` to its sum and counts it, unless it holds NaN or Inf; ``far`` says whether rows come
+// from beyond the L2 cache.
 using AddFinite =
-    void (*)(const float* data, const Row* rows, int64_t listed, int64_t width, int64_t* hits, double* sums);
+    void (*)(const float* data, const Row* rows, int64_t listed, int64_t width, bool far, int64_t* hits, double* sums);
 
 struct Kernels {
   const char* name;

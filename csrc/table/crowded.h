@@ -44,18 +44,21 @@ class CrowdedStep {
   }
 
   // Means over codebooks [N, V], rounded as gather rounds them.
-  Vector<Sum> means() const {
-    const int64_t bytes = groups() * N_ * V_ * static_cast<int64_t>(sizeof(Sum));
-    if (bytes > kTotalBytes) return gathered(table_, indices_, K_, V_);
-    Vector<Sum> totals(groups() * N_ * V_);
+  Buffer<Sum> means() const {
+    const int64_t count = groups() * N_ * V_;
+    // Fewer codebooks than one group, which one thread would sum while the others wait, have the same sums there.
+    const bool few = C_ < kSummedBooks;
+    if (few || count * static_cast<int64_t>(sizeof(Sum)) > kTotalBytes) return gathered(table_, indices_, K_, V_);
+    Buffer<Sum> totals = new_buffer<Sum>(count);
+    std::fill_n(totals.get(), count, Sum{0});
     for_codes([&](int64_t c, const int32_t* codes, Vector<Sum>&) {
-      Sum* const total = totals.data() + c / books_ * N_ * V_;
+      Sum* const total = totals.get() + c / books_ * N_ * V_;
       for (int64_t n = 0; n < N_; ++n) {
         fetch_share(c + 1, n);
         add_short_row(total + n * V_, table_ + (c * K_ + codes[n]) * V_, V_);
       }
     });
-    return mean_of_groups<T>(std::move(totals), N_ * V_, C_);
+    return mean_of_groups<T>(std::move(totals), groups(), N_ * V_, C_);
   }
 
   double norm(const Gradient<Sum>& grad) const {

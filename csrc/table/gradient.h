@@ -26,18 +26,18 @@ double square(const Sum* row, int64_t width) {
 // The gradient rows of fetched values: [B, V], the same one for all S positions of a sample.
 template <class Sum>
 struct Gradient {
-  Vector<Sum> rows;
+  Buffer<Sum> rows; // undefined at first: the threads that compute them are the first to touch their memory
   Vector<double> squares; // [B]
   int64_t width, positions; // V, S
 
-  Gradient(int64_t samples, int64_t positions, int64_t width)
-      : rows(samples * width), squares(samples), width(width), positions(positions) {}
+  Gradient(Buffer<Sum> rows, int64_t samples, int64_t positions, int64_t width)
+      : rows(std::move(rows)), squares(samples), width(width), positions(positions) {}
 
   int64_t sample(int64_t position) const {
     return positions == 1 ? position : position / positions; // a division takes longer than all else
   }
   const Sum* at(int64_t position) const {
-    return rows.data() + sample(position) * width;
+    return rows.get() + sample(position) * width;
   }
 };
 
@@ -63,30 +63,36 @@ inline void read_codes(const Tensor& indices, int64_t c0, int64_t c1, int32_t* c
 
 // --- means over codebooks, rounded as gather rounds them -------------------------------------------------------------
 
-// Of the first ``count`` totals, to which those of the other groups of codebooks are added.
+// Of ``count`` totals, the first of ``groups`` that follow each other, to which the others are added.
 template <class T, class Sum>
-Vector<Sum> mean_of_groups(Vector<Sum> totals, int64_t count, int64_t C) {
-  Sum* const sums = totals.data();
-  const int64_t whole = totals.size(), groups = whole / std::max<int64_t>(count, 1);
+Buffer<Sum> mean_of_groups(Buffer<Sum> totals, int64_t groups, int64_t count, int64_t C) {
+  Sum* const sums = totals.get();
+  const int64_t whole = groups * count;
   parallel(count, kSerialWork / std::max<int64_t>(groups, 1), [&](int64_t begin, int64_t end) {
     for (int64_t at = count; at < whole; at += count) add_row(sums + begin, sums + at + begin, end - begin);
     for (int64_t i = begin; i < end; ++i) sums[i] = widen<Sum>(static_cast<T>(sums[i] / static_cast<Sum>(C)));
   });
-  totals.resize(count);
   return totals;
 }
 
 // Of a whole table, [N, V].
 template <class T, class Sum = Accumulator<T>>
-Vector<Sum> gathered(const T* table, const Tensor& indices, int64_t K, int64_t V) {
-  Vector<T> rounded(indices.size(0) * indices.size(1) * V);
+Buffer<Sum> gathered(const T* table, const Tensor& indices, int64_t K, int64_t V) {
+  const int64_t count = indices.size(0) * indices.size(1) * V;
+  Buffer<T> rounded = new_buffer<T>(count);
   const Table<T> values{table, indices.size(2), K, V};
   const int64_t positions = indices.size(0) * indices.size(1);
-  require(gather_pooled(values, walk(indices, {}, K * V, V), positions, true, rounded.data()),
+  require(gather_pooled(values, walk(indices, {}, K * V, V), positions, true, rounded.get()),
           "indices changed meanwhile");
-  Vector<Sum> means(rounded.size());
-  std::transform(rounded.begin(), rounded.end(), means.begin(), [](T mean) { return widen<Sum>(mean); });
-  return means;
+  if constexpr (std::is_same_v<T, Sum>) {
+    return rounded;
+  } else {
+    Buffer<Sum> means = new_buffer<Sum>(count);
+    parallel(count, kSerialWork, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) means[i] = widen<Sum>(rounded[i]);
+    });
+    return means;
+  }
 }
 
 } // namespace kvb

@@ -17,12 +17,13 @@ struct RowKernels {
   // For each of ``positions`` the sum of its ``books`` rows, which follow each other in ``rows``; ``fetch`` says
   // whether they are fetched ahead.
   void (*sum_books)(const T* const* rows, int64_t positions, int64_t books, int64_t width, bool fetch, Sum* sums);
-  // Adds each listed row of ``data`` to the sum of its target.
-  void (*add_listed)(const T* data, const Row* rows, int64_t listed, int64_t width, Sum* sums);
-  // Adds to each of ``sums``, ``books`` of which follow each other for each of ``positions``, its row of ``data``.
+  // Adds each listed row of ``data`` to the sum of its target; ``far`` says whether rows come from beyond the L2 cache.
+  void (*add_listed)(const T* data, const Row* rows, int64_t listed, int64_t width, bool far, Sum* sums);
+  // Adds to each of ``sums``, ``books`` of which follow each other for each of ``positions``, its row of ``data``;
+  // ``far`` and ``fetch`` say whether rows of data come from beyond the L2 cache, and whether sums are fetched ahead.
   void (*add_to)(
       const T* data, int64_t position_step, int64_t book_step, int64_t positions, int64_t books, int64_t width,
-      bool fetch, Sum* const* sums);
+      bool far, bool fetch, Sum* const* sums);
   // out[i] = numbers[i] / divisor, as a sum's type.
   void (*widen_all)(const T* numbers, int64_t count, Sum divisor, Sum* out);
   // out[i] = sums[i] / divisor, rounded.

@@ -65,7 +65,8 @@ Sum cross_entropy(const Sum* logits, int64_t V, int64_t target, Sum smoothing, S
   return std::log(total) - (1 - smoothing) * (logits[target] - highest) - each * sum;
 }
 
-// Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets, and the loss.
+// Logits [B, V] from means over codebooks [B, S, V], the gradient that each fetched value gets, and the loss. The
+// gradient may take the place of the means where S is 1.
 template <class Sum>
 double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t C, Sum smoothing, Sum* logits,
               Gradient<Sum>& grad) {
@@ -74,7 +75,7 @@ double losses(const Sum* means, const int64_t* targets, int64_t B, int64_t C, Su
   const Sum scale = static_cast<Sum>(1.0 / (static_cast<double>(B) * S * C));
   parallel(B, kSerialWork / std::max<int64_t>((S + 8) * V, 1), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      Sum *const row = logits + b * V, *const slopes = grad.rows.data() + b * V;
+      Sum *const row = logits + b * V, *const slopes = grad.rows.get() + b * V;
       std::fill_n(row, V, Sum{0});
       for (int64_t s = 0; s < S; ++s) add_row(row, means + (b * S + s) * V, V);
       for (int64_t v = 0; v < V; ++v) row[v] /= static_cast<Sum>(S);

@@ -5,8 +5,6 @@
 
 namespace kvb {
 
-constexpr int64_t kTableBytes = 1 << 22; // some L2 caches: from a smaller table rows arrive without a fetch ahead
-
 // Whether a walk reads indices one after the other, and its targets repeat with each run.
 inline bool in_one_run(const Walk& walk) {
   const auto follows = [&](int axis, int64_t length) {

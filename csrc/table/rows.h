@@ -16,6 +16,9 @@ namespace kvb {
 
 using Sizes = std::array<int64_t, 3>;
 
+constexpr int64_t kCodesAhead = 64; // codes between the fetch of one and its use, where each has a line of its own
+constexpr int64_t kTableBytes = 1 << 22; // some L2 caches: from less memory rows arrive without a fetch ahead
+constexpr int64_t kSharedBytes = 1 << 25; // most L3 caches
 constexpr int64_t kListedRows = 1024; // rows listed at a time: 16 KB, half of an L1 cache
 constexpr int64_t kSerialWork = 1 << 15; // elements below which a second thread costs more than it saves: some 10 us
 constexpr int64_t kCachedBytes = 1 << 19; // of sums or slots: half of an L2 cache, so that they stay in it
@@ -114,14 +117,19 @@ inline int64_t list_rows(const Walk& walk, int64_t begin, int64_t end, uint64_t 
       const int64_t table_step = walk.table[2];
       const uint64_t below = limit;
       Row* next = last;
-      for (int64_t i = 0; i < length; ++i) {
-        const int64_t target = table + static_cast<int64_t>(*code) * index_step;
-        *next = {place, target};
-        next += static_cast<uint64_t>(target) < below; // no branch: it would be a coin toss
-        code += code_step;
-        place += place_step;
-        table += table_step;
-      }
+      const auto list = [&](auto apart) {
+        for (int64_t i = 0; i < length; ++i) {
+          if (apart) __builtin_prefetch(code + kCodesAhead * code_step);
+          const int64_t target = table + static_cast<int64_t>(*code) * index_step;
+          *next = {place, target};
+          next += static_cast<uint64_t>(target) < below; // no branch: it would be a coin toss
+          code += code_step;
+          place += place_step;
+          table += table_step;
+        }
+      };
+      const int64_t apart = code_step * static_cast<int64_t>(sizeof(Index));
+      apart >= kLine ? list(std::true_type{}) : list(std::false_type{});
       last = next;
     });
   });
@@ -279,6 +287,11 @@ struct Source {
   int64_t codebook_step() const {
     return pooled ? 0 : tensor.stride(2);
   }
+  // Whether rows, of a line or more each, come from beyond caches of so many bytes: they are fetched long before.
+  bool beyond(int64_t cached) const {
+    const int64_t element = static_cast<int64_t>(tensor.element_size());
+    return !pooled && !staged() && width() * element >= kLine && tensor.numel() * element > cached;
+  }
 };
 
 // Rows of positions [n0, n1) and codebooks [c0, c1) in the accumulator's type, one after the other.
@@ -361,11 +374,13 @@ void list_source(const Source& source, const RowRange& range, const F& visit) {
   }
 }
 
-// Visit listed rows one by one: visit(row, row of the range).
+// Visit listed rows one by one: visit(row, row of the range); ``far`` says whether they come from beyond the L2 cache.
 template <class T, class F>
-void visit_listed(const T* data, const Row* rows, int64_t listed, int64_t width, const F& visit) {
+void visit_listed(const T* data, const Row* rows, int64_t listed, int64_t width, bool far, const F& visit) {
+  const int64_t bytes = width * sizeof(T), away = far ? far_ahead(bytes) : 0;
   for (int64_t i = 0; i < listed; ++i) {
-    if (i + kAhead < listed) prefetch(data + rows[i + kAhead].place, width * sizeof(T));
+    if (far && i + away < listed) prefetch<2>(data + rows[i + away].place, bytes);
+    if (i + kAhead < listed) prefetch(data + rows[i + kAhead].place, bytes);
     visit(data + rows[i].place, rows[i].target);
   }
 }
@@ -373,7 +388,7 @@ void visit_listed(const T* data, const Row* rows, int64_t listed, int64_t width,
 template <class T, class F>
 void for_rows(const Source& source, const RowRange& range, const F& visit) {
   list_source<T>(source, range, [&](const auto* data, const Row* rows, int64_t listed) {
-    visit_listed(data, rows, listed, source.width(), visit);
+    visit_listed(data, rows, listed, source.width(), source.beyond(kSharedBytes), visit);
   });
 }
 

@@ -26,6 +26,8 @@ template <class T>
   const int64_t positions = part.size[0] * part.size[1];
   const int64_t tile = std::max<int64_t>(1, kListedRows / std::max(books, source.divisor != 1 ? width / 4 : 1));
   const bool fetch = books * K * width * static_cast<int64_t>(sizeof(Sum)) > kTableBytes;
+  const bool in_order = step == books * source.codebook_step(); // the machine itself fetches such rows from its caches
+  const bool far = source.beyond(in_order ? kSharedBytes : kTableBytes);
   Pointers<Sum> pointers(with_long_runs(part), K, sums, 0, positions * books, tile * books);
   const int64_t most = std::min(tile, positions);
   const Buffer<Sum*> to = new_buffer<Sum*>(most * books);
@@ -35,13 +37,13 @@ template <class T>
     const int64_t count = std::min(tile, positions - n);
     if (!pointers.list(count * books, to.get())) return false;
     if (source.divisor == 1) {
-      table_kernels().of<T>().add_to(data, step, source.codebook_step(), count, books, width, fetch, to.get());
+      table_kernels().of<T>().add_to(data, step, source.codebook_step(), count, books, width, far, fetch, to.get());
       continue;
     }
     const int64_t together = step == width ? count : 1; // rows that follow each other
     for (int64_t i = 0; i < count; i += together)
       table_kernels().of<T>().widen_all(data + i * step, together * width, source.divisor, shares.get() + i * width);
-    table_kernels().of<Sum>().add_to(shares.get(), width, 0, count, books, width, fetch, to.get());
+    table_kernels().of<Sum>().add_to(shares.get(), width, 0, count, books, width, false, fetch, to.get());
   }
   return true;
 }

@@ -51,11 +51,11 @@ class Sums {
 
   // Add finite rows, and count them.
   template <class Number>
-  void add(const Number* data, const Row* rows, int64_t listed, int64_t* hits) {
+  void add(const Number* data, const Row* rows, int64_t listed, bool far, int64_t* hits) {
     if constexpr (std::is_same_v<Number, float>) {
-      kernels().add_finite(data, rows, listed, width_, hits, sums_.data());
+      kernels().add_finite(data, rows, listed, width_, far, hits, sums_.data());
     } else {
-      visit_listed(data, rows, listed, width_, [&](const Number* row, int64_t target) {
+      visit_listed(data, rows, listed, width_, far, [&](const Number* row, int64_t target) {
         if (!finite(row, width_)) return;
         ++hits[target];
         if constexpr (kCompensated)
@@ -92,6 +92,7 @@ class Sums {
 template <class T>
 void collect(const Source& queries, int64_t* hits, Accumulator<T>* sums) {
   const int64_t width = queries.width();
+  const bool far = queries.beyond(kSharedBytes);
   const int64_t row_bytes = sizeof(int64_t) + (sums ? Sums<T>::row_bytes(width) : 0);
   const Shares shares = share_out(
       queries.indices.size(2), queries.K, kCachedBytes / row_bytes, (queries.indices.numel() + 1) * width);
@@ -105,7 +106,7 @@ void collect(const Source& queries, int64_t* hits, Accumulator<T>* sums) {
       }
       Sums<T> kept(range.rows(), width);
       list_source<T>(queries, range, [&](const auto* data, const Row* rows, int64_t listed) {
-        kept.add(data, rows, listed, hit);
+        kept.add(data, rows, listed, far, hit);
       });
       kept.write(sums + range.first * width);
     }

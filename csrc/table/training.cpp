@@ -164,13 +164,14 @@ class TrainingStep {
   }
 
   // Means over codebooks [N, V], rounded as gather rounds them.
-  Vector<Sum> means() {
+  Buffer<Sum> means() {
     if (kept_.empty()) return gathered(table_, indices_, K_, V_);
-    Vector<Sum> totals(groups() * N_ * V_);
+    Buffer<Sum> totals = new_buffer<Sum>(groups() * N_ * V_);
+    std::fill_n(totals.get(), groups() * N_ * V_, Sum{0});
     for_groups<false>([&](int64_t g, Scratch& scratch, Group<Sum>&) {
-      list_and_add(g, scratch, totals.data() + g * N_ * V_);
+      list_and_add(g, scratch, totals.get() + g * N_ * V_);
     });
-    return mean_of_groups<T>(std::move(totals), N_ * V_, C_);
+    return mean_of_groups<T>(std::move(totals), groups(), N_ * V_, C_);
   }
 
   double norm(const Gradient<Sum>& grad) {
@@ -303,10 +304,11 @@ std::tuple<Tensor, Tensor, Tensor> sgd_step_(
     using T = decltype(value);
     using Sum = Accumulator<T>;
     const auto take = [&](auto&& step) {
-      const Vector<Sum> means = step.means();
-      Gradient<Sum> grad(B, S, V);
+      Buffer<Sum> means = step.means();
+      const Sum* const from = means.get();
+      Gradient<Sum> grad(S == 1 ? std::move(means) : new_buffer<Sum>(B * V), B, S, V);
       *loss.mutable_data_ptr<Sum>() = static_cast<Sum>(losses(
-          means.data(), targets.const_data_ptr<int64_t>(), B, C, static_cast<Sum>(label_smoothing),
+          from, targets.const_data_ptr<int64_t>(), B, C, static_cast<Sum>(label_smoothing),
           logits.mutable_data_ptr<Sum>(), grad));
       const bool whole = longest(grad, C) < max_norm - 1e-5; // beyond what clipping adds to a norm
       const double length = whole ? step.norm_and_move(grad, static_cast<Sum>(lr)) : step.norm(grad);

@@ -141,10 +141,11 @@ void number_rows(const TouchedRows& touched, int64_t* slots, int64_t* rows) {
 // Adds the rows of one range to the sums in the places slot(row of the range).
 template <class T, class F>
 void add_source(const Source& source, const RowRange& range, const F& slot, Accumulator<T>* sums) {
+  const bool far = source.beyond(kSharedBytes);
   list_source<T>(source, range, [&](const auto* data, Row* rows, int64_t listed) {
     for (int64_t i = 0; i < listed; ++i) rows[i].target = slot(rows[i].target);
     using Number = std::remove_const_t<std::remove_pointer_t<decltype(data)>>; // of grad, or staged
-    table_kernels().of<Number>().add_listed(data, rows, listed, source.width(), sums);
+    table_kernels().of<Number>().add_listed(data, rows, listed, source.width(), far, sums);
   });
 }
 

@@ -95,3 +95,21 @@ def test_sums_do_not_depend_on_how_rows_lie_in_memory(dtype):
     ):
         for found, wanted in zip(run(seen), run(seen.contiguous()), strict=True):
             assert torch.equal(found, wanted)
+
+
+@pytest.mark.skipif(ops.backend("cpu") == "triton", reason="an interpreter would take minutes")
+@pytest.mark.parametrize("apart", [False, True], ids=["batch order", "codebook by codebook"])
+def test_rows_that_no_cache_holds(apart):
+    """34 MB of float32 rows: the sums are those of batch order, to the last bit."""
+    B, S, C, K, V = 4, 514, 16, 600, 257
+    rows = torch.randn(B, C, S, V).transpose(1, 2) if apart else torch.randn(B, S, C, V)
+    codes = torch.randint(K, (B, S, C))
+    table = (codes + torch.arange(C) * K).flatten()
+    want = torch.zeros(C * K, V).index_add_(0, table, rows.flatten(0, 2))
+    assert torch.equal(op.gather_backward(rows, codes, K, "none").view(-1, V), want)
+    found, grads, count = op.gather_backward_rows(rows, codes, K, "none")
+    assert torch.equal(torch.zeros(C * K, V).index_copy_(0, found[:count], grads[:count]), want)
+    exact = torch.zeros(C * K, V, dtype=torch.float64).index_add_(0, table, rows.flatten(0, 2).double()).float()
+    hits, sums = op.accumulate(rows, codes, K)
+    assert torch.equal(hits.flatten(), torch.bincount(table, minlength=C * K))
+    assert torch.equal(sums.view(-1, V), exact)
