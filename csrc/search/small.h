@@ -13,27 +13,62 @@ inline bool is_small(const Layout& layout) {
   return layout.K <= kSmallKeys && layout.D <= kSmallCoordinates && layout.K * layout.D <= kSmallWork;
 }
 
-// Queries that pay for widening the keys, and for vectors with a lane for each of some queries.
-constexpr int64_t kEveryQueries = 8;
-// Keys up to which the costs below were measured, and coordinates from which on a distance is long beside its rank.
-constexpr int64_t kFewEveryKeys = 64, kLongDistance = 200;
-constexpr int64_t kMostWidened = 1 << 20; // numbers of a codebook, of which each thread makes a copy of 8 MB
+// How the keys come to a search that does not take all distances.
+enum class Keys { kPacked, kAsTheyLie, kPackedForIt };
 
-// What a query takes if all distances are taken: a term of a distance is 1.
-inline int64_t cost_every(const Layout& layout, int64_t topk, bool float64) {
-  return float64 ? layout.K * (layout.D + 8 + topk) : layout.K * (layout.D + 40 + 5 * topk);
+// What a query takes in one codebook, in nanoseconds as measured with AVX-512. The numbers stand for what grows with
+// the keys, with the coordinates, with the keys that are asked for, and with products of these.
+
+// If its float32 scores are taken, and the distances of the best keys.
+inline double cost_small(const Layout& layout, int64_t topk) {
+  const double K = layout.K, D = layout.D, T = topk;
+  return 25 + 0.43 * D + 0.019 * K * D + (9 + 0.14 * D) * T + (topk > 1 ? 25 + 0.17 * K * T : 0);
 }
+
+// If the keys are compared with it as they lie.
+inline double cost_directly(const Layout& layout, int64_t topk) {
+  return 110 + cost_small(layout, topk) + (0.5 + 0.015 * layout.D) * layout.K;
+}
+
+// If a filter finds the keys whose distances are taken.
+inline double cost_filtered(const Layout& layout, int64_t topk) {
+  return 50 + 60.0 * topk + 0.006 * layout.K * layout.D;
+}
+
+constexpr int64_t kEveryQueries = 8; // that are taken at once where all distances are; a rest takes as long
+constexpr int64_t kShortRow = 8; // coordinates up to which a term of a distance is all of a sum
+constexpr int64_t kPairwiseKeys = 128; // up to which many nearest are found by comparing each pair of keys
+
+// If all distances are taken.
+inline double cost_every(const Layout& layout, int64_t N, int64_t topk, bool float64) {
+  const double K = layout.K, D = layout.D, T = topk;
+  if (float64) return 0.25 * K * (D + 8 + T);
+  const double groups = static_cast<double>((N + kEveryQueries - 1) / kEveryQueries * kEveryQueries) / N;
+  const double measure = 6 + 0.15 * D + K * (0.048 * D + (layout.D > kShortRow));
+  const bool pairwise = topk > 1 && 2 * topk >= layout.K && layout.K <= kPairwiseKeys;
+  return measure + groups * (pairwise ? K * (1.1 + 0.064 * K) : T * (6 + 0.14 * K));
+}
+
+// Keys up to which the costs were measured, and coordinates from which on a distance is long beside its rank.
+constexpr int64_t kFewEveryKeys = 128, kLongDistance = 200;
+constexpr int64_t kMostWidened = 1 << 20; // numbers of a codebook, of which each thread makes a copy of 8 MB
 
 // Whether all distances are taken at once: if that costs less than scores and the distances of the best, or if most
 // are asked for.
-inline bool measures_every(const Layout& layout, int64_t N, int64_t topk, bool float64) {
+inline bool measures_every(const Layout& layout, int64_t N, int64_t topk, bool float64, Keys keys) {
   const int64_t K = layout.K, D = layout.D;
-  if (N < kEveryQueries || K * D > kMostWidened) return false;
-  if (K > kFewEveryKeys) return 2 * topk > K || (4 * topk >= K && D >= kLongDistance);
-  const bool several = topk > 1;
-  const int64_t otherwise = float64 ? 700 + 60 * topk + (several ? 50 : 18) * D
-                                    : 200 + 1500 * several + 300 * topk + (3 + 4 * topk) * D;
-  return cost_every(layout, topk, float64) <= otherwise;
+  if (N == 0 || K * D > kMostWidened) return false;
+  if (K > (float64 ? kFewEveryKeys / 2 : kFewEveryKeys))
+    return N >= kEveryQueries && (2 * topk > K || (4 * topk >= K && D >= kLongDistance));
+  if (float64) {
+    const bool several = topk > 1;
+    return N >= kEveryQueries && K * (D + 8 + topk) <= 700 + 60 * topk + (several ? 50 : 18) * D;
+  }
+  // What the keys of a codebook take beforehand, to be widened rather than packed.
+  const double widen = 15.0 * K + (keys == Keys::kAsTheyLie ? -50 : 50);
+  const double numbers = (keys == Keys::kPackedForIt ? -0.6 : 0.05) * K * D;
+  const double otherwise = keys == Keys::kAsTheyLie ? cost_directly(layout, topk) : cost_small(layout, topk);
+  return cost_every(layout, N, topk, float64) + (widen + numbers) / N <= otherwise;
 }
 
 } // namespace kvb
