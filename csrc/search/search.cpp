@@ -71,6 +71,12 @@ bool in_float64(const Tensor& queries, const Tensor& keys) {
   return queries.scalar_type() == ScalarType::Double || keys.scalar_type() == ScalarType::Double;
 }
 
+// Whether threads that take whole codebooks finish at about the same time: less than a fifth of them waits for the rest.
+bool shares_codebooks(int64_t C) {
+  const int64_t threads = torch::stable::get_num_threads(), turns = (C + threads - 1) / threads;
+  return 5 * C > 4 * turns * threads;
+}
+
 // Packs each codebook into the same memory, and searches it before the next one; ``cost`` is what one query takes.
 void pack_in_turn(Search all, const Tensor& keys, double cost, SearchRows search_rows) {
   const BookPacking packing(keys);
@@ -90,7 +96,7 @@ void pack_in_turn(Search all, const Tensor& keys, double cost, SearchRows search
 
 // The search of arguments that fit: writes [B, S, C, topk] of each, distances in float64 where ``in_float64``.
 void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, const std::optional<Tensor>& mask,
-                int64_t topk, int64_t* indices, void* distances) {
+                int64_t topk, int64_t* indices, void* distances, bool wants_distances) {
   const Tensor queries = queries_.stride(3) == 1 || queries_.size(3) == 1 ? queries_ : compact(queries_);
   const Tensor keys = compact(keys_);
   const Layout layout = layout_of(keys);
@@ -101,7 +107,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
   const bool every = measures_every(layout, N, topk, float64, come);
 
   const bool directly = unpacked && (every || come == Keys::kAsTheyLie);
-  const bool in_turn = unpacked && !directly && !mask && N <= kSomeQueries && C >= torch::stable::get_num_threads();
+  const bool in_turn = unpacked && !directly && !mask && N <= kSomeQueries && shares_codebooks(C);
   if (unpacked && !directly && !in_turn) packed = pack_keys(keys);
   const char* const from = directly ? nullptr : static_cast<const char*>(packed.const_data_ptr());
   std::optional<Tensor> allowed;
@@ -132,6 +138,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
       .stale = &stale,
       .indices = indices,
       .distances = distances,
+      .wants_distances = wants_distances,
   };
   const double cost = every      ? cost_every(layout, N, topk, float64)
                       : directly ? cost_directly(layout, topk)
@@ -161,7 +168,7 @@ std::tuple<Tensor, Tensor> nearest(
   Tensor distances = new_tensor(
       queries, {B, S, C, topk}, in_float64(queries, keys) ? ScalarType::Double : ScalarType::Float);
   search_all(
-      queries, keys, packed, mask, topk, indices.mutable_data_ptr<int64_t>(), distances.mutable_data_ptr());
+      queries, keys, packed, mask, topk, indices.mutable_data_ptr<int64_t>(), distances.mutable_data_ptr(), true);
   return {indices, distances};
 }
 
@@ -171,8 +178,8 @@ std::tuple<Tensor, Tensor> lookup(
   require_search(queries, keys, packed, mask, 1);
   Tensor indices =
       new_tensor(queries, {queries.size(0), queries.size(1), queries.size(2)}, ScalarType::Long);
-  const Buffer<double> distances = new_buffer<double>(indices.numel()); // which lookup does not return
-  search_all(queries, keys, packed, mask, 1, indices.mutable_data_ptr<int64_t>(), distances.get());
+  const Buffer<double> distances = new_buffer<double>(indices.numel());
+  search_all(queries, keys, packed, mask, 1, indices.mutable_data_ptr<int64_t>(), distances.get(), false);
   return {gather(values, indices, pool, "bscv"), indices};
 }
 
