@@ -35,6 +35,12 @@ inline double cost_filtered(const Layout& layout, int64_t topk) {
   return 50 + 60.0 * topk + 0.006 * layout.K * layout.D;
 }
 
+// The same in float64, packed or not, of few keys.
+inline double cost_in_float64(const Layout& layout, int64_t N, int64_t topk) {
+  const double K = layout.K, D = layout.D;
+  return 175 + 15.0 * topk + (topk > 1 ? 6.5 * D : 4.5 * D - 1.2 * K) + 1000.0 / N;
+}
+
 constexpr int64_t kEveryQueries = 8; // that are taken at once where all distances are; a rest takes as long
 constexpr int64_t kShortRow = 8; // coordinates up to which a term of a distance is all of a sum
 constexpr int64_t kPairwiseKeys = 128; // up to which many nearest are found by comparing each pair of keys
@@ -42,15 +48,16 @@ constexpr int64_t kPairwiseKeys = 128; // up to which many nearest are found by 
 // If all distances are taken.
 inline double cost_every(const Layout& layout, int64_t N, int64_t topk, bool float64) {
   const double K = layout.K, D = layout.D, T = topk;
-  if (float64) return 0.25 * K * (D + 8 + T);
   const double groups = static_cast<double>((N + kEveryQueries - 1) / kEveryQueries * kEveryQueries) / N;
-  const double measure = 6 + 0.15 * D + K * (0.048 * D + (layout.D > kShortRow));
   const bool pairwise = topk > 1 && 2 * topk >= layout.K && layout.K <= kPairwiseKeys;
-  return measure + groups * (pairwise ? K * (1.1 + 0.064 * K) : T * (6 + 0.14 * K));
+  const double find = groups * (pairwise ? K * (1.1 + 0.064 * K) : T * (6 + 0.14 * K));
+  if (float64) return find + groups * (20 + 0.6 * D + K * (1 + 0.1 * D));
+  return find + 6 + 0.15 * D + K * (0.048 * D + (layout.D > kShortRow));
 }
 
-// Keys up to which the costs were measured, and coordinates from which on a distance is long beside its rank.
-constexpr int64_t kFewEveryKeys = 128, kLongDistance = 200;
+// Keys up to which the costs were measured, those in float64 among them; and coordinates from which on a distance is
+// long beside its rank.
+constexpr int64_t kFewEveryKeys = 128, kFewInFloat64 = 64, kLongDistance = 200;
 constexpr int64_t kMostWidened = 1 << 20; // numbers of a codebook, of which each thread makes a copy of 8 MB
 
 // Whether all distances are taken at once: if that costs less than scores and the distances of the best, or if most
@@ -58,17 +65,14 @@ constexpr int64_t kMostWidened = 1 << 20; // numbers of a codebook, of which eac
 inline bool measures_every(const Layout& layout, int64_t N, int64_t topk, bool float64, Keys keys) {
   const int64_t K = layout.K, D = layout.D;
   if (N == 0 || K * D > kMostWidened) return false;
-  if (K > (float64 ? kFewEveryKeys / 2 : kFewEveryKeys))
+  if (K > (float64 ? kFewInFloat64 : kFewEveryKeys))
     return N >= kEveryQueries && (2 * topk > K || (4 * topk >= K && D >= kLongDistance));
-  if (float64) {
-    const bool several = topk > 1;
-    return N >= kEveryQueries && K * (D + 8 + topk) <= 700 + 60 * topk + (several ? 50 : 18) * D;
-  }
-  // What the keys of a codebook take beforehand, to be widened rather than packed.
-  const double widen = 15.0 * K + (keys == Keys::kAsTheyLie ? -50 : 50);
-  const double numbers = (keys == Keys::kPackedForIt ? -0.6 : 0.05) * K * D;
-  const double otherwise = keys == Keys::kAsTheyLie ? cost_directly(layout, topk) : cost_small(layout, topk);
-  return cost_every(layout, N, topk, float64) + (widen + numbers) / N <= otherwise;
+  const bool packs = keys == Keys::kPackedForIt && !float64, lie = keys == Keys::kAsTheyLie && !float64;
+  // What the keys of a codebook take beforehand, to be widened rather than packed, or taken as they are.
+  const double widen = (lie ? -50 : 50) + 15.0 * K + (packs ? -0.6 : float64 ? 0.2 : 0.05) * K * D;
+  const double otherwise = float64 ? cost_in_float64(layout, N, topk) : lie ? cost_directly(layout, topk)
+                                                                            : cost_small(layout, topk);
+  return cost_every(layout, N, topk, float64) + widen / N <= otherwise;
 }
 
 } // namespace kvb
