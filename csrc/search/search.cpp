@@ -71,7 +71,7 @@ bool in_float64(const Tensor& queries, const Tensor& keys) {
   return queries.scalar_type() == ScalarType::Double || keys.scalar_type() == ScalarType::Double;
 }
 
-// Whether threads that take whole codebooks finish at about the same time: less than a fifth of them waits for the rest.
+// Whether threads that take whole codebooks finish at about the same time: less than a fifth of them waits.
 bool shares_codebooks(int64_t C) {
   const int64_t threads = torch::stable::get_num_threads(), turns = (C + threads - 1) / threads;
   return 5 * C > 4 * turns * threads;
@@ -105,7 +105,6 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
   const bool unpacked = is_unpacked(packed, C);
   const Keys come = !unpacked ? Keys::kPacked : N <= kFewQueries ? Keys::kAsTheyLie : Keys::kPackedForIt;
   const bool every = measures_every(layout, N, topk, float64, come);
-
   const bool directly = unpacked && (every || come == Keys::kAsTheyLie);
   const bool in_turn = unpacked && !directly && !mask && N <= kSomeQueries && shares_codebooks(C);
   if (unpacked && !directly && !in_turn) packed = pack_keys(keys);
