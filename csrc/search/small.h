@@ -35,9 +35,10 @@ inline double cost_filtered(const Layout& layout, int64_t topk) {
   return 50 + 60.0 * topk + 0.006 * layout.K * layout.D;
 }
 
-// The same in float64, packed or not, of few keys.
-inline double cost_in_float64(const Layout& layout, int64_t N, int64_t topk) {
+// Either in float64, of few keys.
+inline double cost_in_float64(const Layout& layout, int64_t N, int64_t topk, Keys keys) {
   const double K = layout.K, D = layout.D;
+  if (keys == Keys::kAsTheyLie) return 105 + (topk > 1 ? 2.6 : 1.3) * D + 0.06 * K * D;
   return 175 + 15.0 * topk + (topk > 1 ? 6.5 * D : 4.5 * D - 1.2 * K) + 1000.0 / N;
 }
 
@@ -70,8 +71,9 @@ inline bool measures_every(const Layout& layout, int64_t N, int64_t topk, bool f
   const bool packs = keys == Keys::kPackedForIt && !float64, lie = keys == Keys::kAsTheyLie && !float64;
   // What the keys of a codebook take beforehand, to be widened rather than packed, or taken as they are.
   const double widen = (lie ? -50 : 50) + 15.0 * K + (packs ? -0.6 : float64 ? 0.2 : 0.05) * K * D;
-  const double otherwise = float64 ? cost_in_float64(layout, N, topk) : lie ? cost_directly(layout, topk)
-                                                                            : cost_small(layout, topk);
+  const double otherwise = float64 ? cost_in_float64(layout, N, topk, keys)
+                           : lie   ? cost_directly(layout, topk)
+                                   : cost_small(layout, topk);
   return cost_every(layout, N, topk, float64) + widen / N <= otherwise;
 }
 
