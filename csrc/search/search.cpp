@@ -10,18 +10,11 @@
 namespace kvb {
 namespace {
 
-// What a query needs besides its products with the keys, in multiplications that take as long: some two microseconds.
-constexpr double kQueryOverhead = 8e3;
-// In a small codebook: half of that, and a product in float32 takes as long as two of a filter.
-constexpr double kSmallQueryOverhead = 4e3, kSmallProduct = 2;
-// A term of a distance where all are taken, in products: in float32, and in float64.
-constexpr double kTerm = 0.25, kTermInFloat64 = 1;
-// A product of a key that is read as it lies, and what else a key takes, in products.
-constexpr double kDirectProduct = 8, kDirectKey = 28;
 // Packing a key takes as long as so many queries take to be compared with it as it lies, whatever its coordinates.
 constexpr int64_t kFewQueries = 16;
 // Up to so many queries, packing all codebooks at once costs a large part of the search: memory is new for each call.
 constexpr int64_t kSomeQueries = 1024;
+constexpr double kPackCoordinate = 0.7; // nanoseconds to pack a coordinate of a key
 // Copying the mask of a pair takes about a nanosecond: this many pairs pay for another thread.
 constexpr int64_t kMaskGrain = 1 << 15;
 
@@ -78,20 +71,17 @@ bool in_float64(const Tensor& queries, const Tensor& keys) {
   return queries.scalar_type() == ScalarType::Double || keys.scalar_type() == ScalarType::Double;
 }
 
-// What one query costs in a codebook that is packed, in multiplications of a filter, and what it costs directly.
-double cost_packed(const Layout& layout, bool small) {
-  const double products = static_cast<double>(layout.K) * layout.D;
-  return small ? kSmallProduct * products + kSmallQueryOverhead : products + kQueryOverhead;
+// Whether threads that take whole codebooks finish at about the same time: less than a fifth of them waits.
+bool shares_codebooks(int64_t C) {
+  const int64_t threads = torch::stable::get_num_threads(), turns = (C + threads - 1) / threads;
+  return 5 * C > 4 * turns * threads;
 }
 
-double cost_directly(const Layout& layout) {
-  return kDirectProduct * layout.K * (layout.D + kDirectKey) + kSmallQueryOverhead;
-}
-
-// Packs each codebook into the same memory, and searches it before the next one.
-void pack_in_turn(Search all, const Tensor& keys, SearchRows search_rows) {
+// Packs each codebook into the same memory, and searches it before the next one; ``cost`` is what one query takes.
+void pack_in_turn(Search all, const Tensor& keys, double cost, SearchRows search_rows) {
   const BookPacking packing(keys);
-  parallel(all.C, packing_grain(all.layout.K, all.layout.D), [&](int64_t begin, int64_t end) {
+  const double pack = kPackCoordinate * all.layout.K * all.layout.D;
+  parallel(all.C, thread_grain(pack + cost * all.B * all.S), [&](int64_t begin, int64_t end) {
     BookPacking::Scratch scratch = packing.scratch();
     const Buffer<Line> book = new_buffer<Line>(all.layout.nbytes() / kAlignment);
     Search search = all;
@@ -106,16 +96,17 @@ void pack_in_turn(Search all, const Tensor& keys, SearchRows search_rows) {
 
 // The search of arguments that fit: writes [B, S, C, topk] of each, distances in float64 where ``in_float64``.
 void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, const std::optional<Tensor>& mask,
-                int64_t topk, int64_t* indices, void* distances) {
+                int64_t topk, int64_t* indices, void* distances, bool wants_distances) {
   const Tensor queries = queries_.stride(3) == 1 || queries_.size(3) == 1 ? queries_ : compact(queries_);
   const Tensor keys = compact(keys_);
   const Layout layout = layout_of(keys);
   const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2), N = B * S;
-  const bool float64 = in_float64(queries, keys), every = measures_every(layout, N, topk, float64);
-  const bool small = is_small(layout) && !float64;
-
-  const bool unpacked = is_unpacked(packed, C), directly = unpacked && (every || N <= kFewQueries);
-  const bool in_turn = unpacked && !directly && !mask && N <= kSomeQueries && C >= torch::stable::get_num_threads();
+  const bool float64 = in_float64(queries, keys), small = is_small(layout) && !float64;
+  const bool unpacked = is_unpacked(packed, C);
+  const Keys come = !unpacked ? Keys::kPacked : N <= kFewQueries ? Keys::kAsTheyLie : Keys::kPackedForIt;
+  const bool every = measures_every(layout, N, topk, float64, come);
+  const bool directly = unpacked && (every || come == Keys::kAsTheyLie);
+  const bool in_turn = unpacked && !directly && !mask && N <= kSomeQueries && shares_codebooks(C);
   if (unpacked && !directly && !in_turn) packed = pack_keys(keys);
   const char* const from = directly ? nullptr : static_cast<const char*>(packed.const_data_ptr());
   std::optional<Tensor> allowed;
@@ -146,15 +137,17 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
       .stale = &stale,
       .indices = indices,
       .distances = distances,
+      .wants_distances = wants_distances,
   };
-  const double cost = every ? (float64 ? kTermInFloat64 : kTerm) * cost_every(layout, topk, float64)
-                      : directly ? cost_directly(layout)
-                                 : cost_packed(layout, small);
+  const double cost = every      ? cost_every(layout, N, topk, float64)
+                      : directly ? cost_directly(layout, topk)
+                      : small    ? cost_small(layout, topk)
+                                 : cost_filtered(layout, topk);
   const SearchRows search_rows = every                ? kernels().search_every
                                  : small && !directly ? kernels().search_small
                                                       : kernels().search;
   if (in_turn)
-    pack_in_turn(search, keys, search_rows);
+    pack_in_turn(search, keys, cost, search_rows);
   else
     over_positions(N, C, layout.D, cost, [&](int64_t c, int64_t begin, int64_t end) {
       search_rows(search, c, begin, end);
@@ -174,7 +167,7 @@ std::tuple<Tensor, Tensor> nearest(
   Tensor distances = new_tensor(
       queries, {B, S, C, topk}, in_float64(queries, keys) ? ScalarType::Double : ScalarType::Float);
   search_all(
-      queries, keys, packed, mask, topk, indices.mutable_data_ptr<int64_t>(), distances.mutable_data_ptr());
+      queries, keys, packed, mask, topk, indices.mutable_data_ptr<int64_t>(), distances.mutable_data_ptr(), true);
   return {indices, distances};
 }
 
@@ -184,8 +177,8 @@ std::tuple<Tensor, Tensor> lookup(
   require_search(queries, keys, packed, mask, 1);
   Tensor indices =
       new_tensor(queries, {queries.size(0), queries.size(1), queries.size(2)}, ScalarType::Long);
-  const Buffer<double> distances = new_buffer<double>(indices.numel()); // which lookup does not return
-  search_all(queries, keys, packed, mask, 1, indices.mutable_data_ptr<int64_t>(), distances.get());
+  const Buffer<double> distances = new_buffer<double>(indices.numel());
+  search_all(queries, keys, packed, mask, 1, indices.mutable_data_ptr<int64_t>(), distances.get(), false);
   return {gather(values, indices, pool, "bscv"), indices};
 }
 

@@ -41,6 +41,7 @@ struct Search {
   std::atomic<bool>* stale; // set where the packed keys do not fit the keys
   int64_t* indices; // [B, S, C, T]
   void* distances; // [B, S, C, T], double or float
+  bool wants_distances; // else they are memory that nobody reads
 
   const char* packed_book(int64_t codebook) const {
     return packed + codebook * packed_step;

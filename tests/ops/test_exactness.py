@@ -287,9 +287,10 @@ def test_the_batch_around_a_query_changes_nothing(K):
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels have no way of their own for few keys; thousands of launches")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("K", "D"), [(2, 1), (9, 17), (30, 40), (70, 5)])
+@pytest.mark.parametrize(("K", "D"), [(2, 1), (5, 230), (9, 17), (30, 40), (70, 5)])
 def test_few_keys_are_as_exact_for_many_queries_as_for_one(K, D, dtype):
     """Many queries are compared with all keys at once: the same bits, with ties, NaN, Inf, twins and masks."""
+    values = torch.arange(2.0 * K).view(2, K, 1)
     queries, keys = (tensor.to(dtype) for tensor in normal(21, 2, K, D))
     keys[:, -1] = keys[:, 0]
     queries[3] = keys[:, 0]
@@ -305,11 +306,15 @@ def test_few_keys_are_as_exact_for_many_queries_as_for_one(K, D, dtype):
         packed = functional.nearest(queries, keys, packed=functional.pack_keys(keys), topk=topk, mask=mask)
         assert torch.equal(indices, packed[0])
         assert torch.equal(distances.nan_to_num(-1), packed[1].nan_to_num(-1))
-        alone = [functional.nearest(queries[i : i + 1], keys, topk=topk, mask=mask) for i in range(len(queries))]
-        assert torch.equal(indices, torch.cat([found[0] for found in alone]))
-        assert torch.equal(distances.nan_to_num(-1), torch.cat([found[1] for found in alone]).nan_to_num(-1))
+        for size in (1, 7):
+            parts = [functional.nearest(part, keys, topk=topk, mask=mask) for part in queries.split(size)]
+            assert torch.equal(indices, torch.cat([found[0] for found in parts]))
+            found = torch.cat([found[1] for found in parts])
+            assert torch.equal(distances.nan_to_num(-1), found.nan_to_num(-1))
         expected = reference.nearest(queries, keys, reference.pack_keys(keys), mask, topk)
         assert torch.equal(indices.reshape(-1), expected[0].reshape(-1))
+        if topk == 1:
+            assert torch.equal(functional.lookup(queries, keys, values, mask=mask)[1].reshape(-1), indices.reshape(-1))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread")
