@@ -270,7 +270,7 @@ template <class T>
 int64_t merged_gradient(const Source& source, int64_t* rows, T* grads) {
   using Sum = Accumulator<T>;
   const int64_t width = source.width(), codes = source.indices.numel();
-  if (codes <= kFewCodes && codes * kRowsPerCode <= source.indices.size(2) * source.K)
+  if (codes > 0 && codes <= kFewCodes && codes * kRowsPerCode <= source.indices.size(2) * source.K)
     return merged_few<T>(source, rows, grads);
   const Shares shares =
       share_out(source.indices.size(2), source.K, cached_rows(sizeof(int64_t)), source.indices.numel() * width);
