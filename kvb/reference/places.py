@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvb.reference.arithmetic import widest
 from kvb.reference.shared import (
     accumulator,
     require,
@@ -55,7 +56,8 @@ def clip_rows_(grads: Tensor, places: Tensor, max_norm: float) -> tuple[Tensor, 
     require(places.dtype == torch.int64, f"expected places torch.int64, got {places.dtype}")
     require_shape("places", places, "A", len(grads))
     require_apart({"grads": grads}, places=places)
-    norm, ascending = torch.linalg.vector_norm(grads, dtype=accumulator(grads.dtype)), ascend(places)
+    norm = torch.linalg.vector_norm(grads, dtype=widest(grads.device)).to(accumulator(grads.dtype))
+    ascending = ascend(places)
     factor = torch.where(ascending, max_norm / (norm + 1e-6), 1)
     grads.copy_(torch.where(factor >= 1, grads, (grads * factor).to(grads.dtype)))
     return norm, ascending

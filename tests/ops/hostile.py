@@ -333,6 +333,8 @@ def difference(number: int) -> str:
         indices = got[-1 if call.operator == "lookup" else 0] if got else torch.zeros(0)
         return "" if not got or not indices.numel() or (indices.min() >= 0 and indices.max() < call.K) else "an index"
     _, want, refused = outcome(number, reference)
+    if want is None and "allocate memory" in refused:
+        return ""  # a fast operator may need less of it
     if (got is None) != (want is None):
         return f"got {error or 'an answer'}, expected {refused or 'an answer'}"
     if got is None or want is None:
