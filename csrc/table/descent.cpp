@@ -34,6 +34,13 @@ struct Places {
       if (!follows(i)) return false;
     return true;
   }
+  bool ascend() const {
+    std::atomic<bool> all = true;
+    parallel(count, kSerialWork, [&](int64_t begin, int64_t end) {
+      if (!ascend(begin, end)) all = false;
+    });
+    return all;
+  }
 
   const int64_t* data;
   int64_t axes, count;
@@ -125,7 +132,7 @@ std::tuple<Tensor, Tensor> clip_rows_(Tensor grads, Tensor places, double max_no
   require_apart(grads, "grads", places, "places");
   places = compact(places);
   const int64_t count = grads.numel();
-  const bool ascending = Places(places).ascend(0, grads.size(0));
+  const bool ascending = Places(places).ascend();
   Tensor fits = new_tensor(grads, {}, ScalarType::Bool), norm;
   with_floating(grads.scalar_type(), [&](auto value) {
     using T = decltype(value);
