@@ -31,6 +31,7 @@ def run(part, out, *more):
     return command.main([part, "--out", str(out), "--device", "cpu", "--small", "--budget", "600", *more])
 
 
+@pytest.mark.slow
 def test_the_first_call(tmp_path, capfd):
     """``check`` together with ``smoke``, then ``bench``."""
     assert run("first", tmp_path) == 0
@@ -47,6 +48,7 @@ def test_the_first_call(tmp_path, capfd):
 
 
 @WITHOUT_TRITON
+@pytest.mark.slow
 def test_the_second_call(tmp_path, capfd):
     """``tune``, then ``counters``. On the CPU's own backend the launch table changes nothing, but all of it runs."""
     assert run("second", tmp_path) == 0
