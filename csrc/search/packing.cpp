@@ -12,9 +12,9 @@
 namespace kvb {
 namespace {
 
-// Tiles pay once more than one quadruple of coordinates is multiplied. Beyond some thousands of coordinates little is
+// Tiles pay from a whole quadruple of coordinates on. Beyond some thousands of coordinates little is
 // left of the 33000 that filter_int8.inc shares out.
-constexpr int64_t kTiledMin = 5, kTiledMax = 4096;
+constexpr int64_t kTiledMin = 4, kTiledMax = 4096;
 
 Layout layout_of(int64_t K, int64_t D, bool float64) {
   return {K, D, float64, kernels().tiles && D >= kTiledMin && D <= kTiledMax};
