@@ -101,7 +101,7 @@ void search_all(const Tensor& queries_, const Tensor& keys_, Tensor packed, cons
   const Tensor keys = compact(keys_);
   const Layout layout = layout_of(keys);
   const int64_t B = queries.size(0), S = queries.size(1), C = queries.size(2), N = B * S;
-  const bool float64 = in_float64(queries, keys), small = is_small(layout) && !float64;
+  const bool float64 = in_float64(queries, keys), small = is_small(layout, topk) && !float64;
   const bool unpacked = is_unpacked(packed, C);
   const Keys come = !unpacked ? Keys::kPacked : N <= kFewQueries ? Keys::kAsTheyLie : Keys::kPackedForIt;
   const bool every = measures_every(layout, N, topk, float64, come);

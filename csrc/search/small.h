@@ -6,12 +6,9 @@
 namespace kvb {
 
 // A small codebook's keys are all scored in float32. At most; multiples of kLanes.
-constexpr int64_t kSmallKeys = 128, kSmallCoordinates = 1024;
+constexpr int64_t kSmallKeys = 512, kSmallCoordinates = 1024;
 constexpr int64_t kSmallWork = 1 << 16; // multiplications of a query
-
-inline bool is_small(const Layout& layout) {
-  return layout.K <= kSmallKeys && layout.D <= kSmallCoordinates && layout.K * layout.D <= kSmallWork;
-}
+constexpr int64_t kSurelySmall = 128; // keys up to which no filter is quicker
 
 // How the keys come to a search that does not take all distances.
 enum class Keys { kPacked, kAsTheyLie, kPackedForIt };
@@ -22,7 +19,8 @@ enum class Keys { kPacked, kAsTheyLie, kPackedForIt };
 // If its float32 scores are taken, and the distances of the best keys.
 inline double cost_small(const Layout& layout, int64_t topk) {
   const double K = layout.K, D = layout.D, T = topk;
-  return 25 + 0.43 * D + 0.019 * K * D + (9 + 0.14 * D) * T + (topk > 1 ? 25 + 0.17 * K * T : 0);
+  const double rank = topk == 1 ? 0 : 25 + (topk < kLanes ? std::min(0.17 * K, 14.0) : 0.17 * K) * T;
+  return 20 + 0.12 * K + 0.43 * D + 0.019 * K * D + (9 + 0.14 * D) * T + rank;
 }
 
 // If the keys are compared with it as they lie.
@@ -32,7 +30,16 @@ inline double cost_directly(const Layout& layout, int64_t topk) {
 
 // If a filter finds the keys whose distances are taken.
 inline double cost_filtered(const Layout& layout, int64_t topk) {
-  return 50 + 60.0 * topk + 0.006 * layout.K * layout.D;
+  const double D = layout.D, T = topk;
+  const double more = topk == 1 ? 0 : 40 + (40 + 0.5 * D) * T;
+  return 80 + 1.65 * D + (6 + 1.37 * D) * layout.groups() + more;
+}
+
+// Whether a codebook is small for such a search.
+inline bool is_small(const Layout& layout, int64_t topk) {
+  const int64_t K = layout.K, D = layout.D;
+  if (K > kSmallKeys || D > kSmallCoordinates || K * D > kSmallWork) return false;
+  return K <= kSurelySmall || (topk <= kLanes && cost_small(layout, topk) <= cost_filtered(layout, topk));
 }
 
 // Either in float64, of few keys.
