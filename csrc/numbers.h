@@ -33,6 +33,17 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
+// A product that is rounded before it is added to something: some processors would do both at once.
+template <class T>
+inline T rounded(T product) {
+#if defined(__aarch64__)
+  asm("" : "+w"(product));
+#elif defined(__FMA__)
+  asm("" : "+x"(product));
+#endif
+  return product;
+}
+
 // Call ``work`` with a value of the C++ type that holds ``type``.
 template <class F>
 void with_floating(ScalarType type, const F& work) {

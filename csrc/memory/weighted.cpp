@@ -130,7 +130,7 @@ void sum_slots(
       const T* const vector = vectors + listed[i].place / fetch.T * fetch.V;
       Sum* const sum = sums + slot * fetch.V;
       if (begun[slot - first])
-        for (int64_t v = 0; v < fetch.V; ++v) sum[v] += weight * widen<Sum>(vector[v]);
+        for (int64_t v = 0; v < fetch.V; ++v) sum[v] += rounded(weight * widen<Sum>(vector[v]));
       else
         for (int64_t v = 0; v < fetch.V; ++v) sum[v] = weight * widen<Sum>(vector[v]);
       begun[slot - first] = true;

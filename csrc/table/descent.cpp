@@ -89,7 +89,7 @@ void move(T* table, const int64_t* rows, const T* grads, int64_t count, int64_t 
   for (int64_t i = 0; i < count; ++i, grads += V) {
     if (i + kRowsAhead < count) prefetch(table + rows[i + kRowsAhead] * V, V * sizeof(T));
     update_row(table + rows[i] * V, grads, V, [step](T value, T grad) {
-      const T slope = static_cast<T>(step * widen<Sum>(grad));
+      const T slope = static_cast<T>(rounded(step * widen<Sum>(grad)));
       return static_cast<T>(widen<Sum>(value) - widen<Sum>(slope));
     });
   }

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operator_calls import PLAIN, SIZES, arguments, brute, problem
 from torch._subclasses import FakeTensorMode
@@ -108,7 +108,12 @@ def test_strides_do_not_matter_and_inputs_are_not_touched():
     assert torch.equal(got[0], functional.nearest(queries, wide.contiguous())[0])
 
 
-@settings(max_examples=20 if ops.backend("cpu") == "triton" else 60, deadline=None)
+# On a slow machine the first example waits for PyTorch.
+@settings(
+    max_examples=20 if ops.backend("cpu") == "triton" else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(
     sizes=st.tuples(*(st.integers(0, 5), st.integers(0, 4)), *(st.integers(1, n) for n in (4, 40, 12))),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
