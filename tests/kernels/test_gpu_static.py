@@ -188,7 +188,11 @@ def test_every_entry_of_the_launch_table(target):
     assert {BN for BN, _, _ in filters} == BNs
 
 
-@pytest.mark.parametrize("target", TARGETS)
+# One target of each family within a CI run; the launch table is compiled for all of them above.
+OFTEN = ("sm_75", "sm_80", "sm_90", "gfx942")
+
+
+@pytest.mark.parametrize("target", [pytest.param(t, marks=() if t in OFTEN else pytest.mark.slow) for t in TARGETS])
 def test_every_other_kernel(target):
     with compiling_for(target) as kernels:
         everything_else()
