@@ -104,7 +104,8 @@ def escape(app: Any, what: str, name: str, thing: Any, options: Any, lines: list
             r"^Returns:\n(    \w+: )?", lambda m: f"Outputs:\n{m[1]}" if m[1] else "Output:\n", text, flags=re.M
         )
         text = re.sub(r"^Raises:$", "Errors:", text, flags=re.M)
-        parts[place] = f"\\ {text}" if place and text[0].isalpha() else text
+        after_code = place > 0 and parts[place - 1].endswith("``")
+        parts[place] = f"\\ {text}" if after_code and text[0].isalpha() else text
     lines[:] = "".join(parts).split("\n")
 
 
