@@ -77,8 +77,11 @@ def test_the_search_finds_what_pytorch_finds(exported, dtype, keys_in, K, D, top
     run = exported(
         module, torch.randn(4, 1, C, D, dtype=dtype), torch.randn(C, K, D, dtype=keys_in), dynamic_shapes=shapes
     )
-    for kind in KINDS:
-        queries, keys = kind(60, C, K, D, torch.promote_types(dtype, keys_in))
+    precision = torch.promote_types(dtype, keys_in)
+    # In float64 kvb may tell keys apart from so far off, and the file does not: docs/deployment.md.
+    kinds = [kind for kind in KINDS if not (precision == torch.float64 and kind is data.overflowing)]
+    for kind in kinds:
+        queries, keys = kind(60, C, K, D, precision)
         queries, keys = queries.to(dtype), keys.to(keys_in)
         for got, want in zip(run(queries, keys), module(queries, keys), strict=True):
             assert got.dtype == want.dtype, kind.__name__
