@@ -9,6 +9,8 @@ namespace {
 
 #define KVB_WIDTH 8
 #include "../search/vectors.inc"
+#include "../search/lanes256.inc"
+#include "../search/shorts.inc"
 
 // All ones in the first lanes, for a masked load or store.
 inline __m256i first_lanes(int64_t count) {
@@ -19,30 +21,8 @@ inline __m256i first_wide_lanes(int64_t count) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 
-inline vec widened(__m128i numbers, Half) {
-  return _mm256_cvtph_ps(numbers);
-}
-inline vec widened(__m128i numbers, BFloat16) {
-  return reinterpret_cast<vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16));
-}
-
-template <class T>
-inline vec load(const T* from) {
-  return widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), T{});
-}
-
-inline vec load_part(const float* from, int64_t count) {
-  return _mm256_maskload_ps(from, first_lanes(count));
-}
-inline wide load_part(const double* from, int64_t count) {
+inline wide load_first(const double* from, int64_t count) {
   return _mm256_maskload_pd(from, first_wide_lanes(count));
-}
-template <class T>
-inline vec load_part(const T* from, int64_t count) {
-  if (count == kWidth) return load(from);
-  alignas(16) uint16_t numbers[8] = {};
-  for (int64_t i = 0; i < count; ++i) numbers[i] = from[i].x;
-  return widened(_mm_load_si128(reinterpret_cast<const __m128i*>(numbers)), T{});
 }
 
 inline void store_part(float* to, int64_t count, vec value) {

@@ -9,32 +9,15 @@ namespace {
 
 #define KVB_WIDTH 16
 #include "../search/vectors.inc"
+#include "../search/lanes512.inc"
+#include "../search/shorts.inc"
 
 inline uint32_t first_lanes(int64_t count) {
   return (1u << count) - 1;
 }
 
-inline vec widened(__m256i numbers, Half) {
-  return _mm512_cvtph_ps(numbers);
-}
-inline vec widened(__m256i numbers, BFloat16) {
-  return reinterpret_cast<vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
-}
-
-template <class T>
-inline vec load(const T* from) {
-  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), T{});
-}
-
-inline vec load_part(const float* from, int64_t count) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_lanes(count)), from);
-}
-inline wide load_part(const double* from, int64_t count) {
+inline wide load_first(const double* from, int64_t count) {
   return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(count)), from);
-}
-template <class T>
-inline vec load_part(const T* from, int64_t count) {
-  return widened(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_lanes(count)), from), T{});
 }
 
 inline void store_part(float* to, int64_t count, vec value) {

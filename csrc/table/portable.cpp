@@ -21,7 +21,7 @@ inline vec load(const T* from) {
 }
 
 template <class T>
-inline auto load_part(const T* from, int64_t count) {
+inline auto load_first(const T* from, int64_t count) {
   using Lanes = std::conditional_t<std::is_same_v<T, double>, wide, vec>;
   constexpr int64_t whole = sizeof(Lanes) / sizeof(Accumulator<T>);
   return count == whole ? load(from) : load_lanes<Lanes>(from, count);
